@@ -71,9 +71,7 @@ def build_pair(output_dir: Path, settings: TinySettings = TinySettings()) -> dic
 
 
 @torch.no_grad()
-def greedy_accuracy(
-    model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, num_problems: int
-) -> float:
+def greedy_accuracy(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, num_problems: int) -> float:
     """Share of the first `num_problems` held-out problems solved by greedy decoding."""
     drawn = list(itertools.islice(task.problems("eval", seed=0), num_problems))
     prompts = [
@@ -130,9 +128,7 @@ def _texts(count: int, seed: int) -> Iterator[str]:
         yield f"assistant\n{task.solution(problem)}"
 
 
-def _batches(
-    tokenizer: PreTrainedTokenizerFast, settings: TinySettings
-) -> Iterator[dict[str, torch.Tensor]]:
+def _batches(tokenizer: PreTrainedTokenizerFast, settings: TinySettings) -> Iterator[dict[str, torch.Tensor]]:
     """Endless padded batches whose labels cover the response and its EOS alone."""
     draw = task.problems("train", settings.seed + 1)
     while True:

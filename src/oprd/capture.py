@@ -1,0 +1,165 @@
+"""Hidden states of chosen layers by forward hooks, with the wanted rows picked at the hook.
+
+Layer 0 is the embedding output, l = 1..L the blocks, as in Hugging Face's `hidden_states[l]`.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from typing import Any
+
+import torch
+from jaxtyping import Bool
+from torch import Tensor, nn
+
+from oprd.errors import UserError
+
+
+class _StopForward(Exception):
+    """Ends a forward whose deepest wanted layer has been captured."""
+
+
+def backbone(model: nn.Module) -> Any:
+    """The stack of blocks and its final norm, below any LM head, adapter or distributed wrapper."""
+    inner: Any = model
+    while isinstance(getattr(inner, "module", None), nn.Module):
+        inner = inner.module
+    if hasattr(inner, "get_base_model"):
+        inner = inner.get_base_model()
+    return inner.get_decoder() if hasattr(inner, "get_decoder") else inner
+
+
+def blocks(model: nn.Module) -> nn.ModuleList:
+    """The blocks of a causal language model, in order; raises `UserError` where they cannot be told."""
+    stack = backbone(model)
+    depth = stack.config.get_text_config().num_hidden_layers
+    lists = [m for m in stack.children() if isinstance(m, nn.ModuleList) and len(m) == depth]
+    if len(lists) != 1:
+        raise UserError(
+            f"cannot find the {depth} blocks of {type(stack).__name__}: it has {len(lists)} module lists of "
+            "that length; use a decoder-only causal language model"
+        )
+    return lists[0]
+
+
+def num_layers(model: nn.Module) -> int:
+    """Depth L of a causal language model."""
+    return len(blocks(model))
+
+
+@contextmanager
+def capture(
+    model: nn.Module,
+    layers: Sequence[int],
+    rows: Bool[Tensor, "B S"] | None = None,
+    final_norm: bool = True,
+    stop_early: bool = False,
+) -> Iterator[dict[int, Tensor]]:
+    """Collect the hidden states of `layers` during the one forward that the `with` block runs.
+
+    Yields a dict that the forward fills: `{layer: [B, S, D]}`, or `[N, D]` row-major with `rows`, a
+    mask over the whole sequence. States keep the model's dtype and the autograd graph. Layer L is
+    taken after the final norm, or before it with `final_norm=False`. With `stop_early` the forward
+    ends once the deepest layer is there: no later block and no LM head runs, and the rest of the
+    `with` block is skipped, so make the forward its last statement.
+
+    Works with gradient checkpointing (reentrant or not), adapters and distributed wrappers. Raises
+    `UserError` for a layer outside 0..L or for `rows` of another shape than the forward's input, and
+    `RuntimeError` unless every layer fired exactly once.
+    """
+    stack, sequence = backbone(model), blocks(model)
+    _check_layers(layers, len(sequence))
+    store = _Store(rows)
+    deepest = max(layers, default=0)
+    with ExitStack() as hooks:
+        for layer in layers:
+            if layer == 0:
+                hook = sequence[0].register_forward_pre_hook(store.on_input, with_kwargs=True)
+            elif layer == len(sequence) and final_norm:
+                hook = stack.register_forward_hook(store.on_output(layer))
+            else:
+                hook = sequence[layer - 1].register_forward_hook(store.on_output(layer))
+            hooks.callback(hook.remove)
+        hooks.callback(stack.register_forward_hook(store.on_end).remove)
+        if stop_early:
+            # Before block l + 1, and ahead of any other hook there, so that nothing of it is begun.
+            stop = (
+                sequence[deepest].register_forward_pre_hook(_stop, prepend=deepest > 0)
+                if deepest < len(sequence)
+                else stack.register_forward_hook(_stop)
+            )
+            hooks.callback(stop.remove)
+        with suppress(_StopForward):
+            yield store.states
+        store.finish(layers)
+
+
+class _Store:
+    """The states of one forward and the row selection they share."""
+
+    def __init__(self, rows: Tensor | None) -> None:
+        self.states: dict[int, Tensor] = {}
+        self._rows = rows
+        self._indices: dict[torch.device, Tensor] = {}
+        self._whole: dict[int, Tensor] = {}
+
+    def on_input(self, block: nn.Module, args: tuple, kwargs: dict) -> None:
+        self._keep(0, args[0] if args else kwargs["hidden_states"], block)
+
+    def on_output(self, layer: int) -> Callable[[nn.Module, tuple, object], None]:
+        def hook(module: nn.Module, args: tuple, output: object) -> None:
+            self._keep(layer, _tensor(output), module)
+
+        return hook
+
+    def on_end(self, *_: object) -> None:
+        for layer, whole in self._whole.items():
+            self.states[layer] = self._pick(whole)
+        self._whole.clear()
+
+    def finish(self, layers: Sequence[int]) -> None:
+        self.on_end()
+        if missing := [layer for layer in layers if layer not in self.states]:
+            raise RuntimeError(f"layers {missing} did not run: run one forward inside the capture")
+
+    def _keep(self, layer: int, whole: Tensor, module: nn.Module) -> None:
+        if torch._C._current_graph_task_id() != -1:  # a checkpointed block replayed by the backward
+            return
+        if layer in self.states or layer in self._whole:
+            raise RuntimeError(f"layer {layer} ran twice: run one forward inside each capture")
+        # Inside a checkpointed block a new op would be lost or miscounted: pick once it has returned.
+        if getattr(module, "gradient_checkpointing", False) and module.training:
+            self._whole[layer] = whole
+        else:
+            self.states[layer] = self._pick(whole)
+
+    def _pick(self, whole: Tensor) -> Tensor:
+        if self._rows is None:
+            return whole
+        if self._rows.shape != whole.shape[:2]:
+            raise UserError(
+                f"rows has shape {tuple(self._rows.shape)}, but the forward read sequences of shape "
+                f"{tuple(whole.shape[:2])}: rows is a mask over the whole sequence, prompt included"
+            )
+        if whole.device not in self._indices:
+            self._indices[whole.device] = self._rows.flatten().nonzero().squeeze(1).to(whole.device)
+        return whole.flatten(0, 1).index_select(0, self._indices[whole.device])
+
+
+def _tensor(output: object) -> Tensor:
+    """The hidden states in what a block or a backbone returns."""
+    state = getattr(output, "last_hidden_state", None)
+    if state is None:
+        state = output[0] if isinstance(output, tuple) else output
+    assert isinstance(state, Tensor)
+    return state
+
+
+def _stop(*_: object) -> None:
+    raise _StopForward
+
+
+def _check_layers(layers: Sequence[int], depth: int) -> None:
+    if not layers or len(set(layers)) != len(layers):
+        raise UserError(f"capture wants distinct layers, at least one; got {list(layers)}")
+    if outside := [layer for layer in layers if not 0 <= layer <= depth]:
+        raise UserError(f"layer {outside[0]} is outside 0..{depth}, the layers of this model")

@@ -1,0 +1,1 @@
+"""Sampling, grading and summarising: `oprd eval` and the table of `oprd demo`."""

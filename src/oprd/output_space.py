@@ -1,0 +1,181 @@
+"""Output-space baselines (OPD): divergences of next-token distributions, one value per row.
+
+Every function takes `student_logits[N, V]` and `teacher_logits[N, V]`, computes in float32 or wider
+and lets no gradient reach the teacher. p is the student's distribution, q the teacher's.
+"""
+
+from collections.abc import Callable
+from typing import Literal, get_args
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from oprd.errors import UserError
+
+Support = Literal["student", "teacher", "union", "intersection"]
+Divergence = Literal["reverse_kl", "forward_kl", "jsd"]
+Logits = Float[Tensor, "N V"]
+Rows = Float[Tensor, " N"]
+
+
+def sampled_token(student_logits: Logits, teacher_logits: Logits, tokens: Int[Tensor, " N"]) -> Rows:
+    """log p(ŷ) − log q(ŷ) at the sampled token (Eq. 3), with the score-function gradient (Eq. 19).
+
+    The gradient is sg(log p − log q) · ∇ log p(ŷ), whose mean over ŷ ~ p is that of Eq. 2; the
+    derivative of the value itself would have zero mean.
+    """
+    student_logits, teacher_logits = _wide(student_logits, teacher_logits)
+    log_p = student_logits.log_softmax(-1).gather(-1, tokens[:, None]).squeeze(-1)
+    log_q = teacher_logits.log_softmax(-1).gather(-1, tokens[:, None]).squeeze(-1)
+    advantage = (log_p - log_q).detach()
+    return advantage + advantage * (log_p - log_p.detach())
+
+
+def full_vocab(student_logits: Logits, teacher_logits: Logits, divergence: Divergence = "reverse_kl") -> Rows:
+    """Divergence over the whole vocabulary, differentiated exactly.
+
+    `reverse_kl` is Σ p log(p/q) (Eq. 4), `forward_kl` Σ q log(q/p), `jsd` ½KL(p‖m) + ½KL(q‖m) with
+    m = (p + q)/2.
+    """
+    student_logits, teacher_logits = _wide(student_logits, teacher_logits)
+    log_p, log_q = student_logits.log_softmax(-1), teacher_logits.log_softmax(-1)
+    if divergence == "reverse_kl":
+        return _kl(log_p, log_q)
+    if divergence == "forward_kl":
+        return _kl(log_q, log_p)
+    if divergence == "jsd":
+        log_m = torch.logaddexp(log_p, log_q) - torch.log(torch.tensor(2.0, dtype=log_p.dtype))
+        return (_kl(log_p, log_m) + _kl(log_q, log_m)) / 2
+    raise UserError(f"divergence={divergence!r} is not one of {', '.join(get_args(Divergence))}")
+
+
+def top_k(
+    student_logits: Logits,
+    teacher_logits: Logits,
+    k: int,
+    support: Support = "student",
+    renormalize: bool = True,
+) -> Rows:
+    """Reverse KL on a support S of likely tokens, differentiated through the live student.
+
+    `renormalize=True` is Eq. 5: KL between p and q both renormalised on S; it is identically zero at
+    k = 1, which is refused. `renormalize=False` is the truncated sum of §4.1.1,
+    Σ_{v∈S} p(v) [log p(v) − log q(v)]. S is the top k of the student, of the teacher, their union or
+    their intersection; a row whose intersection is empty has value zero.
+    """
+    _check_k(k, student_logits.shape[-1], renormalize)
+    student_logits, teacher_logits = _wide(student_logits, teacher_logits)
+    tokens, members = support_tokens(student_logits, teacher_logits, k, support)
+    if renormalize:
+        log_p = _log_softmax_on(student_logits.gather(-1, tokens), members)
+        log_q = _log_softmax_on(teacher_logits.gather(-1, tokens), members)
+    else:
+        log_p = student_logits.log_softmax(-1).gather(-1, tokens)
+        log_q = teacher_logits.log_softmax(-1).gather(-1, tokens)
+    return torch.where(members, log_p.exp() * (log_p - log_q), 0).sum(-1)
+
+
+def top_k_authors(
+    student_logits: Logits, teacher_logits: Logits, k: int, support: Support = "student"
+) -> Rows:
+    """The form of the authors' code: Σ_{v∈S} w(v) sg(log p(v) − log q(v)), w = softmax of log p over S.
+
+    The weights are live and the advantage is detached. Kept for parity; its value is neither Eq. 5
+    nor the truncated sum, and at k = 1 its gradient is zero, which is refused.
+    """
+    _check_k(k, student_logits.shape[-1], renormalize=True)
+    student_logits, teacher_logits = _wide(student_logits, teacher_logits)
+    tokens, members = support_tokens(student_logits, teacher_logits, k, support)
+    log_p = student_logits.log_softmax(-1).gather(-1, tokens)
+    log_q = teacher_logits.log_softmax(-1).gather(-1, tokens)
+    weights = _log_softmax_on(log_p, members).exp()
+    return torch.where(members, weights * (log_p - log_q).detach(), 0).sum(-1)
+
+
+@torch.no_grad()
+def support_tokens(
+    student_logits: Logits, teacher_logits: Logits, k: int, support: Support
+) -> tuple[Int[Tensor, "N S"], Bool[Tensor, "N S"]]:
+    """Candidate token ids of every row and which of them belong to its support, none twice."""
+    student_top = student_logits.topk(k, dim=-1).indices
+    teacher_top = teacher_logits.topk(k, dim=-1).indices
+    if support == "student":
+        return student_top, torch.ones_like(student_top, dtype=torch.bool)
+    if support == "teacher":
+        return teacher_top, torch.ones_like(teacher_top, dtype=torch.bool)
+    shared = (student_top[:, :, None] == teacher_top[:, None, :]).any(-1)
+    if support == "intersection":
+        return student_top, shared
+    if support == "union":
+        new = ~(teacher_top[:, :, None] == student_top[:, None, :]).any(-1)
+        return torch.cat([student_top, teacher_top], -1), torch.cat([torch.ones_like(shared), new], -1)
+    raise UserError(f"support={support!r} is not one of {', '.join(get_args(Support))}")
+
+
+@torch.no_grad()
+def entropy(logits: Logits) -> Rows:
+    """Entropy −Σ p log p of every row, in nats."""
+    log_p = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
+    return -(log_p.exp() * log_p).sum(-1)
+
+
+@torch.no_grad()
+def top_k_overlap(student_logits: Logits, teacher_logits: Logits, k: int = 16) -> Rows:
+    """|top-k(p) ∩ top-k(q)| / k of every row."""
+    k = min(k, student_logits.shape[-1])
+    return support_tokens(student_logits, teacher_logits, k, "intersection")[1].float().mean(-1)
+
+
+def in_chunks(
+    loss: Callable[[Tensor, Tensor, Tensor], Tensor],
+    student_rows: Float[Tensor, "N D_S"],
+    teacher_rows: Float[Tensor, "N D_T"],
+    tokens: Int[Tensor, " N"],
+    chunk_size: int,
+) -> Tensor:
+    """`loss(student_rows, teacher_rows, tokens)` over chunks of rows, recomputed in the backward.
+
+    `loss` runs the LM heads, so at most `chunk_size` rows of logits exist at a time. Its result's
+    first dimension is that of its rows.
+    """
+    pieces = [
+        checkpoint(
+            loss, *(x[i : i + chunk_size] for x in (student_rows, teacher_rows, tokens)), use_reentrant=False
+        )
+        for i in range(0, max(len(tokens), 1), chunk_size)
+    ]
+    return torch.cat(pieces)
+
+
+def _wide(student_logits: Tensor, teacher_logits: Tensor) -> tuple[Tensor, Tensor]:
+    if student_logits.ndim != 2 or student_logits.shape != teacher_logits.shape:
+        raise UserError(
+            f"student logits {tuple(student_logits.shape)} and teacher logits {tuple(teacher_logits.shape)} "
+            "must both be [rows, vocabulary] of one shape; output losses need one vocabulary"
+        )
+    dtype = torch.promote_types(
+        torch.promote_types(student_logits.dtype, teacher_logits.dtype), torch.float32
+    )
+    return student_logits.to(dtype), teacher_logits.detach().to(student_logits.device, dtype)
+
+
+def _kl(log_a: Tensor, log_b: Tensor) -> Tensor:
+    return (log_a.exp() * (log_a - log_b)).sum(-1)
+
+
+def _log_softmax_on(values: Tensor, members: Tensor) -> Tensor:
+    """log-softmax over the members of each row; finite, and of no consequence, elsewhere."""
+    lowest = torch.finfo(values.dtype).min
+    return values.masked_fill(~members, lowest).log_softmax(-1)
+
+
+def _check_k(k: int, vocabulary: int, renormalize: bool) -> None:
+    if not 1 <= k <= vocabulary:
+        raise UserError(f"top-k needs 1 <= k <= {vocabulary}, the vocabulary; got k = {k}")
+    if renormalize and k == 1:
+        raise UserError(
+            "a renormalised top-k loss is identically zero at k = 1: raise output_top_k, or set "
+            "renormalize: false, or use sampled_token"
+        )

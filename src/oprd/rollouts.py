@@ -1,0 +1,170 @@
+"""Generation outside training: the rollouts that the bridge is fitted on and the evaluation grades."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from oprd.errors import UserError
+
+Prompt = str | list[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """The distribution that responses are drawn from.
+
+    `temperature` 0 is greedy decoding, `top_k` 0 and `top_p` 1 switch these cuts off, and
+    `max_new_tokens` counts the EOS. Raises `UserError` for a value outside its range.
+    """
+
+    max_new_tokens: int = 512
+    temperature: float = 0.7
+    top_p: float = 0.95
+    top_k: int = 0
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 1:
+            raise UserError(f"max_new_tokens is {self.max_new_tokens}, but must be at least 1")
+        if self.temperature < 0:
+            raise UserError(f"temperature is {self.temperature}, but must be 0 (greedy) or more")
+        if not 0 < self.top_p <= 1:
+            raise UserError(f"top_p is {self.top_p}, but must be above 0 and at most 1 (off)")
+        if self.top_k < 0:
+            raise UserError(f"top_k is {self.top_k}, but must be 0 (off) or more")
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """One response: its token ids include the EOS; `truncated` means that none came within the limit."""
+
+    prompt_ids: list[int]
+    response_ids: list[int]
+    truncated: bool
+
+
+def eos_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The ids that end a response: the tokenizer's EOS, then those of the model's generation config.
+
+    Raises `UserError` when there is none.
+    """
+    listed = getattr(model.generation_config, "eos_token_id", None)
+    others = listed if isinstance(listed, list) else [listed]
+    ids = [i for i in [tokenizer.eos_token_id, *others] if i is not None]
+    if not ids:
+        raise UserError(
+            "neither the tokenizer nor the model's generation config names an EOS token, so no response "
+            "would ever end: set eos_token in the tokenizer's files"
+        )
+    return list(dict.fromkeys(ids))
+
+
+def render_prompt(
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: Prompt,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
+) -> list[int]:
+    """Token ids of a prompt, ready to be continued by the model.
+
+    Messages go through the chat template with the generation prompt added; a string is tokenised as
+    it is. Neither gets a second BOS. Raises `UserError` for messages without a chat template.
+    """
+    if isinstance(prompt, str):
+        has_bos = bool(tokenizer.bos_token) and prompt.startswith(tokenizer.bos_token)
+        return tokenizer(prompt, add_special_tokens=not has_bos)["input_ids"]
+    if not tokenizer.chat_template:
+        raise UserError(
+            "the prompt is a list of messages, but the tokenizer has no chat template: give the prompts as "
+            "plain text, or use a tokenizer with a chat_template"
+        )
+    ids = tokenizer.apply_chat_template(
+        prompt, add_generation_prompt=True, tokenize=True, return_dict=False, **(chat_template_kwargs or {})
+    )
+    return cast(list[int], ids)
+
+
+@torch.no_grad()
+def generate(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompt_ids: Sequence[list[int]],
+    sampling: Sampling,
+    seed: int,
+) -> list[Rollout]:
+    """One response per prompt, drawn in one left-padded batch with HF `generate`.
+
+    Nothing but the model, the batch, `sampling` and `seed` decides the result: the sampling options in
+    the model's own generation config are set aside, and the global random state is neither read nor
+    changed. The model's train/eval modes are restored. Raises `UserError` without an EOS token.
+    """
+    eos = eos_token_ids(model, tokenizer)
+    pad = eos[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    ids, mask = _left_pad(prompt_ids, pad)
+    with _seeded(seed), _eval_mode(model), _blank_generation_config(model):
+        output = model.generate(  # type: ignore[operator]
+            ids.to(model.device),
+            attention_mask=mask.to(model.device),
+            generation_config=_generation_config(sampling, eos, pad),
+        )
+    responses = output[:, ids.shape[1] :].tolist()
+    return [_rollout(p, r, eos) for p, r in zip(prompt_ids, responses, strict=True)]
+
+
+def _generation_config(sampling: Sampling, eos: list[int], pad: int) -> GenerationConfig:
+    drawn = {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": sampling.top_k}
+    return GenerationConfig(
+        max_new_tokens=sampling.max_new_tokens,
+        do_sample=sampling.temperature > 0,
+        eos_token_id=eos,
+        pad_token_id=pad,
+        use_cache=True,
+        **(drawn if sampling.temperature > 0 else {}),
+    )
+
+
+def _left_pad(sequences: Sequence[list[int]], pad: int) -> tuple[torch.Tensor, torch.Tensor]:
+    width = max(map(len, sequences))
+    ids = torch.tensor([[pad] * (width - len(s)) + s for s in sequences])
+    mask = torch.tensor([[0] * (width - len(s)) + [1] * len(s) for s in sequences])
+    return ids, mask
+
+
+def _rollout(prompt_ids: list[int], response_ids: list[int], eos: list[int]) -> Rollout:
+    """Cut at the first EOS, which pads may equal."""
+    end = next((i for i, token in enumerate(response_ids) if token in eos), None)
+    if end is None:
+        return Rollout(prompt_ids, response_ids, truncated=True)
+    return Rollout(prompt_ids, response_ids[: end + 1], truncated=False)
+
+
+@contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+        torch.manual_seed(seed)
+        yield
+
+
+@contextmanager
+def _eval_mode(model: PreTrainedModel) -> Iterator[None]:
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+@contextmanager
+def _blank_generation_config(model: PreTrainedModel) -> Iterator[None]:
+    """HF fills every unset option from the model's generation config, so that one is swapped out."""
+    owner = getattr(model, "get_base_model", lambda: model)()
+    kept = owner.generation_config
+    owner.generation_config = GenerationConfig()
+    try:
+        yield
+    finally:
+        owner.generation_config = kept

@@ -104,7 +104,7 @@ def generate(
     pad = eos[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     ids, mask = _left_pad(prompt_ids, pad)
     with _seeded(seed), _eval_mode(model), _blank_generation_config(model):
-        output = model.generate(  # type: ignore[operator]
+        output = model.generate(
             ids.to(model.device),
             attention_mask=mask.to(model.device),
             generation_config=_generation_config(sampling, eos, pad),

@@ -9,7 +9,7 @@ from math_verify.errors import TimeoutException
 
 TIMEOUT_SECONDS = 5
 
-BRACES = re.compile(r"(?P<box>\\f?boxed\s*\{)|\\.|(?P<open>\{)|(?P<close>\})", re.S)
+BRACES = re.compile(r"(?P<box>\\(?:boxed|fbox)\s*\{)|\\.|(?P<open>\{)|(?P<close>\})", re.S)
 ANSWER_LINE = re.compile(
     r"^[ \t>*_#-]*(?:the\s+)?(?:final\s+)?answer(?:\s+is)?[*_\s]*:[*_]*\s*(\S[^\n]*)", re.I | re.M
 )
@@ -21,7 +21,7 @@ IN_BASE = re.compile(r"\d+_\d+")
 WORDS = re.compile(r"(?=.*[A-Za-z]{4})[A-Za-z][A-Za-z' -]*")
 
 REPLACEMENTS = [
-    (re.compile(r"\\!"), ""),
+    (re.compile(r"\\!\s*"), ""),
     (re.compile(r"\{,\}"), ","),
     (re.compile(r"(?<=\d)(?:\\,|\\ |~)(?=\d{3}(?!\d))"), ""),
     (re.compile(r"(?<!\\)\\[,;: ]|~|\\quad(?![a-zA-Z])"), " "),

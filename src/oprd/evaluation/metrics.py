@@ -52,7 +52,7 @@ def majority_at_k(answers: Sequence[Sequence[str | None]], correct: Correct) -> 
 
 
 def dist_n(texts_per_problem: Sequence[Sequence[str]], n: int = 4) -> float:
-    """Dist-n: distinct / total whitespace n-grams pooled over the samples of a problem, averaged over problems.
+    """Dist-n: distinct / total whitespace n-grams pooled over a problem's samples, averaged over problems.
 
     A problem without any n-gram counts as 0.
     """

@@ -143,7 +143,7 @@ def _resolved(evaluation: _Evaluation, model_name: str) -> dict[str, Any]:
     """Everything that decides the samples, flat, in the order in which differences are reported."""
     flat = asdict(evaluation.settings)
     flat |= flat.pop("sampling")
-    data = json.dumps([asdict(problem) for problem in evaluation.problems])
+    data = json.dumps([asdict(problem) for problem in evaluation.problems], sort_keys=True)
     return {
         "model_name": model_name,
         "model_fingerprint": _model_fingerprint(evaluation.model, evaluation.tokenizer),

@@ -23,12 +23,12 @@ class TinySettings:
 
     num_layers: int = 4
     width: int = 128
-    steps: int = 2500
+    steps: int = 1800
     batch_size: int = 64
     learning_rate: float = 1e-3
     warmup_steps: int = 50
     student_accuracy: float = 0.45
-    check_every: int = 20
+    check_every: int = 10
     num_check_problems: int = 256
     seed: int = 0
 

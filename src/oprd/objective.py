@@ -1,0 +1,110 @@
+"""The training objective (Eq. 7): output and representation losses, weighted, scheduled, reduced once.
+
+Losses give one value per row. Here every row gets its weight, from counts taken across ranks and the
+whole accumulation window before the forward, so neither micro-batching nor sharding changes the sum.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from oprd.errors import UserError
+from oprd.losses import RowLoss
+
+Reduction = Literal["rollout", "token"]
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """A weight over optimiser steps: piecewise linear between knots, constant outside."""
+
+    knots: tuple[tuple[int, float], ...]
+
+    @classmethod
+    def parse(cls, spec: str | float, name: str = "weight") -> "Schedule":
+        """Read a number or `step=value,…`; step 0 is the first update.
+
+        Raises `UserError` for steps that do not increase, negative or non-finite weights, other forms.
+        """
+        text = str(spec).strip()
+        try:
+            if "=" not in text:
+                knots = [(0, float(text))]
+            else:
+                pairs = [item.split("=") for item in text.split(",")]
+                knots = [(int(step), float(value)) for step, value in pairs]
+        except ValueError:
+            raise UserError(
+                f"{name}: cannot read {text!r}; write a number, or a schedule such as '0=1.0,400=0'"
+            ) from None
+        steps = [step for step, _ in knots]
+        if steps[0] < 0 or any(a >= b for a, b in zip(steps, steps[1:], strict=False)):
+            raise UserError(f"{name}={text!r}: the steps of a schedule must increase strictly, from 0 or later")
+        if any(not math.isfinite(value) or value < 0 for _, value in knots):
+            raise UserError(f"{name}={text!r}: a weight must be a finite number, 0 or more")
+        return cls(tuple(knots))
+
+    def __call__(self, step: int) -> float:
+        """The weight of update `step`, 0-based."""
+        if step <= self.knots[0][0]:
+            return self.knots[0][1]
+        for (left, low), (right, high) in zip(self.knots, self.knots[1:], strict=False):
+            if step <= right:
+                return low + (high - low) * (step - left) / (right - left)
+        return self.knots[-1][1]
+
+    @property
+    def ever_active(self) -> bool:
+        """Whether the weight is above zero at any step."""
+        return any(value > 0 for _, value in self.knots)
+
+    @property
+    def always_active(self) -> bool:
+        """Whether the weight is above zero at every step."""
+        return all(value > 0 for _, value in self.knots)
+
+
+def num_units(mask: Bool[Tensor, "B T"], reduction: Reduction) -> Tensor:
+    """What a mean is taken over: rollouts with at least one supervised row, or supervised rows."""
+    return mask.any(-1).sum() if reduction == "rollout" else mask.sum()
+
+
+def row_weights(
+    mask: Bool[Tensor, "B T"], reduction: Reduction, total_units: Tensor | int
+) -> Float[Tensor, "B T"]:
+    """Weight of every row; the weights of all micro-batches and ranks together sum to one.
+
+    `rollout`: the mean over a rollout's rows, then over rollouts (Eq. 6). `token`: the mean over all
+    supervised rows. `total_units` is `num_units` summed over ranks and the accumulation window.
+    """
+    weights = mask.float()
+    if reduction == "rollout":
+        weights = weights / weights.sum(-1, keepdim=True).clamp(min=1)
+    return weights / torch.as_tensor(total_units, device=mask.device).clamp(min=1)
+
+
+def representation_loss(
+    loss: RowLoss,
+    pairs: Sequence[tuple[int, int]],
+    student: dict[int, Float[Tensor, "N D"]],
+    teacher: dict[int, Float[Tensor, "N D"]],
+    weights: Float[Tensor, " N"],
+) -> Float[Tensor, " L"]:
+    """Eq. 6 layer by layer: Σ_rows weight · loss for every pair; Eq. 6 itself is the mean of the result."""
+    return torch.stack([_weighted_sum(loss(student[s], teacher[t]), weights) for s, t in pairs])
+
+
+def output_loss(
+    values: Float[Tensor, " N"], weights: Float[Tensor, " N"]
+) -> Float[Tensor, ""]:
+    """Σ_rows weight · value of an output-space loss (Eq. 2–5)."""
+    return _weighted_sum(values, weights)
+
+
+def _weighted_sum(values: Tensor, weights: Tensor) -> Tensor:
+    return (values * weights.to(values)).sum()

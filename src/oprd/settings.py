@@ -1,0 +1,109 @@
+"""The keys that OPRD adds to TRL's, their defaults (the paper's where it names them) and their checks."""
+
+from dataclasses import dataclass, field
+from typing import Any, get_args
+
+from oprd.errors import UserError
+from oprd.losses import REPRESENTATION_LOSSES
+from oprd.objective import Reduction, Schedule
+from oprd.output_space import Divergence, Support
+from oprd.selection import Positions
+
+OUTPUT_LOSSES = ("none", "sampled_token", "top_k", "top_k_authors", "full_vocab")
+TEACHER_TEMPLATES = ("student", "own")
+
+
+def _key(default: Any, text: str) -> Any:
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass
+class ObjectiveSettings:
+    """What is matched, where, how strongly; mixed into `OPRDConfig`."""
+
+    layers: str = _key("all", "all | last | even | odd | every=4 | 1,14,28 | 14=18,28=36 (student=teacher).")
+    positions: str = _key("last=2000", "Response rows of the representation loss: all | last=k | first=k.")
+    representation_loss: str = _key("mse", " | ".join(REPRESENTATION_LOSSES) + ".")
+    representation_weight: str = _key("1.0", "μ of Eq. 7: a number, or a schedule such as 0=1.0,400=0.")
+    output_loss: str = _key("none", " | ".join(OUTPUT_LOSSES) + ".")
+    output_weight: str = _key("1.0", "Weight of the output loss: a number or a schedule.")
+    output_top_k: int = _key(16, "Support size k of the top-k losses.")
+    output_support: str = _key("student", " | ".join(get_args(Support)) + ".")
+    output_positions: str = _key("all", "Response rows of the output loss: all | last=k | first=k.")
+    renormalize: bool = _key(True, "Renormalise both distributions on the top-k support (Eq. 5).")
+    divergence: str = _key("reverse_kl", "Of full_vocab: " + " | ".join(get_args(Divergence)) + ".")
+    student_temperature: float = _key(1.0, "Divides the student's logits in output losses.")
+    teacher_temperature: float = _key(1.0, "Divides the teacher's logits in output losses.")
+    reduction: str = _key("rollout", "rollout: mean of rollout means (Eq. 6); token: mean of all rows.")
+    num_generations: int = _key(2, "Rollouts per prompt; batch sizes count rollouts.")
+    mask_truncated_completions: bool = _key(False, "Leave rollouts cut at the length limit out of the loss.")
+    max_prompt_length: int | None = _key(None, "Drop (never cut) prompts of more tokens than this.")
+    final_norm: bool = _key(True, "Take the last layer after the final norm, as hidden_states[L].")
+    teacher_chat_template: str = _key("student", "student: the teacher reads the student's ids; own: its template.")
+    teacher_chat_template_kwargs: dict | str | None = _key(None, "Arguments of the teacher's chat template.")
+    output_chunk_size: int = _key(1024, "Rows of logits that exist at a time in output losses.")
+    diagnostics_steps: int = _key(10, "Measure what the loss itself does not show every n steps; 0 = never.")
+
+    def check(self) -> None:
+        """Normalise specs to strings and refuse what no run could mean."""
+        for name in ("layers", "positions", "representation_weight", "output_weight", "output_positions"):
+            setattr(self, name, str(getattr(self, name)))
+        _one_of("representation_loss", self.representation_loss, REPRESENTATION_LOSSES)
+        _one_of("output_loss", self.output_loss, OUTPUT_LOSSES)
+        _one_of("output_support", self.output_support, get_args(Support))
+        _one_of("divergence", self.divergence, get_args(Divergence))
+        _one_of("reduction", self.reduction, get_args(Reduction))
+        _one_of("teacher_chat_template", self.teacher_chat_template, TEACHER_TEMPLATES)
+        for name in ("student_temperature", "teacher_temperature"):
+            if getattr(self, name) <= 0:
+                raise UserError(f"{name} must be above 0, got {getattr(self, name)}")
+        for name in ("num_generations", "output_top_k", "output_chunk_size"):
+            _at_least(name, getattr(self, name), 1)
+        _at_least("diagnostics_steps", self.diagnostics_steps, 0)
+        if self.max_prompt_length is not None:
+            _at_least("max_prompt_length", self.max_prompt_length, 1)
+        Positions.parse(self.positions)
+        Positions.parse(self.output_positions)
+        self._check_weights()
+        self._check_output()
+
+    @property
+    def representation_schedule(self) -> Schedule:
+        """μ of Eq. 7 over steps."""
+        return Schedule.parse(self.representation_weight, "representation_weight")
+
+    @property
+    def output_schedule(self) -> Schedule:
+        """Weight of the output loss over steps; zero when there is none."""
+        schedule = Schedule.parse(self.output_weight, "output_weight")
+        return Schedule(((0, 0.0),)) if self.output_loss == "none" else schedule
+
+    def _check_weights(self) -> None:
+        if not (self.representation_schedule.ever_active or self.output_schedule.ever_active):
+            raise UserError(
+                "all weights are zero, so nothing would be trained: raise representation_weight, or set "
+                "output_loss with an output_weight above 0"
+            )
+
+    def _check_output(self) -> None:
+        top_k = self.output_loss in ("top_k", "top_k_authors")
+        if top_k and self.output_top_k == 1 and (self.renormalize or self.output_loss == "top_k_authors"):
+            raise UserError(
+                "a renormalised top-k loss is identically zero at output_top_k: 1; raise it, set "
+                "renormalize: false, or use output_loss: sampled_token"
+            )
+        if self.divergence != "reverse_kl" and self.output_loss != "full_vocab":
+            raise UserError(
+                f"divergence: {self.divergence} belongs to output_loss: full_vocab, and output_loss is "
+                f"{self.output_loss}; top-k and sampled-token losses are reverse KL"
+            )
+
+
+def _one_of(name: str, value: str, allowed: Any) -> None:
+    if value not in allowed:
+        raise UserError(f"{name}: {value!r} is not one of {', '.join(allowed)}")
+
+
+def _at_least(name: str, value: int, least: int) -> None:
+    if value < least:
+        raise UserError(f"{name} must be {least} or more, got {value}")

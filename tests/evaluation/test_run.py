@@ -1,0 +1,222 @@
+import copy
+import itertools
+import json
+
+import pytest
+import torch
+from transformers import Qwen3Config, Qwen3ForCausalLM
+
+from oprd.errors import UserError
+from oprd.evaluation import run
+from oprd.evaluation.grade import grade
+from oprd.evaluation.run import EvalSettings, evaluate
+from oprd.rollouts import Sampling
+from oprd.tiny import task
+from oprd.tiny.tokenizer import train_tokenizer
+
+torch.set_num_threads(1)
+DRAWN = Sampling(max_new_tokens=6, temperature=1.0, top_p=1.0)
+SETTINGS = EvalSettings(samples=3, sampling=DRAWN, batch_size=7)  # groups of two problems, the last of one
+ROWS = task.rows("eval", 5)
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    problems = itertools.islice(task.problems("train", 0), 30)
+    return train_tokenizer(task.question(p)[0]["content"] + task.solution(p) for p in problems)
+
+
+@pytest.fixture(scope="module")
+def model(tokenizer):
+    torch.manual_seed(0)
+    config = Qwen3Config(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=16,
+        max_position_embeddings=64,
+        eos_token_id=tokenizer.eos_token_id,
+        bos_token_id=None,
+    )
+    return Qwen3ForCausalLM(config)
+
+
+@pytest.fixture(scope="module")
+def finished(model, tokenizer, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("eval") / "whole"
+    evaluate(model, tokenizer, ROWS, SETTINGS, folder, "random", progress=False)
+    return folder
+
+
+def records(folder):
+    return [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
+
+
+def never(*args, **kwargs):
+    raise AssertionError("generated again")
+
+
+def test_one_line_per_problem(finished, tokenizer):
+    lines = records(finished)
+    assert [line["problem"] for line in lines] == [0, 1, 2, 3, 4]
+    for line, row in zip(lines, ROWS, strict=True):
+        assert line["prompt"] == row["prompt"] and line["reference"] == row["solution"]
+        assert len({sample["text"] for sample in line["samples"]}) == 3
+        for sample in line["samples"]:
+            assert set(sample) == {"text", "answer", "correct", "length", "truncated"}
+            assert sample["length"] == 6 or not sample["truncated"]
+
+
+def test_summary_describes_the_run(finished, model, tokenizer):
+    summary = json.loads((finished / "summary.json").read_text())
+    lines = records(finished)
+    lengths = [sample["length"] for line in lines for sample in line["samples"]]
+    truncated = [sample["truncated"] for line in lines for sample in line["samples"]]
+    assert summary["num_problems"] == 5 and summary["samples"] == 3
+    assert summary["avg_at_k"] == 0.0 and summary["ci95"] == [0.0, 0.0]
+    assert summary["pass_at_k"] == {"1": 0.0, "2": 0.0}
+    assert summary["mean_length"] == pytest.approx(sum(lengths) / 15)
+    assert summary["truncated_share"] == pytest.approx(sum(truncated) / 15)
+    assert summary["settings"] == json.loads((finished / "settings.json").read_text())
+    assert summary["settings"]["temperature"] == 1.0 and summary["settings"]["model_name"] == "random"
+    assert evaluate(model, tokenizer, ROWS, SETTINGS, None, "random", progress=False) == summary
+
+
+def test_right_answers_are_counted(model, tokenizer, tmp_path, monkeypatch):
+    """Accuracies by hand, with a decoder that answers the first problem on its even samples alone."""
+    calls = itertools.count()
+
+    def answer(ids, **kwargs):
+        call = next(calls)
+        return rf"\boxed{{{ROWS[0]['solution']}}}" if call < 3 and call % 2 == 0 else r"\boxed{1000}"
+
+    monkeypatch.setattr(tokenizer, "decode", answer)
+    summary = evaluate(model, tokenizer, ROWS, SETTINGS, tmp_path, progress=False)
+    assert grade(answer(None), "1000")
+    assert summary["avg_at_k"] == pytest.approx(2 / 15)
+    assert summary["best_at_k"] == summary["majority_at_k"] == pytest.approx(1 / 5)
+    assert summary["pass_at_k"] == {"1": pytest.approx(2 / 15), "2": pytest.approx(1 / 5)}
+    assert [s["correct"] for s in records(tmp_path)[0]["samples"]] == [True, False, True]
+
+
+@pytest.mark.parametrize("kept", [0.0, 0.1, 0.25, 0.5, 0.7, 0.99, 1.0])
+def test_a_killed_run_resumes_to_the_same_bytes(finished, model, tokenizer, tmp_path, kept):
+    whole = (finished / "samples.jsonl").read_bytes()
+    (tmp_path / "settings.json").write_bytes((finished / "settings.json").read_bytes())
+    (tmp_path / "samples.jsonl").write_bytes(whole[: int(kept * len(whole))])
+    torch.rand(3)
+    evaluate(model, tokenizer, ROWS, SETTINGS, tmp_path, "random", progress=False)
+    assert (tmp_path / "samples.jsonl").read_bytes() == whole
+    assert (tmp_path / "summary.json").read_bytes() == (finished / "summary.json").read_bytes()
+
+
+def test_resuming_generates_only_what_is_missing(finished, model, tokenizer, tmp_path, monkeypatch):
+    lines = (finished / "samples.jsonl").read_bytes().splitlines(keepends=True)
+    (tmp_path / "settings.json").write_bytes((finished / "settings.json").read_bytes())
+    (tmp_path / "samples.jsonl").write_bytes(b"".join(lines[:3]))
+    batches, generate = [], run.generate
+    monkeypatch.setattr(run, "generate", lambda *a: batches.append(len(a[2])) or generate(*a))
+    evaluate(model, tokenizer, ROWS, SETTINGS, tmp_path, "random", progress=False)
+    assert batches == [6, 3]
+
+
+def test_a_finished_folder_is_not_touched(finished, model, tokenizer, monkeypatch):
+    monkeypatch.setattr(run, "generate", never)
+    summary = evaluate(model, tokenizer, ROWS, SETTINGS, finished, "random", progress=False)
+    assert summary == json.loads((finished / "summary.json").read_text())
+
+
+def test_groups_larger_than_a_batch_are_split(model, tokenizer, monkeypatch):
+    seeds, generate = [], run.generate
+    monkeypatch.setattr(run, "generate", lambda *a: seeds.append((len(a[2]), a[4])) or generate(*a))
+    settings = EvalSettings(samples=5, sampling=DRAWN, batch_size=2)
+    summary = evaluate(model, tokenizer, ROWS[:2], settings, progress=False)
+    assert [count for count, _ in seeds] == [2, 2, 1, 2, 2, 1]
+    assert len({seed for _, seed in seeds}) == 6
+    assert list(summary["pass_at_k"]) == ["1", "2", "4"]
+
+
+@pytest.mark.parametrize(
+    ("change", "key"),
+    [
+        ({"settings": EvalSettings(samples=3, sampling=DRAWN, batch_size=7, seed=1)}, "seed"),
+        ({"settings": EvalSettings(samples=3, sampling=Sampling(6, 0.5, 1.0), batch_size=7)}, "temperature"),
+        (
+            {"settings": EvalSettings(samples=3, sampling=DRAWN, batch_size=7, prompt_suffix="!")},
+            "prompt_suffix",
+        ),
+        ({"rows": ROWS[:4]}, "num_problems"),
+        ({"rows": [*ROWS[:4], {**ROWS[4], "solution": "1"}]}, "data_fingerprint"),
+        ({"model_name": "other"}, "model_name"),
+    ],
+)
+def test_a_folder_of_another_evaluation_is_refused(finished, model, tokenizer, change, key):
+    call = {"rows": ROWS, "settings": SETTINGS, "model_name": "random", **change}
+    with pytest.raises(UserError, match=f"another {key} "):
+        evaluate(model, tokenizer, output_dir=finished, progress=False, **call)
+
+
+def test_a_folder_of_another_model_is_refused(finished, model, tokenizer):
+    changed = copy.deepcopy(model)
+    with torch.no_grad():
+        changed.lm_head.weight += 1e-3
+    with pytest.raises(UserError, match="another model_fingerprint "):
+        evaluate(changed, tokenizer, ROWS, SETTINGS, finished, "random", progress=False)
+
+
+def test_results_of_unknown_origin_are_refused(model, tokenizer, tmp_path):
+    (tmp_path / "samples.jsonl").write_text("{}\n")
+    with pytest.raises(UserError, match=r"no settings\.json"):
+        evaluate(model, tokenizer, ROWS, SETTINGS, tmp_path, progress=False)
+
+
+def test_greedy_samples_are_equal_and_random_state_is_left_alone(model, tokenizer, tmp_path):
+    before = torch.get_rng_state()
+    greedy = EvalSettings(samples=3, sampling=Sampling(6, temperature=0), batch_size=6)
+    evaluate(model, tokenizer, ROWS, greedy, tmp_path, progress=False)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert all(len({s["text"] for s in line["samples"]}) == 1 for line in records(tmp_path))
+
+
+def test_the_suffix_goes_to_the_last_user_message(model, tokenizer, tmp_path):
+    chat = [*ROWS[0]["prompt"], {"role": "assistant", "content": "1"}]
+    rows = [{"prompt": chat, "solution": "1"}, {"prompt": "1+1=", "solution": 2}]
+    settings = EvalSettings(samples=1, sampling=DRAWN, prompt_suffix=" Box it.")
+    evaluate(model, tokenizer, rows, settings, tmp_path, progress=False)
+    first, second = records(tmp_path)
+    assert first["prompt"] == [{**chat[0], "content": chat[0]["content"] + " Box it."}, chat[1]]
+    assert second["prompt"] == "1+1= Box it." and second["reference"] == "2"
+    assert chat[0]["content"].endswith(".") and not chat[0]["content"].endswith("Box it.")
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([], "empty"),
+        ([ROWS[0], {"prompt": "1+1"}], "row 1 has no reference"),
+        ([{"prompt": "1+1", "solution": None}], "row 0 has no reference"),
+        ([{"prompt": "1+1", "solution": " "}], "row 0 has no reference"),
+        ([{"prompt": [], "solution": "1"}], 'row 0 has no "prompt"'),
+        ([ROWS[0], {"prompt": "1" * 59, "solution": "1"}], "row 1 has 59 tokens.*max_new_tokens 6.*64"),
+    ],
+)
+def test_unusable_rows_are_named(model, tokenizer, rows, message):
+    with pytest.raises(UserError, match=message):
+        evaluate(model, tokenizer, rows, SETTINGS, progress=False)
+
+
+@pytest.mark.parametrize("wrong", [{"samples": 0}, {"batch_size": 0}])
+def test_counts_below_one_are_refused(wrong):
+    with pytest.raises(UserError, match=next(iter(wrong))):
+        EvalSettings(**wrong)
+
+
+def test_a_dataset_works_like_a_list(finished, model, tokenizer, monkeypatch):
+    from datasets import Dataset
+
+    monkeypatch.setattr(run, "generate", never)
+    summary = evaluate(model, tokenizer, Dataset.from_list(ROWS), SETTINGS, finished, "random", False)
+    assert summary["num_problems"] == 5

@@ -1,0 +1,167 @@
+import pytest
+import torch
+from transformers import GenerationConfig, Qwen3Config, Qwen3ForCausalLM
+
+from oprd.errors import UserError
+from oprd.rollouts import Sampling, eos_token_ids, generate, render_prompt
+from oprd.tiny.tokenizer import train_tokenizer
+
+torch.set_num_threads(1)
+QUESTION = [{"role": "user", "content": "Compute 1+2."}]
+DRAWN = Sampling(max_new_tokens=12, temperature=1.0, top_p=1.0)
+
+
+@pytest.fixture
+def tokenizer():
+    return train_tokenizer(["user\nCompute 1+2.", "assistant\n1+2=3"])
+
+
+@pytest.fixture
+def model(tokenizer):
+    torch.manual_seed(0)
+    config = Qwen3Config(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=16,
+        eos_token_id=tokenizer.eos_token_id,
+        bos_token_id=None,
+    )
+    return Qwen3ForCausalLM(config)
+
+
+def prompts(tokenizer, count=6):
+    return [render_prompt(tokenizer, "Compute " + "1+" * i + "2.") for i in range(count)]
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"temperature": -1}, {"top_p": 0}, {"top_p": 1.1}, {"max_new_tokens": 0}, {"top_k": -1}]
+)
+def test_values_out_of_range_are_refused(wrong):
+    with pytest.raises(UserError, match=next(iter(wrong))):
+        Sampling(**wrong)
+
+
+def test_messages_go_through_the_chat_template(tokenizer):
+    ids = render_prompt(tokenizer, QUESTION)
+    assert all(isinstance(i, int) for i in ids)
+    assert tokenizer.decode(ids) == "<|im_start|>user\nCompute 1+2.<|im_end|>\n<|im_start|>assistant\n"
+
+
+def test_template_arguments_reach_the_template(tokenizer):
+    tokenizer.chat_template = "{{ mood }}"
+    assert tokenizer.decode(render_prompt(tokenizer, QUESTION, {"mood": "calm"})) == "calm"
+
+
+def test_messages_without_a_template_are_refused(tokenizer):
+    tokenizer.chat_template = None
+    with pytest.raises(UserError, match="no chat template"):
+        render_prompt(tokenizer, QUESTION)
+    assert render_prompt(tokenizer, "1+2") == tokenizer("1+2")["input_ids"]
+
+
+def test_no_second_bos(tokenizer):
+    from tokenizers.processors import TemplateProcessing
+
+    start = tokenizer.convert_tokens_to_ids("<|im_start|>")
+    tokenizer.bos_token = "<|im_start|>"
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<|im_start|> $A", special_tokens=[("<|im_start|>", start)]
+    )
+    plain = render_prompt(tokenizer, "1+2")
+    assert plain.count(start) == 1
+    assert render_prompt(tokenizer, "<|im_start|>1+2") == plain
+    assert render_prompt(tokenizer, QUESTION)[:2] != [start, start]
+
+
+def test_every_end_of_sequence_counts(model, tokenizer):
+    model.generation_config.eos_token_id = [7, tokenizer.eos_token_id]
+    assert eos_token_ids(model, tokenizer) == [tokenizer.eos_token_id, 7]
+    model.generation_config.eos_token_id = tokenizer.eos_token = None
+    with pytest.raises(UserError, match="EOS"):
+        eos_token_ids(model, tokenizer)
+
+
+def test_same_seed_same_rollouts_and_global_random_state_left_alone(model, tokenizer):
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    first = generate(model, tokenizer, prompts(tokenizer), DRAWN, seed=1)
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.manual_seed(6)
+    assert generate(model, tokenizer, prompts(tokenizer), DRAWN, seed=1) == first
+    assert generate(model, tokenizer, prompts(tokenizer), DRAWN, seed=2) != first
+
+
+@pytest.mark.parametrize("pad_is_eos", [False, True])
+def test_responses_end_with_their_first_eos(model, tokenizer, pad_is_eos):
+    if pad_is_eos:
+        tokenizer.pad_token = tokenizer.eos_token
+    eos = tokenizer.eos_token_id
+    model.generation_config.eos_token_id = [eos, *range(20, 60)]
+    ends = eos_token_ids(model, tokenizer)
+    rollouts = generate(model, tokenizer, prompts(tokenizer, 24), DRAWN, seed=0)
+    assert {r.truncated for r in rollouts} == {True, False}
+    for rollout, prompt in zip(rollouts, prompts(tokenizer, 24), strict=True):
+        assert rollout.prompt_ids == prompt
+        assert not set(rollout.response_ids[:-1]) & set(ends)
+        assert (rollout.response_ids[-1] in ends) is not rollout.truncated
+        assert len(rollout.response_ids) == 12 or not rollout.truncated
+
+
+def test_greedy_equals_argmax_whatever_the_padding(model, tokenizer):
+    rollouts = generate(model, tokenizer, prompts(tokenizer), Sampling(8, temperature=0), seed=0)
+    for rollout in rollouts:
+        for i, token in enumerate(rollout.response_ids):
+            logits = model(torch.tensor([rollout.prompt_ids + rollout.response_ids[:i]])).logits
+            assert logits[0, -1].argmax() == token
+
+
+LEAKS = {
+    "top_k": {"do_sample": True, "top_k": 1},
+    "repetition_penalty": {"repetition_penalty": 50.0},
+    "suppress_tokens": {"suppress_tokens": list(range(100))},
+    "min_p and length": {"do_sample": True, "min_p": 0.9, "max_length": 3, "min_new_tokens": 9},
+}
+
+
+@pytest.mark.parametrize("options", LEAKS.values(), ids=LEAKS.keys())
+@pytest.mark.parametrize("sampling", [DRAWN, Sampling(8, temperature=0)], ids=["drawn", "greedy"])
+def test_the_models_generation_config_does_not_leak(model, tokenizer, options, sampling):
+    expected = generate(model, tokenizer, prompts(tokenizer), sampling, seed=3)
+    own = GenerationConfig(eos_token_id=tokenizer.eos_token_id, **options)
+    model.generation_config = own
+    assert generate(model, tokenizer, prompts(tokenizer), sampling, seed=3) == expected
+    assert model.generation_config is own
+
+
+def test_peft_models_too(model, tokenizer):
+    from peft import LoraConfig, get_peft_model
+
+    expected = generate(model, tokenizer, prompts(tokenizer), DRAWN, seed=3)
+    model.generation_config = GenerationConfig(eos_token_id=tokenizer.eos_token_id, do_sample=True, top_k=1)
+    wrapped = get_peft_model(model, LoraConfig(target_modules=["q_proj"]))
+    assert generate(wrapped, tokenizer, prompts(tokenizer), DRAWN, seed=3) == expected
+    assert wrapped.generation_config.top_k == 1
+
+
+def test_top_k_and_top_p_cut_the_distribution(model, tokenizer):
+    greedy = generate(model, tokenizer, prompts(tokenizer), Sampling(8, temperature=0), seed=0)
+    for cut in ({"top_k": 1, "top_p": 1.0}, {"top_p": 1e-6}):
+        assert generate(model, tokenizer, prompts(tokenizer), Sampling(8, 1.0, **cut), seed=0) == greedy
+
+
+def test_more_than_fifty_tokens_are_drawn_without_top_k(model, tokenizer):
+    """HF's default of top_k=50 must not apply."""
+    batch = [[5]] * 400
+    rollouts = generate(model, tokenizer, batch, Sampling(1, 1.0, 1.0), seed=0)
+    assert len({r.response_ids[0] for r in rollouts}) > 50
+
+
+def test_modes_are_restored(model, tokenizer):
+    model.train()
+    model.model.layers[0].eval()
+    generate(model, tokenizer, prompts(tokenizer, 1), DRAWN, seed=0)
+    assert model.training and model.model.layers[1].training and not model.model.layers[0].training

@@ -5,8 +5,9 @@ whole accumulation window before the forward, so neither micro-batching nor shar
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Literal
 
 import torch
@@ -43,8 +44,10 @@ class Schedule:
                 f"{name}: cannot read {text!r}; write a number, or a schedule such as '0=1.0,400=0'"
             ) from None
         steps = [step for step, _ in knots]
-        if steps[0] < 0 or any(a >= b for a, b in zip(steps, steps[1:], strict=False)):
-            raise UserError(f"{name}={text!r}: the steps of a schedule must increase strictly, from 0 or later")
+        if steps[0] < 0 or any(a >= b for a, b in pairwise(steps)):
+            raise UserError(
+                f"{name}={text!r}: the steps of a schedule must increase strictly, from 0 or later"
+            )
         if any(not math.isfinite(value) or value < 0 for _, value in knots):
             raise UserError(f"{name}={text!r}: a weight must be a finite number, 0 or more")
         return cls(tuple(knots))
@@ -53,7 +56,7 @@ class Schedule:
         """The weight of update `step`, 0-based."""
         if step <= self.knots[0][0]:
             return self.knots[0][1]
-        for (left, low), (right, high) in zip(self.knots, self.knots[1:], strict=False):
+        for (left, low), (right, high) in pairwise(self.knots):
             if step <= right:
                 return low + (high - low) * (step - left) / (right - left)
         return self.knots[-1][1]
@@ -99,12 +102,10 @@ def representation_loss(
     return torch.stack([_weighted_sum(loss(student[s], teacher[t]), weights) for s, t in pairs])
 
 
-def output_loss(
-    values: Float[Tensor, " N"], weights: Float[Tensor, " N"]
-) -> Float[Tensor, ""]:
+def output_loss(values: Float[Tensor, " N"], weights: Float[Tensor, " N"]) -> Float[Tensor, ""]:
     """Σ_rows weight · value of an output-space loss (Eq. 2–5)."""
     return _weighted_sum(values, weights)
 
 
 def _weighted_sum(values: Tensor, weights: Tensor) -> Tensor:
-    return (values * weights.to(values)).sum()
+    return (values * weights.to(values)).sum().to(weights.device)

@@ -28,21 +28,23 @@ class ObjectiveSettings:
     output_loss: str = _key("none", " | ".join(OUTPUT_LOSSES) + ".")
     output_weight: str = _key("1.0", "Weight of the output loss: a number or a schedule.")
     output_top_k: int = _key(16, "Support size k of the top-k losses.")
-    output_support: str = _key("student", " | ".join(get_args(Support)) + ".")
+    output_support: Support = _key("student", " | ".join(get_args(Support)) + ".")
     output_positions: str = _key("all", "Response rows of the output loss: all | last=k | first=k.")
     renormalize: bool = _key(True, "Renormalise both distributions on the top-k support (Eq. 5).")
-    divergence: str = _key("reverse_kl", "Of full_vocab: " + " | ".join(get_args(Divergence)) + ".")
+    divergence: Divergence = _key("reverse_kl", "Of full_vocab: " + " | ".join(get_args(Divergence)) + ".")
     student_temperature: float = _key(1.0, "Divides the student's logits in output losses.")
     teacher_temperature: float = _key(1.0, "Divides the teacher's logits in output losses.")
-    reduction: str = _key("rollout", "rollout: mean of rollout means (Eq. 6); token: mean of all rows.")
+    reduction: Reduction = _key("rollout", "rollout: mean of rollout means (Eq. 6); token: mean of all rows.")
     num_generations: int = _key(2, "Rollouts per prompt; batch sizes count rollouts.")
     mask_truncated_completions: bool = _key(False, "Leave rollouts cut at the length limit out of the loss.")
     max_prompt_length: int | None = _key(None, "Drop (never cut) prompts of more tokens than this.")
     final_norm: bool = _key(True, "Take the last layer after the final norm, as hidden_states[L].")
-    teacher_chat_template: str = _key("student", "student: the teacher reads the student's ids; own: its template.")
+    teacher_chat_template: str = _key(
+        "student", "student: the teacher reads the student's ids; own: its template."
+    )
     teacher_chat_template_kwargs: dict | str | None = _key(None, "Arguments of the teacher's chat template.")
     output_chunk_size: int = _key(1024, "Rows of logits that exist at a time in output losses.")
-    diagnostics_steps: int = _key(10, "Measure what the loss itself does not show every n steps; 0 = never.")
+    diagnostics_steps: int = _key(0, "Every n steps, measure what the loss does not show; 0 = never.")
 
     def check(self) -> None:
         """Normalise specs to strings and refuse what no run could mean."""

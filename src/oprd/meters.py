@@ -1,0 +1,120 @@
+"""What a run measures besides its loss: sums over micro-batches and ranks, seconds and memory."""
+
+import ctypes
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+MB = 1e6
+
+
+class Averages:
+    """Sums and weighted means over micro-batches, kept on the device until they are read."""
+
+    def __init__(self) -> None:
+        self._entries: dict[str, Tensor] = {}
+        self._plain: set[str] = set()
+
+    def add(self, name: str, total: Tensor | float, weight: Tensor | float | None = None) -> None:
+        """Add `total`, a sum over `weight` units, to a mean; without a weight, to a plain sum."""
+        if weight is None:
+            self._plain.add(name)
+        device = total.device if isinstance(total, Tensor) else None
+        pair = (total, 1.0 if weight is None else weight)
+        entry = torch.stack([torch.as_tensor(x, device=device).detach().float() for x in pair])
+        self._entries[name] = self._entries[name] + entry if name in self._entries else entry
+
+    def pop(self, reduce: Callable[[Tensor], Tensor]) -> dict[str, float]:
+        """Values by name after `reduce` summed the entries over ranks; empties the meter.
+
+        A mean over no units has nothing to say and is left out.
+        """
+        if not self._entries:
+            return {}
+        names = list(self._entries)
+        entries = reduce(torch.stack([entry.cpu() for entry in self._entries.values()]))
+        self._entries = {}
+        return {
+            name: total if name in self._plain else total / weight
+            for name, (total, weight) in zip(names, entries.tolist(), strict=True)
+            if weight > 0
+        }
+
+
+class Stopwatch:
+    """Seconds spent in named parts; parts may be nested, and each counts its own time only."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._seconds: dict[str, float] = defaultdict(float)
+        self._open: list[str] = []
+        self._since = 0.0
+
+    @contextmanager
+    def part(self, name: str) -> Iterator[None]:
+        """Count the block under `name`, and not under the part around it."""
+        self._lap()
+        self._open.append(name)
+        try:
+            yield
+        finally:
+            self._lap()
+            self._open.pop()
+
+    def pop(self) -> dict[str, float]:
+        """Seconds by part since the last call."""
+        seconds, self._seconds = dict(self._seconds), defaultdict(float)
+        return seconds
+
+    def _lap(self) -> None:
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        now = time.perf_counter()
+        if self._open:
+            self._seconds[self._open[-1]] += now - self._since
+        self._since = now
+
+
+class MemoryMeter:
+    """Peak memory between two marks, and how far it rose above the first one.
+
+    CUDA: the allocator's peak. Linux without CUDA: the peak resident set, after freed memory has been
+    handed back to the system. Elsewhere nothing is measured.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._baseline: float | None = None
+
+    def start(self) -> None:
+        """Mark the baseline and forget earlier peaks."""
+        if self._device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self._device)
+            self._baseline = torch.cuda.memory_allocated(self._device) / MB
+        elif sys.platform == "linux":
+            ctypes.CDLL(None).malloc_trim(0)
+            Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
+            self._baseline = _resident_mb("VmRSS")
+
+    def read(self) -> dict[str, float]:
+        """`memory/peak_mb` and `memory/transient_mb` since `start`; empty where nothing is measured."""
+        if self._baseline is None:
+            return {}
+        if self._device.type == "cuda":
+            peak = torch.cuda.max_memory_allocated(self._device) / MB
+        else:
+            peak = _resident_mb("VmHWM")
+        return {"memory/peak_mb": peak, "memory/transient_mb": max(peak - self._baseline, 0.0)}
+
+
+def _resident_mb(field: str) -> float:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field):
+            return int(line.split()[1]) * 1024 / MB
+    raise RuntimeError(f"/proc/self/status has no {field}")

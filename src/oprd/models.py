@@ -1,0 +1,60 @@
+"""Models by name: the bundled `tiny:…` ones, folders and Hub names, with errors that speak to the user."""
+
+from pathlib import Path
+from typing import Any
+
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from oprd.errors import UserError
+
+TINY_MODELS = Path(__file__).parent / "tiny" / "models"
+
+
+def resolve_model(name: str, **hub_kwargs: Any) -> str:
+    """A name that `from_pretrained` takes: `tiny:student` becomes a folder, others are checked and kept.
+
+    Raises `UserError` when no model is found there.
+    """
+    if name.startswith("tiny:"):
+        folder = TINY_MODELS / name.removeprefix("tiny:")
+        if not folder.is_dir():
+            known = ", ".join(f"tiny:{path.name}" for path in sorted(TINY_MODELS.iterdir()))
+            raise UserError(f"there is no bundled model {name}; the bundled ones are {known}")
+        return str(folder)
+    path = Path(name).expanduser()
+    if path.exists() and not (path / "config.json").is_file():
+        raise UserError(f"{name} is not a model folder: it holds no config.json")
+    if not path.exists() and (name.startswith((".", "/", "~")) or name.count("/") > 1):
+        raise UserError(f"the model folder {name} does not exist")
+    located = str(path) if path.exists() else name
+    try:
+        AutoConfig.from_pretrained(located, **hub_kwargs)
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot load the model {name}: {_first_line(error)}") from error
+    return located
+
+
+def load_tokenizer(name: str, **kwargs: Any) -> PreTrainedTokenizerBase:
+    """The tokenizer of a resolved model name, padding on the left."""
+    try:
+        return AutoTokenizer.from_pretrained(name, padding_side="left", **kwargs)
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot load a tokenizer from {name}: {_first_line(error)}") from error
+
+
+def load_model(name: str, **kwargs: Any) -> PreTrainedModel:
+    """The causal language model of a resolved model name."""
+    try:
+        return AutoModelForCausalLM.from_pretrained(name, **kwargs)
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot load the model {name}: {_first_line(error)}") from error
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().partition("\n")[0]

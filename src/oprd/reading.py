@@ -1,0 +1,85 @@
+"""One forward of a backbone over rollouts: what it reads, and which rows of which layers are kept.
+
+Row t, 0-based, is the state that predicts response token t: the last prompt token for t = 0. The
+last response token is read by no row, so it is not fed.
+"""
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor, nn
+
+from oprd.capture import backbone, capture
+
+
+@dataclass(frozen=True)
+class Reading:
+    """Token ids that a model reads and where the response rows lie among them."""
+
+    input_ids: Int[Tensor, "B S"]
+    attention_mask: Int[Tensor, "B S"]
+    first_row: int
+    num_rows: int
+
+    @classmethod
+    def of(
+        cls,
+        prompt_ids: Int[Tensor, "B P"],
+        prompt_mask: Int[Tensor, "B P"],
+        completion_ids: Int[Tensor, "B T"],
+        completion_mask: Int[Tensor, "B T"],
+    ) -> "Reading":
+        """Left-padded prompts and right-padded completions, less the columns that are padding throughout."""
+        skipped = int(prompt_mask.any(0).int().argmax())
+        longest = max(int(completion_mask.sum(-1).max()), 1)
+        ids = torch.cat([prompt_ids[:, skipped:], completion_ids[:, : longest - 1]], dim=1)
+        mask = torch.cat([prompt_mask[:, skipped:], completion_mask[:, : longest - 1]], dim=1)
+        return cls(ids, mask, prompt_ids.shape[1] - skipped - 1, longest)
+
+    def rows(self, mask: Bool[Tensor, "B T"]) -> Bool[Tensor, "B S"]:
+        """A mask over response rows as a mask over the sequence."""
+        placed = torch.zeros_like(self.input_ids, dtype=torch.bool)
+        placed[:, self.first_row : self.first_row + self.num_rows] = mask[:, : self.num_rows]
+        return placed
+
+    def to(self, device: torch.device) -> "Reading":
+        """The same reading on another device."""
+        return Reading(
+            self.input_ids.to(device), self.attention_mask.to(device), self.first_row, self.num_rows
+        )
+
+
+@dataclass(frozen=True)
+class Want:
+    """Layers to keep and the response rows to keep of them."""
+
+    layers: tuple[int, ...]
+    mask: Bool[Tensor, "B T"]
+    final_norm: bool = True
+
+
+def read_states(model: nn.Module, reading: Reading, wants: Sequence[Want]) -> list[dict[int, Tensor]]:
+    """Run the backbone once, no deeper than needed and without its LM head.
+
+    Returns, for every want, `{layer: [N, D]}` with N the rows of its mask, row-major.
+    """
+    deepest = max(range(len(wants)), key=lambda i: max(wants[i].layers))
+    # Positions count real tokens, so the amount of padding does not shift them.
+    positions = (reading.attention_mask.cumsum(-1) - 1).clamp(min=0)
+    with ExitStack() as captures:
+        states = [
+            captures.enter_context(
+                capture(model, want.layers, reading.rows(want.mask), want.final_norm, stop_early=i == deepest)
+            )
+            for i, want in enumerate(wants)
+        ]
+        backbone(model)(
+            input_ids=reading.input_ids,
+            attention_mask=reading.attention_mask,
+            position_ids=positions,
+            use_cache=False,
+        )
+    return states

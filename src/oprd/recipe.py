@@ -1,0 +1,77 @@
+"""Recipes: one YAML mapping of keys to values, overridden by `--key value` flags of the same names."""
+
+import difflib
+import json
+from collections.abc import Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, NoReturn
+
+import yaml
+from transformers import HfArgumentParser
+
+from oprd.errors import UserError
+
+
+class RecipeParser(HfArgumentParser):
+    """HF's argument parser whose every refusal is a `UserError` and that takes whole key names only."""
+
+    def __init__(self, dataclass_types: Sequence[type]) -> None:
+        super().__init__(dataclass_types, allow_abbrev=False, add_help=False)
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(message)
+
+
+def parse_recipe(path: str | Path, flags: Sequence[str], dataclass_types: Sequence[type]) -> tuple[Any, ...]:
+    """Instances of `dataclass_types` from the YAML file at `path` and then `flags`.
+
+    YAML values go through the same parsing as flags. Raises `UserError` for a missing or malformed
+    file, an unknown key or flag, and a value of the wrong type.
+    """
+    known = {field.name for kind in dataclass_types for field in fields(kind) if field.init}
+    arguments = []
+    for key, value in read_recipe(path).items():
+        if key not in known:
+            raise UserError(f"{path}: unknown key {key!r}{_suggest(key, known)}")
+        arguments += _as_flag(str(path), key, value)
+    parser = RecipeParser(dataclass_types)
+    *parsed, rest = parser.parse_args_into_dataclasses([*arguments, *flags], return_remaining_strings=True)
+    if rest:
+        name = rest[0].lstrip("-").partition("=")[0]
+        raise UserError(f"unknown flag {rest[0]!r}{_suggest(name, known)}")
+    return tuple(parsed)
+
+
+def read_recipe(path: str | Path) -> dict[str, Any]:
+    """The mapping in a YAML file; raises `UserError` if there is none."""
+    try:
+        recipe = yaml.safe_load(Path(path).read_text())
+    except FileNotFoundError:
+        raise UserError(f"there is no recipe file {path}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read the recipe {path}: {error}") from error
+    except yaml.YAMLError as error:
+        where = getattr(error, "problem_mark", None)
+        line = f", line {where.line + 1}" if where else ""
+        raise UserError(f"{path}{line}: malformed YAML: {getattr(error, 'problem', error)}") from error
+    if not isinstance(recipe, dict) or not all(isinstance(key, str) for key in recipe):
+        raise UserError(f"{path}: a recipe is a mapping of keys to values, such as 'layers: all'")
+    return recipe
+
+
+def _as_flag(path: str, key: str, value: Any) -> list[str]:
+    if value is None:
+        raise UserError(f"{path}: {key} has no value; give it one or leave the key out")
+    if isinstance(value, dict):
+        return [f"--{key}={json.dumps(value)}"]
+    if isinstance(value, list):
+        return (
+            [f"--{key}={','.join(map(str, value))}"] if key in ("layers",) else [f"--{key}", *map(str, value)]
+        )
+    return [f"--{key}={value}"]
+
+
+def _suggest(key: str, known: set[str]) -> str:
+    close = difflib.get_close_matches(key, known, n=1)
+    return f"; did you mean {close[0]}?" if close else "; see the keys in docs/recipes.md"

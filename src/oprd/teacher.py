@@ -1,0 +1,115 @@
+"""The frozen teacher: where it lives, what it reads, and whether it fits the student."""
+
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from oprd.capture import num_layers
+from oprd.errors import UserError
+from oprd.models import load_model, load_tokenizer, resolve_model
+from oprd.reading import Reading, Want, read_states
+
+logger = logging.getLogger(__name__)
+
+
+class Teacher:
+    """A frozen causal language model in eval mode and, where known, its tokenizer."""
+
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
+        self.model = model.eval().requires_grad_(False)
+        self.tokenizer = tokenizer
+
+    @classmethod
+    def load(cls, name: str, device: torch.device, init_kwargs: dict[str, Any]) -> "Teacher":
+        """Load a bundled, local or Hub model in the dtype of `init_kwargs`.
+
+        It goes to `device` unless `init_kwargs` names a `device_map` (`cpu`, `auto` with offloading, …).
+        """
+        hub_kwargs = {
+            key: init_kwargs[key] for key in ("revision", "trust_remote_code") if key in init_kwargs
+        }
+        located = resolve_model(name, **hub_kwargs)
+        model = load_model(located, **init_kwargs)
+        if init_kwargs.get("device_map") is None:
+            model = model.to(device)
+        return cls(model, load_tokenizer(located, **hub_kwargs))
+
+    @property
+    def width(self) -> int:
+        """Hidden width d_T."""
+        return self.model.config.get_text_config().hidden_size
+
+    @property
+    def num_layers(self) -> int:
+        """Depth L_T."""
+        return num_layers(self.model)
+
+    @torch.no_grad()
+    def read(self, reading: Reading, wants: Sequence[Want]) -> list[dict[int, Tensor]]:
+        """`read_states` in the teacher's own dtype and on its own device, whatever the student's autocast."""
+        device = self.model.get_input_embeddings().weight.device
+        if device.type == "meta":  # offloaded: accelerate's hooks bring weights and inputs together
+            device = reading.input_ids.device
+        moved = [Want(want.layers, want.mask.to(device), want.final_norm) for want in wants]
+        with torch.autocast(reading.input_ids.device.type, enabled=False):
+            return read_states(self.model, reading.to(device), moved)
+
+
+def check_widths(student_width: int, student_layers: int, teacher: Teacher) -> None:
+    """Refuse another width, warn about another depth: both are what a bridge is for."""
+    if student_width != teacher.width:
+        raise UserError(
+            f"the student is {student_width} wide and the teacher {teacher.width}: their states cannot be "
+            "compared directly; fit a bridge (oprd bridge) or set representation_weight: 0"
+        )
+    if student_layers != teacher.num_layers:
+        logger.warning(
+            "the student has %d layers and the teacher %d: layers are paired by relative depth (Eq. 11) "
+            "without a bridge, which assumes that both models share their coordinates",
+            student_layers,
+            teacher.num_layers,
+        )
+
+
+def shared_vocabulary(
+    student: PreTrainedModel, student_tokenizer: PreTrainedTokenizerBase, teacher: Teacher
+) -> int:
+    """Size of the vocabulary both models define, when the teacher can read the student's ids.
+
+    Models of one family may pad it differently (152,064 against 151,936); then it is the shared
+    prefix. Raises `UserError` when ids do not mean the same tokens.
+    """
+    sizes = [m.config.get_text_config().vocab_size for m in (student, teacher.model)]
+    if teacher.tokenizer is None:
+        if sizes[0] != sizes[1]:
+            raise UserError(
+                f"the student has {sizes[0]} tokens and the teacher {sizes[1]}, and the teacher came without "
+                "a tokenizer to compare them by: give the teacher as a folder or a name"
+            )
+        return sizes[0]
+    ours, theirs = _base_vocabulary(student_tokenizer), _base_vocabulary(teacher.tokenizer)
+    if ours != theirs:
+        differing = len(ours.items() ^ theirs.items())
+        raise UserError(
+            f"student and teacher have different vocabularies ({differing} entries differ), so the teacher "
+            "cannot read the student's token ids and output losses are not defined: use a teacher of the "
+            "same tokenizer, or a bridge (oprd bridge) with output_loss: none"
+        )
+    if student_tokenizer.eos_token_id != teacher.tokenizer.eos_token_id:
+        logger.warning(
+            "the student ends with %r and the teacher with %r: watch the response lengths, or give both "
+            "one chat template",
+            student_tokenizer.eos_token,
+            teacher.tokenizer.eos_token,
+        )
+    return min(sizes)
+
+
+def _base_vocabulary(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
+    """Tokens and ids without the added ones, which chat variants of one family rename."""
+    added = set(tokenizer.get_added_vocab())
+    return {token: index for token, index in tokenizer.get_vocab().items() if token not in added}

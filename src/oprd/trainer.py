@@ -1,0 +1,344 @@
+"""OPRD on TRL: rollouts, buffering, checkpoints and distribution are TRL's, the update is ours.
+
+The only module that imports trl.
+"""
+
+import json
+import logging
+import textwrap
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from datasets import Dataset
+from torch import Tensor
+from torch.utils.data import Sampler
+from transformers import PreTrainedModel, ProgressCallback, TrainerCallback
+from trl import DistillationConfig, DistillationTrainer
+from trl.trainer.utils import RepeatSampler
+
+from oprd.batch import Batch, left_pad, truncated_rollouts, weigh_rows
+from oprd.capture import backbone, num_layers
+from oprd.errors import UserError
+from oprd.meters import Averages, MemoryMeter, Stopwatch
+from oprd.models import load_tokenizer, resolve_model
+from oprd.prompts import drop_long_prompts
+from oprd.recorder import Recorder
+from oprd.rollouts import render_prompt
+from oprd.selection import LayerMap
+from oprd.settings import ObjectiveSettings
+from oprd.teacher import Teacher, check_widths, shared_vocabulary
+from oprd.update import NonFiniteLoss, Update, freeze_unreached
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class OPRDConfig(ObjectiveSettings, DistillationConfig):
+    """TRL's `DistillationConfig` with the keys of `ObjectiveSettings`; defaults are the paper's.
+
+    Batch sizes count completions, as in TRL's GRPO: prompts per step = completions / num_generations.
+    `temperature`, `top_p`, `top_k` and `min_p` are for sampling alone. Raises `UserError`.
+    """
+
+    _VALID_DICT_FIELDS: ClassVar[list[str]] = [
+        *DistillationConfig._VALID_DICT_FIELDS,
+        "teacher_chat_template_kwargs",
+    ]
+
+    learning_rate: float = field(default=1e-5, metadata={"help": "Peak learning rate of AdamW."})
+    lr_scheduler_type: str = field(default="cosine", metadata={"help": "Learning-rate schedule."})
+    warmup_steps: float = field(default=0.03, metadata={"help": "Warm-up: steps, or a share if below 1."})
+    max_steps: int = field(default=500, metadata={"help": "Optimiser steps."})
+    per_device_train_batch_size: int = field(default=2, metadata={"help": "Rollouts per micro-batch."})
+    gradient_accumulation_steps: int = field(default=8, metadata={"help": "Micro-batches per step."})
+    max_completion_length: int | None = field(default=16384, metadata={"help": "Longest rollout, in tokens."})
+    logging_steps: float = field(default=1, metadata={"help": "Log to the trackers every n steps."})
+
+    def __post_init__(self) -> None:
+        if self.beta != 1.0:
+            raise UserError(
+                "beta is TRL's name for the divergence; use divergence: reverse_kl, forward_kl or jsd"
+            )
+        self.check()
+        super().__post_init__()
+
+
+class OPRDTrainer(DistillationTrainer):
+    """On-policy distillation in representation space, output space, or both (Eq. 6–7).
+
+    `model` and `teacher_model` are names (`tiny:student`, a folder, a Hub name) or model objects;
+    other arguments are those of `trl.DistillationTrainer`. Raises `UserError` for anything the user can
+    mend, before the first rollout.
+    """
+
+    _tag_names = ("trl", "oprd")
+    _name = "OPRD"
+    _paper: ClassVar[dict[str, str]] = {
+        "title": "On-Policy Representation Distillation",
+        "id": "2606.06021",
+        "citation": textwrap.dedent("""\
+            @article{oprd2026,
+                title  = {{On-Policy Representation Distillation}},
+                year   = 2026,
+                eprint = {arXiv:2606.06021},
+            }"""),
+    }
+
+    def __init__(
+        self,
+        model: str | PreTrainedModel,
+        teacher_model: str | PreTrainedModel | None = None,
+        args: OPRDConfig | None = None,
+        train_dataset: Dataset | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        args = args or OPRDConfig()
+        teacher_model = teacher_model or args.teacher_model_name_or_path
+        if teacher_model is None:
+            raise UserError("no teacher: set teacher_model_name_or_path to a name, a folder or tiny:teacher")
+        if not isinstance(train_dataset, Dataset):
+            raise UserError(f"train_dataset must be a datasets.Dataset, got {type(train_dataset).__name__}")
+        super().__init__(
+            model=resolve_model(model) if isinstance(model, str) else model,
+            args=args,
+            train_dataset=train_dataset,
+            callbacks=callbacks,
+            **kwargs,
+        )
+        self._check_batch(args)
+        self.train_dataset = self._usable(train_dataset, args)
+        self.teacher = self._load_teacher(teacher_model, args)
+        self.update = self._bind(args)
+        self._add_recorder()
+
+    # Set-up
+
+    def _load_teacher(self, teacher: str | PreTrainedModel, args: OPRDConfig) -> Teacher:
+        init_kwargs = dict(args.teacher_model_init_kwargs or {})
+        if args.teacher_model_revision is not None:
+            init_kwargs.setdefault("revision", args.teacher_model_revision)
+        init_kwargs.setdefault("trust_remote_code", args.trust_remote_code)
+        # In full precision a teacher in its checkpoint's bfloat16 would differ from an equal student.
+        init_kwargs.setdefault("dtype", "auto" if args.bf16 or args.fp16 else "float32")
+        if isinstance(teacher, str):
+            return Teacher.load(teacher, self.accelerator.device, init_kwargs)
+        if not hasattr(teacher, "hf_device_map"):
+            teacher = teacher.to(self.accelerator.device)
+        return Teacher(teacher, _tokenizer_of(teacher))
+
+    def _bind(self, args: OPRDConfig) -> Update:
+        """Pair the layers, compare widths and vocabularies, freeze what no term reaches."""
+        depth = num_layers(self.model)
+        layer_map = LayerMap.parse(args.layers, depth, self.teacher.num_layers)
+        if args.teacher_chat_template == "own" and self.teacher.tokenizer is None:
+            raise UserError(
+                "teacher_chat_template: own needs a tokenizer: give the teacher as a folder or name"
+            )
+        if args.representation_schedule.ever_active:
+            check_widths(backbone(self.model).config.get_text_config().hidden_size, depth, self.teacher)
+        vocabulary = shared_vocabulary(self.model, self._tokenizer, self.teacher)
+        if args.output_loss.startswith("top_k") and args.output_top_k > vocabulary:
+            raise UserError(
+                f"output_top_k is {args.output_top_k}, but the vocabulary has {vocabulary} tokens"
+            )
+        update = Update(
+            settings=args,
+            layer_map=layer_map,
+            student=self.model,
+            teacher=self.teacher,
+            vocabulary=vocabulary,
+            averages=Averages(),
+            stopwatch=Stopwatch(self.accelerator.device),
+        )
+        if args.output_schedule.ever_active:
+            _ = update.heads
+            # The head goes unused, and DDP has to look for it, while the output loss is off.
+            args.ddp_find_unused_parameters = args.ddp_find_unused_parameters or (
+                None if args.output_schedule.always_active else True
+            )
+        elif self.model.get_output_embeddings().weight is self.model.get_input_embeddings().weight:
+            logger.warning("the student's LM head is tied to its input embedding, so it moves along with it")
+        if frozen := freeze_unreached(self.model, args, layer_map):
+            logger.info("frozen, since no loss reaches it: %s", ", ".join(frozen))
+        return update
+
+    def _check_batch(self, args: OPRDConfig) -> None:
+        completions = args.per_device_train_batch_size * args.gradient_accumulation_steps
+        completions *= self.accelerator.num_processes
+        if completions % args.num_generations:
+            raise UserError(
+                f"a step has {completions} completions (per_device_train_batch_size × "
+                "gradient_accumulation_steps × processes), which num_generations="
+                f"{args.num_generations} does not divide: change one of them"
+            )
+
+    def _usable(self, dataset: Dataset, args: OPRDConfig) -> Dataset:
+        """Drop prompts over the limit; refuse prompts that cannot be rendered and datasets too small."""
+        if "prompt" not in dataset.column_names:
+            raise UserError(f"the dataset has no column 'prompt'; it has {', '.join(dataset.column_names)}")
+        if not len(dataset):
+            raise UserError("the dataset is empty: there is no prompt to roll out")
+
+        def render(prompt: Any) -> list[int]:
+            return render_prompt(self._tokenizer, prompt, self.chat_template_kwargs)
+
+        render(dataset[0]["prompt"])
+        kept, dropped = drop_long_prompts(dataset, render, args.max_prompt_length)
+        if dropped:
+            limit = args.max_prompt_length
+            logger.warning("dropped %d of %d prompts of more than %d tokens", dropped, len(dataset), limit)
+        if len(kept) < self._prompts_per_step:
+            raise UserError(
+                f"a step takes {self._prompts_per_step} prompts, and the dataset has {len(kept)}: make the "
+                "batch smaller"
+            )
+        return kept
+
+    @property
+    def _prompts_per_step(self) -> int:
+        args = self.args
+        completions = args.per_device_train_batch_size * args.gradient_accumulation_steps
+        return completions * self.accelerator.num_processes // args.num_generations
+
+    def _add_recorder(self) -> None:
+        self.memory = MemoryMeter(self.accelerator.device)
+        self.recorder = Recorder(
+            self.update.averages, self.update.stopwatch, self.memory, self._sum_over_ranks, self._publish
+        )
+        self.remove_callback(ProgressCallback)
+        self.add_callback(self.recorder)
+
+    def _sum_over_ranks(self, values: Tensor) -> Tensor:
+        return self.accelerator.reduce(values.to(self.accelerator.device), reduction="sum")
+
+    def _publish(self, values: dict[str, float]) -> None:
+        for name in values.keys() - {"grad_norm", "learning_rate"}:
+            self._metrics["train"][name].append(values[name])
+
+    # Rollouts
+
+    def _get_train_sampler(self, dataset: Dataset | None = None) -> Sampler:
+        return RepeatSampler(
+            data_source=self.train_dataset if dataset is None else dataset,
+            mini_repeat_count=self.args.num_generations,
+            batch_size=self._prompts_per_step,
+            repeat_count=self.args.gradient_accumulation_steps,
+            shuffle=self.shuffle_dataset,
+            seed=self.args.seed,
+        )
+
+    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        """TRL's rollouts, with the weight of every row, counted over ranks and the whole window."""
+        with self.update.stopwatch.part("rollout"):
+            batch = super()._generate_and_score_completions(inputs)
+        truncated = truncated_rollouts(batch, self.eos_token_ids)
+        batch |= weigh_rows(batch, truncated, self.args, lambda units: self.accelerator.gather(units).sum())
+        if self.args.teacher_chat_template == "own" or self.args.teacher_chat_template_kwargs:
+            batch |= self._teacher_prompts([row["prompt"] for row in inputs])
+        if self.model.training:
+            self._describe(batch, truncated)
+            self._observe(batch)
+        return batch
+
+    def _describe(self, batch: dict[str, Any], truncated: Tensor) -> None:
+        averages, lengths = self.update.averages, batch["completion_mask"].sum(-1).float()
+        left_out = truncated.sum() * self.args.mask_truncated_completions
+        averages.add("rollout/mean_length", lengths.sum(), len(lengths))
+        averages.add("rollout/truncated_share", truncated.sum(), len(lengths))
+        averages.add("rollout/left_out", left_out)
+        for term in ("representation", "output"):
+            averages.add(f"rollout/{term}_rows", (batch[f"{term}_weights"] > 0).sum())
+
+    def _observe(self, batch: dict[str, Any]) -> None:
+        every = self.args.diagnostics_steps
+        if every and (self.state.global_step + 1) % every == 0:
+            size = self.args.per_device_train_batch_size
+            first = {key: value[:size] for key, value in batch.items() if value.ndim}
+            with self.update.stopwatch.part("diagnostics"), self.accelerator.autocast():
+                self.update.observe(Batch.of(first), self.state.global_step)
+
+    def _teacher_prompts(self, prompts: list[Any]) -> dict[str, Tensor]:
+        """The prompts as the teacher's own template, or the student's with other arguments, renders them."""
+        own = self.args.teacher_chat_template == "own"
+        tokenizer = self.teacher.tokenizer if own else self._tokenizer
+        kwargs = self.args.teacher_chat_template_kwargs
+        ids = [render_prompt(tokenizer, prompt, kwargs) for prompt in prompts]
+        padded, mask = left_pad(ids, self._tokenizer.pad_token_id)
+        device = self.accelerator.device
+        return {"teacher_prompt_ids": padded.to(device), "teacher_prompt_mask": mask.to(device)}
+
+    # The update
+
+    def training_step(self, model: torch.nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
+        with self.update.stopwatch.part("student"):
+            return super().training_step(model, inputs, num_items_in_batch)
+
+    def compute_loss(
+        self,
+        model: torch.nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
+    ) -> Any:
+        """Eq. 7 on one micro-batch, run inside the wrapper's forward so that DDP and FSDP see it."""
+        if self.model.training and self._step % self.args.gradient_accumulation_steps == 0:
+            self.memory.start()
+        unwrapped = self.accelerator.unwrap_model(model)
+        loss = self._forward_redirection(model, unwrapped, self._loss, Batch.of(inputs))
+        return (loss, None) if return_outputs else loss
+
+    def _loss(self, batch: Batch) -> Tensor:
+        step = self.state.global_step
+        try:
+            # TRL's redirection goes past the forward that accelerate wrapped in autocast.
+            with self.accelerator.autocast():
+                loss = self.update.loss(batch, step)
+        except NonFiniteLoss as error:
+            prompts = self._tokenizer.batch_decode(batch.student.input_ids[error.rollouts[:4]])
+            raise RuntimeError(f"step {step + 1}: {error}, in rollouts of {prompts}") from error
+        # DDP and FSDP average gradients over ranks; the weights already sum to one over all of them.
+        return loss * self.accelerator.num_processes
+
+    def prediction_step(self, *args: Any, **kwargs: Any) -> Any:
+        result = super().prediction_step(*args, **kwargs)
+        for name, value in self.update.averages.pop(self._sum_over_ranks).items():
+            self._metrics["eval"][name].append(value)
+        return result
+
+    def _get_grad_norm(self, model: torch.nn.Module, grad_norm: Any = None) -> Any:
+        """The gradient norm of this step; a step whose gradient is not finite ends the run unapplied."""
+        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        if norm is not None:
+            self.recorder.grad_norm = float(norm)
+            if not torch.isfinite(torch.tensor(self.recorder.grad_norm)):
+                raise RuntimeError(
+                    f"step {self.state.global_step + 1}: the gradient is not finite although the loss is; "
+                    "lower the learning rate or the loss weights"
+                )
+        return norm
+
+    # What is saved
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        super().create_model_card(*args, **kwargs)
+        if not self.is_world_process_zero():
+            return
+        settings = {name: getattr(self.args, name) for name in ObjectiveSettings.__dataclass_fields__}
+        teacher = self.teacher.model.config._name_or_path or type(self.teacher.model).__name__
+        card = Path(self.args.output_dir) / "README.md"
+        card.write_text(
+            f"{card.read_text()}\n## Method\n\nOn-policy representation distillation (OPRD, arXiv 2606.06021)"
+            f" from the teacher `{teacher}`.\n\n```json\n{json.dumps(settings, indent=2)}\n```\n"
+        )
+
+
+def _tokenizer_of(model: PreTrainedModel) -> Any:
+    """The tokenizer that a model object came with, if its config says where from."""
+    name = model.config._name_or_path
+    try:
+        return load_tokenizer(name) if name else None
+    except UserError:
+        return None

@@ -1,0 +1,182 @@
+"""One update's loss on one micro-batch: teacher states, student states, Eq. 7, and what they show.
+
+Knows models and tensors, not trainers: `Update` is what a trainer calls between rollout and backward.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from oprd import output_space
+from oprd.batch import Batch
+from oprd.capture import backbone, blocks, num_layers
+from oprd.diagnostics import add_output_statistics, add_representation_cosine
+from oprd.head import Head
+from oprd.losses import REPRESENTATION_LOSSES
+from oprd.meters import Averages, Stopwatch
+from oprd.objective import output_loss, representation_loss
+from oprd.reading import Want, read_states
+from oprd.selection import LayerMap
+from oprd.settings import ObjectiveSettings
+from oprd.teacher import Teacher
+
+
+class NonFiniteLoss(RuntimeError):
+    """A loss that is not a number: where, and at which rollouts of the micro-batch."""
+
+    def __init__(self, message: str, rollouts: list[int]) -> None:
+        super().__init__(message)
+        self.rollouts = rollouts
+
+
+@dataclass(frozen=True)
+class Update:
+    """The objective of a run, bound to its two models."""
+
+    settings: ObjectiveSettings
+    layer_map: LayerMap
+    student: nn.Module
+    teacher: Teacher
+    vocabulary: int
+    averages: Averages
+    stopwatch: Stopwatch
+
+    @cached_property
+    def heads(self) -> tuple[Head, Head]:
+        """Both LM heads, made when logits are first wanted; raises `UserError` if one cannot be had."""
+        return Head.of(self.student, self.vocabulary), Head.of(self.teacher.model, self.vocabulary)
+
+    def loss(self, batch: Batch, step: int) -> Tensor:
+        """μ · representation + w · output (Eq. 7) of one micro-batch at update `step`, 0-based.
+
+        A term of weight zero costs nothing. Raises `NonFiniteLoss`.
+        """
+        representation = self.settings.representation_schedule(step)
+        output = self.settings.output_schedule(step)
+        student, teacher = self._read(batch, representation=representation > 0, output=output > 0)
+        total = torch.zeros((), device=batch.tokens.device)
+        if representation > 0:
+            total = total + representation * self._representation(batch, student[0], teacher[0]).mean()
+        if output > 0:
+            total = total + output * self._output(batch, student[-1], teacher[-1])
+        self.averages.add("loss/total", total)
+        return total
+
+    @torch.no_grad()
+    def observe(self, batch: Batch, step: int) -> None:
+        """Measure on `batch` what `loss` does not show at this step: cosines, entropies, top-k overlap."""
+        width = backbone(self.student).config.get_text_config().hidden_size
+        representation = self.settings.representation_schedule(step) == 0 and width == self.teacher.width
+        output = self.settings.output_schedule(step) == 0
+        if not (representation or output):
+            return
+        student, teacher = self._read(batch, representation, output)
+        if representation:
+            weights = batch.representation_weights[batch.representation_weights > 0]
+            add_representation_cosine(self.averages, self.layer_map.pairs, student[0], teacher[0], weights)
+        if output:
+            self._observe_output(student[-1], teacher[-1])
+
+    def _read(
+        self, batch: Batch, representation: bool, output: bool
+    ) -> tuple[list[dict[int, Tensor]], list[dict[int, Tensor]]]:
+        """Both models' states for the terms asked for: the representation's first, the output's last."""
+        student_wants, teacher_wants = [], []
+        if representation:
+            mask, norm = batch.representation_weights > 0, self.settings.final_norm
+            student_wants.append(Want(self.layer_map.student_layers, mask, norm))
+            teacher_wants.append(Want(self.layer_map.teacher_layers, mask, norm))
+        if output:
+            mask = batch.output_weights > 0
+            student_wants.append(Want((num_layers(self.student),), mask))
+            teacher_wants.append(Want((self.teacher.num_layers,), mask))
+        if not student_wants:
+            return [], []
+        with self.stopwatch.part("teacher"):
+            teacher_states = self.teacher.read(batch.teacher, teacher_wants)
+        return read_states(self.student, batch.student, student_wants), teacher_states
+
+    def _representation(self, batch: Batch, student: dict, teacher: dict) -> Float[Tensor, " L"]:
+        mask = batch.representation_weights > 0
+        weights = batch.representation_weights[mask]
+        row_loss = REPRESENTATION_LOSSES[self.settings.representation_loss]
+        pairs = self.layer_map.pairs
+        per_layer = representation_loss(row_loss, pairs, student, teacher, weights)
+        if not torch.isfinite(per_layer).all():
+            broken = [s for (s, _), value in zip(pairs, per_layer, strict=True) if not value.isfinite()]
+            rows = torch.stack([row_loss(student[s], teacher[t]) for s, t in pairs if s in broken]).sum(0)
+            raise NonFiniteLoss(
+                f"the representation loss is not finite at layers {broken}", _where(rows, mask)
+            )
+        self.averages.add("loss/representation", per_layer.mean())
+        for (layer, _), value in zip(pairs, per_layer, strict=True):
+            self.averages.add(f"loss/representation_layer_{layer}", value)
+        add_representation_cosine(self.averages, pairs, student, teacher, weights)
+        return per_layer
+
+    def _output(self, batch: Batch, student: dict[int, Tensor], teacher: dict[int, Tensor]) -> Tensor:
+        (student_rows,), (teacher_rows,) = student.values(), teacher.values()
+        mask = batch.output_weights > 0
+        values = output_space.in_chunks(
+            self._row_values, student_rows, teacher_rows, batch.tokens[mask], self.settings.output_chunk_size
+        )
+        value = output_loss(values, batch.output_weights[mask])
+        if not torch.isfinite(value):
+            raise NonFiniteLoss("the output loss is not finite, behind the last layer", _where(values, mask))
+        self.averages.add("loss/output", value)
+        self._observe_output(student, teacher)
+        return value
+
+    def _row_values(self, student_rows: Tensor, teacher_rows: Tensor, tokens: Tensor) -> Tensor:
+        settings = self.settings
+        student_head, teacher_head = self.heads
+        student_logits = student_head(student_rows) / settings.student_temperature
+        teacher_logits = teacher_head(teacher_rows).to(student_logits.device)
+        teacher_logits = teacher_logits / settings.teacher_temperature
+        if settings.output_loss == "sampled_token":
+            return output_space.sampled_token(student_logits, teacher_logits, tokens)
+        if settings.output_loss == "full_vocab":
+            return output_space.full_vocab(student_logits, teacher_logits, settings.divergence)
+        k, support = settings.output_top_k, settings.output_support
+        if settings.output_loss == "top_k_authors":
+            return output_space.top_k_authors(student_logits, teacher_logits, k, support)
+        return output_space.top_k(student_logits, teacher_logits, k, support, settings.renormalize)
+
+    def _observe_output(self, student: dict[int, Tensor], teacher: dict[int, Tensor]) -> None:
+        (student_rows,), (teacher_rows,) = student.values(), teacher.values()
+        add_output_statistics(self.averages, *self.heads, student_rows, teacher_rows)
+
+
+def _where(values: Tensor, mask: Tensor) -> list[int]:
+    """The rollouts whose supervised rows have a value that is not finite."""
+    return sorted(set(mask.nonzero()[:, 0][~torch.isfinite(values)].tolist()))
+
+
+def freeze_unreached(student: nn.Module, settings: ObjectiveSettings, layer_map: LayerMap) -> list[str]:
+    """Freeze what no term of the run can train, so that nothing is kept or decayed for it.
+
+    Without an output loss that is the LM head, if untied, and everything above the deepest layer.
+    Returns what was frozen, in words.
+    """
+    if settings.output_schedule.ever_active:
+        return []
+    frozen = []
+    model: Any = student
+    head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
+    if head.weight is not embeddings.weight:
+        head.requires_grad_(False)
+        frozen.append("the LM head")
+    deepest, depth = max(layer_map.student_layers), num_layers(student)
+    if deepest < depth:
+        blocks(student)[deepest:].requires_grad_(False)
+        frozen.append(f"layers {deepest + 1} to {depth}")
+    if deepest < depth or not settings.final_norm:
+        children = list(backbone(student).children())
+        for above in children[children.index(blocks(student)) + 1 :]:
+            above.requires_grad_(False)
+        frozen.append("the final norm")
+    return frozen

@@ -1,0 +1,448 @@
+"""Output-space losses against the float64 reference, in value and gradient."""
+
+import math
+from functools import partial
+
+import numpy as np
+import pytest
+import reference
+import torch
+from torch import nn
+
+from oprd import output_space
+from oprd.errors import UserError
+
+SUPPORTS = ["student", "teacher", "union", "intersection"]
+DIVERGENCES = ["reverse_kl", "forward_kl", "jsd"]
+SHAPES = [(1, 1), (1, 33), (7, 33), (5, 2), (2, 4), (0, 33)]
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5}
+
+
+def losses_for(vocabulary):
+    """Every loss by name, as (ours, reference): functions of student logits, teacher logits, tokens."""
+
+    def dense(ours, theirs, **options):
+        return lambda z, y, _: ours(z, y, **options), lambda z, y, _: theirs(z, y)
+
+    named = {"sampled_token": (output_space.sampled_token, reference.sampled_token)}
+    for name in DIVERGENCES:
+        named[name] = dense(output_space.full_vocab, getattr(reference, name), divergence=name)
+    for support in SUPPORTS:
+        for k in sorted(k for k in {2, 5, vocabulary} if 2 <= k <= vocabulary):
+            options = {"k": k, "support": support}
+            for name, theirs, extra in [
+                ("top_k", reference.top_k, {}),
+                ("truncated_top_k", reference.truncated_top_k, {"renormalize": False}),
+            ]:
+                pair = dense(output_space.top_k, partial(theirs, **options), **options, **extra)
+                named[f"{name}-{support}-{k}"] = pair
+            pair = dense(output_space.top_k_authors, partial(reference.top_k_authors, **options), **options)
+            named[f"top_k_authors-{support}-{k}"] = pair
+        options = {"k": 1, "support": support}
+        named[f"truncated_top_k-{support}-1"] = dense(
+            output_space.top_k,
+            partial(reference.truncated_top_k, **options),
+            **options,
+            renormalize=False,
+        )
+    return named
+
+
+LOSSES = losses_for(33)
+
+
+def make_logits(shape, dtype=torch.float64, scale=2.0, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    student, teacher = (scale * torch.randn(shape, generator=generator, dtype=torch.float64) for _ in "pq")
+    tokens = torch.randint(shape[1], shape[:1], generator=generator)
+    return student.to(dtype).requires_grad_(), teacher.to(dtype).requires_grad_(), tokens
+
+
+def run(loss, student, teacher, tokens):
+    student.grad = None
+    value = loss(student, teacher, tokens)
+    value.sum().backward()
+    return value.detach().double().numpy(), student.grad.double().numpy()
+
+
+def expected(loss, *inputs):
+    return loss(*(x.detach().double().numpy() if x.is_floating_point() else x.numpy() for x in inputs))
+
+
+def assert_close(actual, wanted, tolerance, scale=1.0):
+    scale = max(scale, np.abs(wanted).max(initial=0))
+    np.testing.assert_allclose(actual, wanted, rtol=tolerance, atol=tolerance * scale)
+
+
+# Value and gradient
+
+
+@pytest.mark.parametrize("name", ["sampled_token", *DIVERGENCES, "top_k", "truncated_top_k", "top_k_authors"])
+def test_reference_gradient_is_the_derivative_of_its_value(name):
+    z, y, tokens = (x.detach().numpy() for x in make_logits((3, 6)))
+    extra = [tokens] if name == "sampled_token" else [3] if "top_k" in name else []
+    loss = partial(getattr(reference, name), **({"support": "union"} if "top_k" in name else {}))
+
+    def value(live):
+        if name == "sampled_token":  # Eq. 19: the advantage is a constant.
+            return loss(z, y, tokens)[0] * reference.log_softmax(live)[np.arange(3), tokens]
+        if name == "top_k_authors":
+            total = 0
+            for n, members in enumerate(reference.supports(z, y, 3, "union")):
+                s = sorted(members)
+                advantage = (reference.log_softmax(z[n]) - reference.log_softmax(y[n]))[s]
+                total = total + (np.exp(reference.log_softmax(live[n, s])) * advantage).sum()
+            return total
+        return loss(live, y, *extra)[0]
+
+    numeric = reference.central_differences(value, z)
+    np.testing.assert_allclose(loss(z, y, *extra)[1], numeric, atol=1e-8)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_value_and_gradient(shape, dtype):
+    student, teacher, tokens = make_logits(shape, dtype)
+    for name, (ours, theirs) in losses_for(shape[1]).items():
+        value, gradient = run(ours, student, teacher, tokens)
+        wanted_value, wanted_gradient = expected(theirs, student, teacher, tokens)
+        assert value.shape == shape[:1], name
+        assert_close(value, wanted_value, TOLERANCE[dtype])
+        assert_close(gradient, wanted_gradient, TOLERANCE[dtype])
+        assert teacher.grad is None, name
+
+
+def naive(name, student, teacher, tokens):
+    """The formulas as one would type them, in the logits' own dtype."""
+    log_p, log_q = student.log_softmax(-1), teacher.log_softmax(-1)
+    if name == "sampled_token":
+        log_p, log_q = (x.gather(-1, tokens[:, None])[:, 0] for x in (log_p, log_q))
+        advantage = (log_p - log_q).detach()
+        return advantage + advantage * (log_p - log_p.detach())
+    if name == "forward_kl":
+        return (log_q.exp() * (log_q - log_p)).sum(-1)
+    if name == "jsd":
+        log_m = ((log_p.exp() + log_q.exp()) / 2).log()
+        return ((log_p.exp() * (log_p - log_m)).sum(-1) + (log_q.exp() * (log_q - log_m)).sum(-1)) / 2
+    if name == "reverse_kl":
+        return (log_p.exp() * (log_p - log_q)).sum(-1)
+    form, support, k = name.split("-")
+    best = {"student": student, "teacher": teacher}[support].topk(int(k)).indices
+    log_p, log_q = log_p.gather(-1, best), log_q.gather(-1, best)
+    if form == "top_k":
+        log_p, log_q = log_p.log_softmax(-1), log_q.log_softmax(-1)
+    if form == "top_k_authors":
+        return (log_p.softmax(-1) * (log_p - log_q).detach()).sum(-1)
+    return (log_p.exp() * (log_p - log_q)).sum(-1)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["sampled_token", *DIVERGENCES]
+    + [f"{form}-{s}-5" for form in ("top_k", "truncated_top_k", "top_k_authors") for s in SUPPORTS[:2]],
+)
+def test_bfloat16_is_as_good_as_its_inputs(name):
+    # Every row is a permutation of distinct values that bfloat16 represents, so that no support is a tie.
+    generator = torch.Generator().manual_seed(0)
+    grid = torch.arange(33) * 0.1875 - 3
+    student, teacher = (
+        torch.stack([grid[torch.randperm(33, generator=generator)] for _ in range(7)]).bfloat16()
+        for _ in "pq"
+    )
+    tokens = torch.randint(33, (7,), generator=generator)
+    ours, theirs = LOSSES[name]
+    wanted_value, wanted_gradient = expected(theirs, student, teacher, tokens)
+    naive_value, naive_gradient = run(partial(naive, name), student.requires_grad_(), teacher, tokens)
+    value, gradient = run(ours, student, teacher, tokens)
+
+    def worst(actual, wanted):
+        return np.abs(actual - wanted).max()
+
+    assert worst(value, wanted_value) <= 2 * worst(naive_value, wanted_value)
+    assert worst(gradient, wanted_gradient) <= 2 * worst(naive_gradient, wanted_gradient)
+    assert_close(value, wanted_value, 1e-5)  # Computed in float32; only the gradient is stored in bfloat16.
+    np.testing.assert_allclose(gradient, wanted_gradient, rtol=2**-8, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+def test_large_logits(dtype):
+    student, teacher, tokens = make_logits((7, 33), dtype, scale=1e4)
+    with torch.no_grad():
+        student[0, 0], teacher[0, 0], student[1, 1], teacher[1, 1] = 1e4, -1e4, -1e4, 1e4
+    for ours, theirs in LOSSES.values():
+        value, gradient = run(ours, student, teacher, tokens)
+        wanted_value, wanted_gradient = expected(theirs, student, teacher, tokens)
+        assert_close(value, wanted_value, TOLERANCE[dtype], scale=1e4)
+        assert_close(gradient, wanted_gradient, TOLERANCE[dtype], scale=1e4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("scale", [0.0, 2.0, 1e4])
+def test_equal_logits_give_zero(scale, dtype):
+    student, _, tokens = make_logits((7, 33), dtype, scale)
+    for name, (ours, _) in LOSSES.items():
+        value, gradient = run(ours, student, student.detach().clone(), tokens)
+        assert np.abs(value).max() <= 1e-6, name
+        if not name.startswith("truncated"):  # Its derivative there is ∇ p(S), see the next test.
+            assert np.abs(gradient).max() <= 1e-6, name
+
+
+def test_truncated_sum_at_equal_logits_pushes_mass_out_of_the_support():
+    """Σ_{v∈S} p (log p − log q) is zero at p = q, but its exact derivative there is ∇ Σ_{v∈S} p(v)."""
+    student, _, tokens = make_logits((7, 33))
+    _, gradient = run(LOSSES["truncated_top_k-student-5"][0], student, student.detach(), tokens)
+    mass = student.softmax(-1).topk(5).values.sum()
+    assert_close(gradient, torch.autograd.grad(mass, student)[0].numpy(), 1e-12)
+
+
+@pytest.mark.parametrize(
+    ("student", "teacher"), [((3, 4), (3, 5)), ((3, 4), (2, 4)), ((3, 4), (1, 4)), ((4,), (4,))]
+)
+def test_wrong_shapes_are_refused(student, teacher):
+    student, teacher, tokens = torch.zeros(student), torch.zeros(teacher), torch.zeros(3, dtype=torch.long)
+    for loss in (
+        partial(output_space.sampled_token, tokens=tokens),
+        output_space.full_vocab,
+        partial(output_space.top_k, k=2),
+        partial(output_space.top_k_authors, k=2),
+    ):
+        with pytest.raises(UserError, match="logits"):
+            loss(student, teacher)
+
+
+@pytest.mark.parametrize(("student", "teacher"), [((3, 4), (3, 5)), ((3, 4), (1, 4)), ((4,), (4,))])
+def test_top_k_overlap_refuses_wrong_shapes(student, teacher):
+    with pytest.raises(UserError, match="logits"):
+        output_space.top_k_overlap(torch.zeros(student), torch.zeros(teacher), k=2)
+
+
+@pytest.mark.parametrize("shape", [(2,), (4,), (3, 1), (0,), ()], ids=str)
+def test_sampled_token_refuses_tokens_of_another_shape(shape):
+    tokens = torch.zeros(shape, dtype=torch.long)
+    with pytest.raises(UserError, match="token"):
+        output_space.sampled_token(torch.zeros(3, 4), torch.zeros(3, 4), tokens)
+
+
+# The sampled token (Eq. 3, Eq. 19)
+
+
+def test_sampled_token_has_the_exact_gradient_in_expectation():
+    vocabulary = 7
+    student, teacher, _ = make_logits((1, vocabulary))
+    p = student.detach().softmax(-1).numpy()[0]
+    every_token = torch.arange(vocabulary)
+    copies = student.detach().repeat(vocabulary, 1).requires_grad_()
+    value, gradient = run(output_space.sampled_token, copies, teacher.repeat(vocabulary, 1), every_token)
+    exact_value, exact_gradient = run(lambda z, y, _: output_space.full_vocab(z, y), student, teacher, None)
+    np.testing.assert_allclose(p @ value, exact_value[0], rtol=1e-12)
+    np.testing.assert_allclose(p @ gradient, exact_gradient[0], atol=1e-12)
+    assert np.abs(exact_gradient).max() > 1e-2
+
+    def plain(z, y, tokens):
+        return (z.log_softmax(-1) - y.log_softmax(-1)).gather(-1, tokens[:, None])
+
+    plain_value, plain_gradient = run(plain, copies, teacher.detach().repeat(vocabulary, 1), every_token)
+    np.testing.assert_allclose(plain_value[:, 0], value, rtol=1e-12)
+    np.testing.assert_allclose(p @ plain_gradient, 0, atol=1e-12)
+
+
+# Full vocabulary
+
+
+def test_jsd_is_symmetric_and_at_most_ln_2():
+    student, teacher, _ = make_logits((50, 9), scale=5)
+    jsd = partial(output_space.full_vocab, divergence="jsd")
+    value = jsd(student, teacher)
+    assert torch.allclose(value, jsd(teacher, student), rtol=1e-12)
+    assert ((value > 0) & (value <= math.log(2))).all()
+    far = torch.eye(3, dtype=torch.float64) * 1e4
+    assert torch.allclose(jsd(far, far.roll(1, 0)), torch.full((3,), math.log(2), dtype=torch.float64))
+
+
+def test_forward_kl_is_reverse_kl_the_other_way_round():
+    student, teacher, _ = make_logits((5, 9))
+    forward = output_space.full_vocab(student, teacher, "forward_kl")
+    assert torch.allclose(forward, output_space.full_vocab(teacher, student, "reverse_kl"), rtol=1e-12)
+    assert torch.equal(
+        output_space.full_vocab(student, teacher), output_space.full_vocab(student, teacher, "reverse_kl")
+    )
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_divergences_ignore_a_constant_added_to_the_logits(divergence):
+    student, teacher, _ = make_logits((5, 9))
+    value = output_space.full_vocab(student, teacher, divergence)
+    assert torch.allclose(value, output_space.full_vocab(student + 3, teacher - 5, divergence), rtol=1e-10)
+    assert (value > 0).all()
+
+
+def test_unknown_divergence_is_refused():
+    with pytest.raises(UserError, match="kl_reverse"):
+        output_space.full_vocab(torch.zeros(2, 3), torch.zeros(2, 3), "kl_reverse")
+
+
+# Top-k
+
+
+@pytest.mark.parametrize("support", SUPPORTS)
+def test_top_k_of_the_whole_vocabulary_is_exact_reverse_kl(support):
+    student, teacher, tokens = make_logits((7, 33))
+    exact = run(LOSSES["reverse_kl"][0], student, teacher, tokens)
+    for form in ("top_k", "truncated_top_k"):
+        for whole, wanted in zip(
+            run(LOSSES[f"{form}-{support}-33"][0], student, teacher, tokens), exact, strict=True
+        ):
+            np.testing.assert_allclose(whole, wanted, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("k", [1, 2, 5, 9])
+def test_support_tokens_are_the_sets(k):
+    student, teacher, _ = (x.detach() for x in make_logits((20, 9)))
+    for support in SUPPORTS:
+        tokens, members = output_space.support_tokens(student, teacher, k, support)
+        assert tokens.shape == members.shape and members.dtype == torch.bool
+        listed = [row[keep].tolist() for row, keep in zip(tokens, members, strict=True)]
+        assert all(len(row) == len(set(row)) for row in listed)
+        assert [set(row) for row in listed] == reference.supports(
+            student.numpy(), teacher.numpy(), k, support
+        )
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("form", ["top_k", "truncated", "authors"])
+def test_empty_intersection_is_zero(form, dtype):
+    student = torch.tensor([[9.0, 8, 0, 0, 0], [9, 8, 7, 0, 0]], dtype=dtype, requires_grad=True)
+    teacher = torch.tensor([[0.0, 0, 0, 8, 9], [9, 0, 8, 0, 0]], dtype=dtype)
+    loss = {
+        "top_k": partial(output_space.top_k, k=2, support="intersection"),
+        "truncated": partial(output_space.top_k, k=2, support="intersection", renormalize=False),
+        "authors": partial(output_space.top_k_authors, k=2, support="intersection"),
+    }[form]
+    value, gradient = run(lambda z, y, _: loss(z, y), student, teacher, None)
+    assert value[0] == 0 and (gradient[0] == 0).all()
+    assert np.isfinite(value).all() and np.isfinite(gradient).all()
+    assert (value[1] == 0) == (form == "top_k")  # One shared token: renormalised, it is certain.
+
+
+def test_authors_form_has_the_gradient_of_eq_5_but_not_its_value():
+    student, teacher, tokens = make_logits((7, 33))
+    for support in SUPPORTS[:3]:
+        value, gradient = run(LOSSES[f"top_k-{support}-5"][0], student, teacher, tokens)
+        authors_value, authors_gradient = run(
+            LOSSES[f"top_k_authors-{support}-5"][0], student, teacher, tokens
+        )
+        np.testing.assert_allclose(authors_gradient, gradient, atol=1e-12)
+        assert (np.abs(authors_value - value) > 1e-3).all()
+
+
+@pytest.mark.parametrize("loss", [output_space.top_k, output_space.top_k_authors])
+@pytest.mark.parametrize("k", [1, 0, -1, 5])
+def test_bad_k_is_refused(loss, k):
+    with pytest.raises(UserError, match=f"k = {k}"):
+        loss(torch.zeros(2, 4), torch.zeros(2, 4), k)
+
+
+@pytest.mark.parametrize("k", [0, 5])
+def test_truncated_sum_refuses_k_outside_the_vocabulary(k):
+    with pytest.raises(UserError, match=f"k = {k}"):
+        output_space.top_k(torch.zeros(2, 4), torch.zeros(2, 4), k, renormalize=False)
+
+
+@pytest.mark.parametrize("loss", [output_space.top_k, output_space.top_k_authors])
+def test_unknown_support_is_refused(loss):
+    with pytest.raises(UserError, match="union-intersection"):
+        loss(torch.zeros(2, 4), torch.zeros(2, 4), 2, support="union-intersection")
+
+
+# Metrics
+
+
+def test_entropy():
+    student, *_ = make_logits((7, 33))
+    np.testing.assert_allclose(
+        output_space.entropy(student), expected(reference.entropy, student), rtol=1e-12
+    )
+    half = output_space.entropy(student.detach().bfloat16())
+    assert half.dtype == torch.float32
+    np.testing.assert_allclose(half, expected(reference.entropy, student.bfloat16()), rtol=1e-5)
+    assert torch.allclose(output_space.entropy(torch.zeros(2, 8)), torch.full((2,), math.log(8)))
+    assert (output_space.entropy(torch.eye(3) * 1e4) == 0).all()
+    assert not output_space.entropy(student).requires_grad
+
+
+@pytest.mark.parametrize("k", [1, 4, 16, 33])
+def test_top_k_overlap(k):
+    student, teacher, _ = (x.detach() for x in make_logits((20, 33)))
+    shared = reference.supports(student.numpy(), teacher.numpy(), k, "intersection")
+    overlap = output_space.top_k_overlap(student, teacher, k)
+    np.testing.assert_allclose(overlap, [len(row) / k for row in shared], rtol=1e-6)
+    assert (output_space.top_k_overlap(student, student, k) == 1).all()
+
+
+def test_top_k_overlap_of_a_small_vocabulary_is_one():
+    student, teacher, _ = make_logits((3, 5))
+    assert output_space.top_k_overlap(student, teacher).tolist() == [1.0, 1.0, 1.0]
+
+
+# Chunks
+
+
+def head_loss(head, teacher_head, widest):
+    """Two losses a row, [n, 2], noting how many rows of logits exist at once."""
+
+    def loss(student_rows, teacher_rows, tokens):
+        widest.append(len(student_rows))
+        student, teacher = head(student_rows), teacher_head(teacher_rows)
+        return torch.stack(
+            [output_space.full_vocab(student, teacher), output_space.sampled_token(student, teacher, tokens)],
+            -1,
+        )
+
+    return loss
+
+
+@pytest.mark.parametrize("num_rows", [0, 1, 7])
+@pytest.mark.parametrize("chunk_size", [1, 3, 7, 100])
+def test_chunks_equal_the_whole(chunk_size, num_rows):
+    torch.manual_seed(0)
+    head, teacher_head = (
+        nn.Linear(6, 11).double(),
+        nn.Linear(5, 11, bias=False).double().requires_grad_(False),
+    )
+    rows = torch.randn(num_rows, 6, dtype=torch.float64, requires_grad=True)
+    teacher_rows = torch.randn(num_rows, 5, dtype=torch.float64)
+    tokens = torch.randint(11, (num_rows,))
+    weights = torch.rand(num_rows, 2, dtype=torch.float64)
+    inputs, widest = [rows, head.weight, head.bias], []
+    loss = head_loss(head, teacher_head, widest)
+
+    whole = loss(rows, teacher_rows, tokens)
+    whole_gradients = torch.autograd.grad((weights * whole).sum(), inputs)
+    widest.clear()
+    chunked = output_space.in_chunks(loss, rows, teacher_rows, tokens, chunk_size)
+    gradients = torch.autograd.grad((weights * chunked).sum(), inputs)
+
+    assert chunked.shape == (num_rows, 2)
+    assert torch.allclose(chunked, whole, rtol=1e-12, atol=1e-12)
+    for gradient, wanted in zip(gradients, whole_gradients, strict=True):
+        assert torch.allclose(gradient, wanted, rtol=1e-12, atol=1e-12)
+    assert max(widest) == min(chunk_size, num_rows)
+    assert len(widest) == 2 * max(1, math.ceil(num_rows / chunk_size))  # Forward, and again in the backward.
+
+
+@pytest.mark.parametrize(("num_teacher", "num_tokens"), [(6, 7), (8, 7), (7, 6), (7, 8)])
+def test_chunks_refuse_rows_that_do_not_match(num_teacher, num_tokens):
+    rows, teacher_rows = torch.zeros(7, 4, requires_grad=True), torch.zeros(num_teacher, 4)
+    with pytest.raises(UserError, match="rows"):
+        output_space.in_chunks(
+            lambda s, t, _: s.sum(-1), rows, teacher_rows, torch.zeros(num_tokens, dtype=torch.long), 3
+        )
+
+
+@pytest.mark.parametrize("chunk_size", [0, -1])
+def test_chunks_refuse_a_size_below_one(chunk_size):
+    rows = torch.zeros(7, 4, requires_grad=True)
+    with pytest.raises(UserError, match="chunk"):
+        output_space.in_chunks(
+            lambda s, t, _: s.sum(-1), rows, rows, torch.zeros(7, dtype=torch.long), chunk_size
+        )

@@ -4,7 +4,8 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
-from transformers import BertConfig, BertModel
+from torch.utils.checkpoint import checkpoint
+from transformers import BertConfig, BertModel, PreTrainedConfig
 
 from oprd.capture import blocks, capture, num_layers
 from oprd.errors import UserError
@@ -32,18 +33,16 @@ def set_mode(model, mode):
     model.train(mode != "eval")
     if mode.startswith("checkpointed"):
         model.gradient_checkpointing_enable({"use_reentrant": mode.endswith("reentrant")})
+        assert model.is_gradient_checkpointing
         if mode.endswith("reentrant"):
             model.enable_input_require_grads()
     return model
 
 
 def plain_states(model, inputs):
-    """What Hugging Face returns, without checkpointing."""
-    checkpointed = getattr(model, "is_gradient_checkpointing", False)
-    model.gradient_checkpointing_disable()
+    """What Hugging Face returns, for a model that does not checkpoint."""
+    assert not model.is_gradient_checkpointing
     states = model(**inputs, output_hidden_states=True).hidden_states
-    if checkpointed:
-        raise AssertionError("take the plain states before turning checkpointing on")
     assert len(states) == NUM_LAYERS + 1
     return states
 
@@ -229,6 +228,76 @@ def test_nested_captures_of_one_forward(tiny_model, batch):
     assert torch.equal(outer[1], plain[1]) and torch.equal(outer[3], plain[3])
     assert torch.equal(inner[0], plain[0][rows]) and torch.equal(inner[1], plain[1][rows])
     assert torch.equal(model.model.norm(inner[3]), plain[3][rows])
+
+
+# Checkpointing around the hooks
+
+
+class ReplayedBlock(nn.Module):
+    """A block that checkpoints its `__call__`, hooks included, as transformers 5.16 does."""
+
+    gradient_checkpointing = False
+    use_reentrant = False
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+
+    def __call__(self, x):
+        if self.gradient_checkpointing and self.training:
+            return checkpoint(super().__call__, x, use_reentrant=self.use_reentrant)
+        return super().__call__(x)
+
+    def forward(self, x):
+        return x + self.linear(x).tanh()
+
+
+class ReplayedStack(nn.Module):
+    """The least that `capture` asks of a model: a config, a list of blocks, a norm at the end."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.config = PreTrainedConfig(num_hidden_layers=NUM_LAYERS)
+        self.embed, self.norm = nn.Embedding(9, 4), nn.LayerNorm(4)
+        self.layers = nn.ModuleList(ReplayedBlock() for _ in range(NUM_LAYERS))
+
+    def forward(self, ids):
+        x = self.embed(ids)
+        for layer in self.layers:
+            x = layer(x)
+        return self.norm(x)
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+@pytest.mark.parametrize("stop_early", [False, True])
+@pytest.mark.parametrize("layers", [[0], [1], [1, 2], EVERY_LAYER], ids=str)
+@pytest.mark.parametrize("with_rows", [False, True])
+def test_hooks_replayed_by_the_backward(with_rows, layers, stop_early, use_reentrant):
+    ids = torch.arange(6).reshape(2, 3)
+    rows = torch.tensor([[True, False, True], [False, False, True]]) if with_rows else None
+    model = ReplayedStack()
+    x = model.embed(ids)
+    plain = {0: x}
+    for layer, block in enumerate(model.layers, start=1):
+        x = block(x)
+        plain[layer] = model.norm(x) if layer == NUM_LAYERS else x
+    if with_rows:
+        plain = {layer: state[rows] for layer, state in plain.items()}
+    wanted = gradients(model, weighted_sum({layer: plain[layer] for layer in layers}))
+
+    for block in model.layers:
+        block.gradient_checkpointing, block.use_reentrant = True, use_reentrant
+    with capture(model, layers, rows, stop_early=stop_early) as states:
+        model(ids)
+    assert sorted(states) == layers
+    assert all(torch.equal(states[layer], plain[layer]) for layer in layers)
+    assert_same_gradients(gradients(model, weighted_sum(states)), wanted)
+
+    with capture(model, layers, rows) as states:
+        model(ids)
+        assert_same_gradients(gradients(model, weighted_sum(states)), wanted)
+    assert sorted(states) == layers
 
 
 # Stopping early

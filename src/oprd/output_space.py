@@ -27,6 +27,11 @@ def sampled_token(student_logits: Logits, teacher_logits: Logits, tokens: Int[Te
     derivative of the value itself would have zero mean.
     """
     student_logits, teacher_logits = _wide(student_logits, teacher_logits)
+    if tokens.shape != student_logits.shape[:1]:
+        raise UserError(
+            f"sampled_token wants one token per row: tokens has shape {tuple(tokens.shape)}, and there are "
+            f"{len(student_logits)} rows of logits"
+        )
     log_p = student_logits.log_softmax(-1).gather(-1, tokens[:, None]).squeeze(-1)
     log_q = teacher_logits.log_softmax(-1).gather(-1, tokens[:, None]).squeeze(-1)
     advantage = (log_p - log_q).detach()
@@ -62,7 +67,8 @@ def top_k(
 
     `renormalize=True` is Eq. 5: KL between p and q both renormalised on S; it is identically zero at
     k = 1, which is refused. `renormalize=False` is the truncated sum of §4.1.1,
-    Σ_{v∈S} p(v) [log p(v) − log q(v)]. S is the top k of the student, of the teacher, their union or
+    Σ_{v∈S} p(v) [log p(v) − log q(v)], whose gradient at p = q is ∇ Σ_{v∈S} p(v), not zero: mass leaves S.
+    S is the top k of the student, of the teacher, their union or
     their intersection; a row whose intersection is empty has value zero.
     """
     _check_k(k, student_logits.shape[-1], renormalize)
@@ -124,6 +130,7 @@ def entropy(logits: Logits) -> Rows:
 @torch.no_grad()
 def top_k_overlap(student_logits: Logits, teacher_logits: Logits, k: int = 16) -> Rows:
     """|top-k(p) ∩ top-k(q)| / k of every row."""
+    student_logits, teacher_logits = _wide(student_logits, teacher_logits)
     k = min(k, student_logits.shape[-1])
     return support_tokens(student_logits, teacher_logits, k, "intersection")[1].float().mean(-1)
 
@@ -138,8 +145,15 @@ def in_chunks(
     """`loss(student_rows, teacher_rows, tokens)` over chunks of rows, recomputed in the backward.
 
     `loss` runs the LM heads, so at most `chunk_size` rows of logits exist at a time. Its result's
-    first dimension is that of its rows.
+    first dimension is that of its rows. Raises `UserError` for inputs of different lengths.
     """
+    if chunk_size < 1:
+        raise UserError(f"chunk_size must be 1 or more, got {chunk_size}")
+    if not len(student_rows) == len(teacher_rows) == len(tokens):
+        raise UserError(
+            f"{len(student_rows)} student rows, {len(teacher_rows)} teacher rows and {len(tokens)} tokens do "
+            "not pair up: rows must be those of the same positions"
+        )
     pieces = [
         checkpoint(
             loss, *(x[i : i + chunk_size] for x in (student_rows, teacher_rows, tokens)), use_reentrant=False

@@ -62,6 +62,7 @@ class _Evaluation:
     tokenizer: PreTrainedTokenizerBase
     problems: list[_Problem]
     settings: EvalSettings
+    label: str
 
     @property
     def group_size(self) -> int:
@@ -77,6 +78,7 @@ def evaluate(
     output_dir: Path | None = None,
     model_name: str = "",
     progress: bool = True,
+    label: str = "eval",
 ) -> dict[str, Any]:
     """Sample, grade and summarise `rows` of {"prompt": text or messages, "solution": reference answer}.
 
@@ -90,7 +92,7 @@ def evaluate(
     if not problems:
         raise UserError("there are no problems to evaluate: the data set is empty")
     _check_context(model, problems, settings.sampling.max_new_tokens)
-    evaluation = _Evaluation(model, tokenizer, problems, settings)
+    evaluation = _Evaluation(model, tokenizer, problems, settings, label)
     resolved = _resolved(evaluation, model_name)
     if output_dir is None:
         records = list(_records(evaluation, 0, progress))
@@ -102,6 +104,18 @@ def evaluate(
         records = [json.loads(line) for line in samples_file.read_bytes().splitlines()]
         _write_json(summary_file, {**metrics.summarize(records), "settings": resolved})
     return json.loads(summary_file.read_text())
+
+
+def response_room(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[Mapping[str, Any]],
+    settings: EvalSettings,
+) -> int | None:
+    """Tokens that the model's positions leave for a response to the longest prompt; None if unbounded."""
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    problems = [_problem(i, row, tokenizer, settings) for i, row in enumerate(rows)]
+    return limit and limit - max(len(problem.prompt_ids) for problem in problems)
 
 
 def _problem(
@@ -200,7 +214,7 @@ def _records(evaluation: _Evaluation, start: int, progress: bool) -> Iterator[di
     """The lines of samples.jsonl from problem `start`, the first of a group, on."""
     size, num_samples = evaluation.group_size, evaluation.settings.samples
     count = len(evaluation.problems)
-    with tqdm(total=count, initial=start, desc="eval", unit="problem", disable=not progress) as bar:
+    with tqdm(total=count, initial=start, desc=evaluation.label, unit="problem", disable=not progress) as bar:
         for first in range(start, count, size):
             group = evaluation.problems[first : first + size]
             rollouts = _group_rollouts(evaluation, group, first)

@@ -1,0 +1,162 @@
+"""The `oprd` command: thin fronts of the library. Exit codes: 0; 2 for the user's mistakes; 1 for faults."""
+
+import argparse
+import json
+import logging
+import sys
+import traceback
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from oprd.errors import UserError
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run one command and exit with its code."""
+    sys.exit(run(sys.argv[1:] if argv is None else argv))
+
+
+def run(argv: Sequence[str]) -> int:
+    """Run one command; returns the exit code, with one clear last line where it is not 0."""
+    parser = _parser()
+    try:
+        args, rest = parser.parse_known_args(argv)
+        if rest and args.command != "train":
+            raise UserError(f"unknown argument {rest[0]!r}; see oprd {args.command} --help")
+        _quiet()
+        args.function(args, rest)
+    except UserError as error:
+        print(f"oprd: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("oprd: stopped; the same command resumes", file=sys.stderr)
+        return 130
+    except Exception as error:
+        traceback.print_exc()
+        print(f"oprd: the run failed: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="oprd", description=__doc__, allow_abbrev=False)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    demo = commands.add_parser("demo", help="distil the bundled student, with both baselines, in minutes")
+    demo.add_argument("--output", type=Path, default=Path("runs/demo"))
+    demo.add_argument("--steps", type=int, default=120, help="optimiser steps per arm")
+    demo.add_argument("--problems", type=int, default=128, help="held-out problems for the final evaluation")
+    demo.add_argument("--samples", type=int, default=16, help="samples per problem")
+    demo.add_argument("--seed", type=int, default=0)
+    demo.set_defaults(function=_demo)
+
+    train = commands.add_parser("train", help="run or resume a recipe; --key value overrides its keys")
+    train.add_argument("recipe", type=Path)
+    train.set_defaults(function=_train)
+
+    evaluation = commands.add_parser("eval", help="Avg@k and friends of a model on a set of problems")
+    evaluation.add_argument("--model", required=True, help="a Hub name, a folder, or tiny:student")
+    evaluation.add_argument("--data", required=True, help="tiny, a parquet/jsonl/json file, or a Hub name")
+    evaluation.add_argument("--output", type=Path, required=True)
+    evaluation.add_argument("--split", default="test")
+    evaluation.add_argument("--limit", type=int, help="evaluate the first so many problems only")
+    evaluation.add_argument("--samples", type=int, default=16)
+    evaluation.add_argument("--temperature", type=float, default=0.7)
+    evaluation.add_argument("--top_p", type=float, default=0.95)
+    evaluation.add_argument("--top_k", type=int, default=0)
+    evaluation.add_argument("--max_new_tokens", type=int, help="default: 16384, or what the context leaves")
+    evaluation.add_argument("--batch_size", type=int, default=64, help="responses generated at a time")
+    evaluation.add_argument("--seed", type=int, default=0)
+    evaluation.add_argument("--prompt_suffix", default="")
+    evaluation.add_argument("--chat_template_kwargs", type=_json_object, help="a JSON object")
+    evaluation.add_argument("--dtype", default="auto", help="auto, float32, bfloat16, …")
+    evaluation.set_defaults(function=_eval)
+
+    tiny = commands.add_parser("tiny", help="rebuild the bundled models")
+    tiny.add_argument("action", choices=["build"])
+    tiny.add_argument("--output", type=Path, default=Path("runs/tiny"))
+    tiny.add_argument("--seed", type=int, default=0)
+    tiny.set_defaults(function=_tiny)
+    return parser
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> Any:
+        raise UserError(f"{message}; see {self.prog} --help")
+
+
+def _demo(args: argparse.Namespace, _: list[str]) -> None:
+    from oprd.demo import print_summary, run_demo
+
+    summary = run_demo(args.output, args.steps, args.problems, args.samples, args.seed)
+    print_summary(summary, args.output)
+
+
+def _train(args: argparse.Namespace, flags: list[str]) -> None:
+    from oprd.train import parse_training_recipe, train
+
+    folder = train(*parse_training_recipe(args.recipe, flags))
+    print(f"the run is in {folder}")
+
+
+def _eval(args: argparse.Namespace, _: list[str]) -> None:
+    import torch
+
+    from oprd.evaluation.run import EvalSettings, evaluate, response_room
+    from oprd.models import load_model, load_tokenizer, resolve_model
+    from oprd.prompts import load_prompts
+    from oprd.rollouts import Sampling
+
+    rows = load_prompts(args.data, args.split)
+    rows = rows if args.limit is None else rows.select(range(min(max(args.limit, 0), len(rows))))
+    located = resolve_model(args.model)
+    tokenizer, model = load_tokenizer(located), load_model(located, dtype=args.dtype)
+    model = model.to("cuda" if torch.cuda.is_available() else "cpu")
+    settings = EvalSettings(
+        samples=args.samples,
+        batch_size=args.batch_size,
+        prompt_suffix=args.prompt_suffix,
+        chat_template_kwargs=args.chat_template_kwargs,
+        seed=args.seed,
+    )
+    limit = args.max_new_tokens
+    if limit is None:
+        room = response_room(model, tokenizer, rows, settings)
+        limit = 16384 if room is None else min(16384, room)
+    sampling = Sampling(limit, args.temperature, args.top_p, args.top_k)
+    from dataclasses import replace
+
+    summary = evaluate(
+        model, tokenizer, rows, replace(settings, sampling=sampling), args.output, model_name=args.model
+    )
+    print(json.dumps({key: value for key, value in summary.items() if key != "settings"}, indent=2))
+
+
+def _tiny(args: argparse.Namespace, _: list[str]) -> None:
+    from oprd.tiny.build import TinySettings, build_pair
+
+    accuracy = build_pair(args.output, TinySettings(seed=args.seed))
+    print(", ".join(f"{name}: {share:.1%} greedy" for name, share in accuracy.items()), f"in {args.output}")
+
+
+def _json_object(text: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is not JSON ({error})") from error
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a JSON object")
+    return value
+
+
+def _quiet() -> None:
+    """Leave the screen to progress bars and to what the user has to know."""
+    from transformers.utils import logging as transformers_logging
+
+    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    logging.getLogger("oprd").setLevel(logging.INFO)
+    transformers_logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.filterwarnings("ignore", message="'pin_memory' argument is set as true")

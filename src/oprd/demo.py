@@ -1,0 +1,158 @@
+"""`oprd demo`: the bundled student distilled by OPRD and by both output-space baselines, side by side.
+
+Every arm starts from the same student with the same prompts, steps and seeds; learning rates were
+tuned per arm over one grid (docs/log.md).
+"""
+
+import json
+import statistics
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from oprd.errors import UserError
+from oprd.evaluation.run import EvalSettings, evaluate
+from oprd.models import load_model, load_tokenizer, resolve_model
+from oprd.prompts import load_prompts
+from oprd.recorder import METRICS_FILE, read_metrics
+from oprd.report.plots import plot_runs
+from oprd.rollouts import Sampling
+from oprd.train import RunArguments, train
+from oprd.trainer import OPRDConfig
+
+STUDENT, TEACHER, TASK = "tiny:student", "tiny:teacher", "tiny"
+
+SHARED: dict[str, Any] = {
+    "teacher_model_name_or_path": TEACHER,
+    "positions": "all",
+    "num_generations": 2,
+    "per_device_train_batch_size": 64,
+    "gradient_accumulation_steps": 1,
+    "max_completion_length": 64,
+    "bf16": False,
+    "gradient_checkpointing": False,
+    "dataloader_pin_memory": False,
+    "report_to": "none",
+    "save_strategy": "no",
+    "diagnostics_steps": 5,
+}
+ARMS: dict[str, dict[str, Any]] = {
+    "oprd": {"representation_loss": "relative_mse", "layers": "all", "learning_rate": 1e-3},
+    "opd_sampled_token": {
+        "representation_weight": "0",
+        "output_loss": "sampled_token",
+        "learning_rate": 3e-4,
+    },
+    "opd_top_k": {"representation_weight": "0", "output_loss": "top_k", "learning_rate": 1e-3},
+}
+LABELS = {
+    "student": "student, untouched",
+    "teacher": "teacher",
+    "oprd": "OPRD",
+    "opd_sampled_token": "OPD, sampled token",
+    "opd_top_k": "OPD, top-16",
+}
+UPDATE_PARTS = ("time/teacher_seconds", "time/student_seconds", "time/optimizer_seconds")
+
+
+def run_demo(output: Path, steps: int, problems: int, samples: int, seed: int) -> dict[str, Any]:
+    """Train and evaluate every arm below `output`; returns and writes `summary.json`, plots included.
+
+    Arms that a stopped demo finished are not repeated. Raises `UserError` for a folder of a demo with
+    other settings.
+    """
+    settings = {"steps": steps, "problems": problems, "samples": samples, "seed": seed, "arms": ARMS}
+    _claim(output, settings)
+    folders = {"student": resolve_model(STUDENT), "teacher": resolve_model(TEACHER)}
+    for arm in ARMS:
+        folders[arm] = str(train(*_arm(arm, output / arm, steps, seed), label=LABELS[arm]))
+    arms = {
+        arm: _evaluate(arm, folder, output, problems, samples, seed) | _cost(output / arm)
+        for arm, folder in folders.items()
+    }
+    gap = arms["teacher"]["avg_at_k"] - arms["student"]["avg_at_k"]
+    closed = {arm: (arms[arm]["avg_at_k"] - arms["student"]["avg_at_k"]) / gap for arm in ARMS}
+    summary = {"arms": arms, "gap_closed": closed, "settings": settings}
+    (output / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+    levels = {LABELS[arm]: arms[arm]["avg_at_k"] for arm in ("student", "teacher")}
+    plot_runs({LABELS[arm]: output / arm for arm in ARMS}, output, levels)
+    return summary
+
+
+def print_summary(summary: dict[str, Any], output: Path) -> None:
+    """The demo's table on the terminal."""
+    samples = summary["settings"]["samples"]
+    table = Table(title=f"{summary['settings']['steps']} on-policy steps from one student")
+    table.add_column("arm")
+    heads = (f"Avg@{samples}", "95%", f"Best@{samples}", "gap closed", "Dist-4g", "Avg Len")
+    for head in (*heads, "s/update", "transient MB"):
+        table.add_column(head, justify="right")
+    for arm, row in summary["arms"].items():
+        closed = summary["gap_closed"].get(arm)
+        table.add_row(
+            LABELS[arm],
+            f"{row['avg_at_k']:.1%}",
+            "–".join(f"{bound:.1%}" for bound in row["ci95"]),
+            f"{row['best_at_k']:.1%}",
+            "" if closed is None else f"{closed:.0%}",
+            f"{row['dist_4g']:.2f}",
+            f"{row['mean_length']:.1f}",
+            "" if row["seconds_per_update"] is None else f"{row['seconds_per_update']:.2f}",
+            "" if row["transient_mb"] is None else f"{row['transient_mb']:.0f}",
+        )
+    Console(width=120).print(table)
+    print(f"summary, plots and runs: {output}")
+
+
+def _arm(arm: str, folder: Path, steps: int, seed: int) -> tuple[RunArguments, OPRDConfig]:
+    run = RunArguments(
+        model_name_or_path=STUDENT,
+        dataset_name=TASK,
+        accuracy_dataset_name=TASK,
+        accuracy_steps=max(steps // 8, 1),
+        accuracy_problems=64,
+        accuracy_samples=4,
+    )
+    return run, OPRDConfig(output_dir=str(folder), max_steps=steps, seed=seed, **SHARED, **ARMS[arm])
+
+
+def _evaluate(
+    arm: str, model_folder: str, output: Path, problems: int, samples: int, seed: int
+) -> dict[str, Any]:
+    tokenizer = load_tokenizer(model_folder)
+    settings = EvalSettings(samples=samples, sampling=Sampling(max_new_tokens=64), batch_size=256, seed=seed)
+    rows = load_prompts(TASK, "eval").select(range(problems))
+    model = load_model(model_folder, dtype="float32")
+    result = evaluate(
+        model,
+        tokenizer,
+        rows,
+        settings,
+        output / "eval" / arm,
+        model_name=arm,
+        label=f"evaluate {LABELS[arm]}",
+    )
+    return {key: result[key] for key in ("avg_at_k", "ci95", "best_at_k", "dist_4g", "mean_length")}
+
+
+def _cost(folder: Path) -> dict[str, float | None]:
+    """Median seconds (teacher + student + optimiser) and transient memory of an arm's updates."""
+    records = read_metrics(folder / METRICS_FILE)
+    if not records:
+        return {"seconds_per_update": None, "transient_mb": None}
+    seconds = [sum(record[part] for part in UPDATE_PARTS) for record in records]
+    memory = [record["memory/transient_mb"] for record in records if "memory/transient_mb" in record]
+    return {
+        "seconds_per_update": statistics.median(seconds),
+        "transient_mb": statistics.median(memory) if memory else None,
+    }
+
+
+def _claim(output: Path, settings: dict[str, Any]) -> None:
+    file = output / "settings.json"
+    if file.exists() and json.loads(file.read_text()) != settings:
+        raise UserError(f"{output} holds a demo with other settings: choose another --output or delete it")
+    output.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(settings, indent=2) + "\n")

@@ -1,0 +1,1 @@
+"""Plots from the files of runs; never imports the trainer."""

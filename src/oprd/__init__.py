@@ -1,0 +1,29 @@
+"""On-policy distillation of language models in representation space (OPRD, arXiv 2606.06021)."""
+
+from typing import Any
+
+from oprd import losses, output_space
+from oprd.capture import capture
+from oprd.errors import UserError
+from oprd.selection import LayerMap, Positions
+
+__version__ = "0.1.0"
+__all__ = [
+    "LayerMap",
+    "OPRDConfig",
+    "OPRDTrainer",
+    "Positions",
+    "UserError",
+    "capture",
+    "losses",
+    "output_space",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """The trainer on demand, so that the losses come without importing TRL."""
+    if name in ("OPRDConfig", "OPRDTrainer"):
+        from oprd import trainer
+
+        return getattr(trainer, name)
+    raise AttributeError(f"module 'oprd' has no attribute {name!r}")

@@ -160,3 +160,7 @@ def _quiet() -> None:
     transformers_logging.disable_progress_bar()
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", message="'pin_memory' argument is set as true")
+
+
+if __name__ == "__main__":
+    main()

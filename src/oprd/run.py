@@ -20,7 +20,15 @@ STATE_FILE = "trainer_state.json"
 PACKAGES = ("oprd", "torch", "transformers", "trl", "accelerate", "datasets", "peft", "numpy")
 # How a run is carried out, not what it computes: these may differ when a run is resumed.
 EXECUTION_PREFIXES = ("save_", "logging_", "log_", "report_to", "push_to_hub", "hub_", "dataloader_")
-EXECUTION_KEYS = {"output_dir", "max_steps", "run_name", "disable_tqdm", "resume_from_checkpoint", "project"}
+EXECUTION_KEYS = {
+    "output_dir",
+    "max_steps",
+    "run_name",
+    "disable_tqdm",
+    "resume_from_checkpoint",
+    "project",
+    "use_cpu",
+}
 
 
 def resolved_settings(*arguments: Any) -> dict[str, Any]:

@@ -62,6 +62,8 @@ class OPRDConfig(ObjectiveSettings, DistillationConfig):
                 "beta is TRL's name for the divergence; use divergence: reverse_kl, forward_kl or jsd"
             )
         self.check()
+        # Without it, transformers refuses bf16 on a machine that has no accelerator.
+        self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
         super().__post_init__()
 
 

@@ -1,0 +1,167 @@
+"""The command line as users meet it: exit codes, one clear last line, nothing half-written."""
+
+import json
+
+import pytest
+import yaml
+
+from oprd import cli
+
+RECIPE = {
+    "model_name_or_path": "tiny:student",
+    "teacher_model_name_or_path": "tiny:teacher",
+    "dataset_name": "tiny",
+    "max_steps": 2,
+    "per_device_train_batch_size": 4,
+    "gradient_accumulation_steps": 1,
+    "max_completion_length": 8,
+    "bf16": False,
+    "gradient_checkpointing": False,
+    "report_to": "none",
+    "save_steps": 1,
+}
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    def write(**changes):
+        path = tmp_path / "recipe.yaml"
+        settings = RECIPE | {"output_dir": str(tmp_path / "run")} | changes
+        path.write_text(yaml.safe_dump({k: v for k, v in settings.items() if v is not ...}))
+        return str(path)
+
+    return write
+
+
+def refused(capsys, argv):
+    """The last line of a command that exits with 2 and shows no traceback."""
+    assert cli.run(argv) == 2
+    error = capsys.readouterr().err
+    assert "Traceback" not in error
+    return error.strip().splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"layrs": "all"}, "did you mean layers"),
+        ({"layers": 0}, "layer 0"),
+        ({"layers": "1,9"}, "layer 9"),
+        ({"layers": "2,2"}, "twice"),
+        ({"positions": "last=0"}, "last=0"),
+        ({"representation_weight": "0=1,5=2,3=1"}, "increase strictly"),
+        ({"representation_weight": "-1"}, "0 or more"),
+        ({"representation_weight": 0}, "all weights are zero"),
+        ({"representation_weight": 0, "output_loss": "top_k", "output_top_k": 1}, "identically zero"),
+        ({"output_loss": "top_k", "output_top_k": 100000}, "vocabulary"),
+        ({"output_loss": "nonsense"}, "nonsense"),
+        ({"divergence": "jsd"}, "full_vocab"),
+        ({"divergence": "nonsense", "output_loss": "full_vocab"}, "nonsense"),
+        ({"num_generations": 0}, "num_generations"),
+        ({"num_generations": 3}, "num_generations"),
+        ({"beta": 0.5}, "divergence"),
+        ({"model_name_or_path": "./nowhere"}, "./nowhere"),
+        ({"model_name_or_path": ...}, "model_name_or_path"),
+        ({"model_name_or_path": "tiny:nobody"}, "tiny:student"),
+        ({"teacher_model_name_or_path": "./nowhere"}, "./nowhere"),
+        ({"teacher_model_name_or_path": ...}, "teacher_model_name_or_path"),
+        ({"dataset_name": "./nothing.jsonl"}, "nothing.jsonl"),
+        ({"max_steps": "many"}, "max_steps"),
+        ({"max_prompt_length": 3}, "3"),
+        ({"student_temperature": 0}, "student_temperature"),
+        ({"layers": None}, "layers"),
+    ],
+    ids=str,
+)
+def test_mistakes_in_a_recipe(capsys, recipe, tmp_path, changes, says):
+    assert says in refused(capsys, ["train", recipe(**changes)])
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        ("", "empty.jsonl"),
+        ('{"question": "?"}\n', "prompt"),
+        ('{"prompt": "a"}\n{"prompt": 3}\n', "row 1"),
+        ('{"prompt": "a"}\n{"prompt": \n', "line 2"),
+    ],
+    ids=["empty", "no prompt column", "wrong type", "malformed"],
+)
+def test_mistakes_in_a_dataset(capsys, recipe, tmp_path, content, says):
+    data = tmp_path / "empty.jsonl"
+    data.write_text(content)
+    assert says in refused(capsys, ["train", recipe(dataset_name=str(data))])
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("argv", "says"),
+    [
+        ([], "COMMAND"),
+        (["distil"], "distil"),
+        (["train"], "recipe"),
+        (["train", "nowhere.yaml"], "nowhere.yaml"),
+        (["eval", "--model", "tiny:student"], "--data"),
+        (["eval", "--model", "tiny:student", "--data", "tiny", "--output", "x", "--colour", "red"], "--colour"),
+        (["eval", "--model", "tiny:student", "--data", "tiny", "--output", "x", "--samples", "0"], "samples"),
+        (["eval", "--model", "./nowhere", "--data", "tiny", "--output", "x"], "./nowhere"),
+    ],
+    ids=str,
+)
+def test_mistakes_on_the_command_line(capsys, argv, says, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert says in refused(capsys, argv)
+    assert not list(tmp_path.iterdir())
+
+
+def test_malformed_yaml_and_unknown_flags(capsys, recipe, tmp_path):
+    broken = tmp_path / "broken.yaml"
+    broken.write_text("layers: [1\npositions: all\n")
+    assert "line 2" in refused(capsys, ["train", str(broken)])
+    assert "--layrs" in refused(capsys, ["train", recipe(), "--layrs", "all"])
+
+
+def test_a_run_from_start_to_finish(capsys, recipe, tmp_path):
+    path, run = recipe(), tmp_path / "run"
+    assert cli.run(["train", path]) == 0
+    files = {"config.json", "model.safetensors", "tokenizer.json", "README.md", "resolved.yaml"}
+    assert files <= {file.name for file in run.iterdir()}
+    steps = [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert steps == [1, 2]
+    card = (run / "README.md").read_text()
+    assert "2606.06021" in card and '"layers": "all"' in card and "teacher" in card
+
+    before = {file: file.stat().st_mtime_ns for file in run.iterdir()}
+    assert cli.run(["train", path]) == 0
+    assert {file: file.stat().st_mtime_ns for file in run.iterdir()} == before
+
+    capsys.readouterr()
+    assert "layers" in refused(capsys, ["train", path, "--layers", "last"])
+    assert "learning_rate" in refused(capsys, ["train", path, "--learning_rate", "0.5"])
+    assert {file: file.stat().st_mtime_ns for file in run.iterdir()} == before
+
+    assert cli.run(["train", path, "--max_steps", "3"]) == 0
+    steps = [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert steps == [1, 2, 3]
+
+
+def test_eval_writes_a_summary(tmp_path):
+    output = tmp_path / "eval"
+    argv = ["eval", "--model", "tiny:teacher", "--data", "tiny", "--output", str(output)]
+    assert cli.run([*argv, "--limit", "4", "--samples", "2", "--max_new_tokens", "48"]) == 0
+    summary = json.loads((output / "summary.json").read_text())
+    assert summary["num_problems"] == 4 and summary["avg_at_k"] > 0.7
+    assert len((output / "samples.jsonl").read_text().splitlines()) == 4
+
+
+def test_faults_exit_with_1(capsys, recipe, tmp_path):
+    from oprd.models import load_model, load_tokenizer, resolve_model
+
+    teacher = load_model(resolve_model("tiny:teacher"), dtype="float32")
+    teacher.model.layers[1].mlp.down_proj.weight.data[0, 0] = float("nan")
+    teacher.save_pretrained(tmp_path / "broken")
+    load_tokenizer(resolve_model("tiny:teacher")).save_pretrained(tmp_path / "broken")
+    assert cli.run(["train", recipe(teacher_model_name_or_path=str(tmp_path / "broken"))]) == 1
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "step 1" in last and "[2, 3, 4]" in last and "Compute" in last

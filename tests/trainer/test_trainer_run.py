@@ -1,0 +1,305 @@
+"""Run folders of `oprd train`: metrics, resuming, refusals, faults, what a finished run leaves."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file, save_file
+from tiny_pair import QUICK, prompt_texts
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+
+from oprd.errors import UserError
+from oprd.recorder import keep_steps, read_metrics
+from oprd.run import check_folder, is_finished, last_whole_checkpoint
+from oprd.train import parse_training_recipe, train
+
+KEYS = {
+    "step",
+    "loss/total",
+    "loss/representation",
+    "loss/representation_layer_1",
+    "loss/representation_layer_2",
+    "representation/cosine",
+    "representation/cosine_layer_1",
+    "representation/cosine_layer_2",
+    "rollout/mean_length",
+    "rollout/truncated_share",
+    "rollout/left_out",
+    "rollout/representation_rows",
+    "rollout/output_rows",
+    "grad_norm",
+    "learning_rate",
+    "time/rollout_seconds",
+    "time/teacher_seconds",
+    "time/student_seconds",
+    "time/optimizer_seconds",
+    "memory/peak_mb",
+    "memory/transient_mb",
+}
+
+
+@pytest.fixture(scope="module")
+def prompts(tmp_path_factory):
+    path = tmp_path_factory.mktemp("data") / "prompts.jsonl"
+    path.write_text(
+        "".join(
+            json.dumps({"prompt": [{"role": "user", "content": text}]}) + "\n"
+            for text in prompt_texts(12)
+        )
+    )
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory, student, teacher, prompts):
+    """`recipe(output_dir, **changes)`: the parsed recipe of a small composite run."""
+    file = tmp_path_factory.mktemp("recipe") / "recipe.yaml"
+    names = {
+        "model_name_or_path": student,
+        "teacher_model_name_or_path": teacher,
+        "dataset_name": prompts,
+        "gradient_accumulation_steps": 2,
+        "per_device_train_batch_size": 2,
+        "num_generations": 2,
+        "save_strategy": "steps",
+        "save_steps": 1,
+        "max_steps": 4,
+    }
+    file.write_text(yaml.safe_dump(QUICK | names))
+
+    def parse(output_dir, *flags):
+        return parse_training_recipe(file, ["--output_dir", str(output_dir), *flags])
+
+    return parse
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, recipe):
+    return train(*recipe(tmp_path_factory.mktemp("runs") / "finished"))
+
+
+@pytest.fixture
+def copied(finished, tmp_path):
+    return Path(shutil.copytree(finished, tmp_path / "copied"))
+
+
+def lasting(folder):
+    """The metrics that a resumed run repeats to the last bit."""
+    return [
+        {k: v for k, v in record.items() if not k.startswith(("time/", "memory/"))}
+        for record in read_metrics(folder / "metrics.jsonl")
+    ]
+
+
+def same_weights(one, other):
+    first, second = load_file(one / "model.safetensors"), load_file(other / "model.safetensors")
+    return first.keys() == second.keys() and all(torch.equal(first[k], second[k]) for k in first)
+
+
+def files(folder):
+    return {path: path.stat().st_mtime_ns for path in sorted(folder.rglob("*"))}
+
+
+def test_metrics_are_one_object_per_step(finished):
+    records = read_metrics(finished / "metrics.jsonl")
+    assert [record["step"] for record in records] == [1, 2, 3, 4]
+    for record in records:
+        assert KEYS <= record.keys()
+        assert record["learning_rate"] == pytest.approx(1e-2)
+        assert record["loss/total"] == pytest.approx(record["loss/representation"])
+        layers = (record["loss/representation_layer_1"] + record["loss/representation_layer_2"]) / 2
+        assert record["loss/representation"] == pytest.approx(layers)
+        cosines = (record["representation/cosine_layer_1"] + record["representation/cosine_layer_2"]) / 2
+        assert record["representation/cosine"] == pytest.approx(cosines)
+        assert record["rollout/output_rows"] == 4 * record["rollout/mean_length"]
+        assert record["grad_norm"] > 0 and record["time/optimizer_seconds"] > 0
+
+
+def test_final_folder_is_an_ordinary_model(finished, student, teacher):
+    model = AutoModelForCausalLM.from_pretrained(finished)
+    tokenizer = AutoTokenizer.from_pretrained(finished)
+    assert tokenizer.chat_template == AutoTokenizer.from_pretrained(student).chat_template
+    logits = model(**tokenizer("What is 1?", return_tensors="pt")).logits
+    assert logits.isfinite().all()
+    card = (finished / "README.md").read_text()
+    assert "OPRD" in card and teacher in card and '"layers": "all"' in card
+    resolved = yaml.safe_load((finished / "resolved.yaml").read_text())
+    assert resolved["settings"]["model_name_or_path"] == student
+    assert resolved["settings"]["teacher_model_name_or_path"] == teacher
+    assert resolved["settings"]["positions"] == "last=2000"
+    assert resolved["settings"]["learning_rate"] == 1e-2
+    assert resolved["versions"].keys() >= {"oprd", "torch", "transformers", "trl", "python"}
+    assert "git_commit" in resolved
+
+
+@pytest.mark.parametrize("objective", [[], ["--output_loss", "sampled_token", "--optim", "sgd"]], ids=str)
+def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, recipe, finished, objective):
+    whole = train(*recipe(tmp_path / "whole", *objective)) if objective else finished
+    parts = tmp_path / "parts"
+    train(*recipe(parts, *objective, "--max_steps", "2"))
+    assert len(lasting(parts)) == 2
+    train(*recipe(parts, *objective))
+    assert lasting(parts) == lasting(whole)
+    assert same_weights(parts, whole)
+
+
+@pytest.mark.parametrize("damage", ["missing", "cut", "empty", "no step"])
+def test_a_half_written_checkpoint_is_not_chosen(copied, recipe, finished, damage):
+    """Killed while it wrote checkpoint-3, with a line of metrics cut short: it goes on from step 2."""
+    for name in ("trainer_state.json", "model.safetensors"):
+        (copied / name).unlink()
+    shutil.rmtree(copied / "checkpoint-4")
+    state = copied / "checkpoint-3" / "trainer_state.json"
+    text = {"cut": state.read_text()[:40], "empty": "", "no step": "{}"}.get(damage)
+    state.unlink() if text is None else state.write_text(text)
+    lines = (copied / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (copied / "metrics.jsonl").write_text("".join(lines[:3]) + lines[3][:20])
+    assert last_whole_checkpoint(copied) == copied / "checkpoint-2"
+    train(*recipe(copied))
+    assert lasting(copied) == lasting(finished)
+    assert same_weights(copied, finished)
+
+
+def test_a_folder_without_a_whole_checkpoint_starts_over(copied, recipe, finished):
+    for folder in copied.glob("checkpoint-*"):
+        shutil.rmtree(folder)
+    for name in ("trainer_state.json", "model.safetensors"):
+        (copied / name).unlink()
+    assert last_whole_checkpoint(copied) is None
+    train(*recipe(copied))
+    assert lasting(copied) == lasting(finished)
+    assert same_weights(copied, finished)
+
+
+def test_checkpoints_are_ordered_by_number(tmp_path):
+    for step in (9, 10, 2):
+        folder = tmp_path / f"checkpoint-{step}"
+        folder.mkdir()
+        (folder / "trainer_state.json").write_text(json.dumps({"global_step": step}))
+    assert last_whole_checkpoint(tmp_path) == tmp_path / "checkpoint-10"
+    assert last_whole_checkpoint(tmp_path / "none") is None
+    assert not is_finished(tmp_path, 1)
+
+
+def test_a_finished_run_is_left_alone(copied, recipe):
+    before = files(copied)
+    assert train(*recipe(copied)) == copied
+    assert train(*recipe(copied, "--max_steps", "3", "--logging_steps", "2")) == copied
+    assert files(copied) == before
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("layers", "last"),
+        ("representation_loss", "cosine"),
+        ("output_loss", "sampled_token"),
+        ("learning_rate", "0.5"),
+        ("seed", "1"),
+        ("num_generations", "1"),
+        ("model_name_or_path", "tiny:student"),
+        ("teacher_model_name_or_path", "tiny:teacher"),
+        ("dataset_name", "tiny"),
+    ],
+)
+def test_another_run_in_the_folder_is_refused(finished, recipe, key, value):
+    before = files(finished)
+    with pytest.raises(UserError, match=rf"holds a run with {key}: .* choose another output_dir"):
+        train(*recipe(finished, f"--{key}", value))
+    assert files(finished) == before
+
+
+@pytest.mark.parametrize("content", ["config.json", "checkpoint-3/model.safetensors"])
+def test_a_foreign_model_in_the_folder_is_refused(tmp_path, recipe, content):
+    (tmp_path / content).parent.mkdir(exist_ok=True)
+    (tmp_path / content).write_text("{}")
+    before = files(tmp_path)
+    with pytest.raises(UserError, match="not a run of oprd: choose another output_dir"):
+        train(*recipe(tmp_path))
+    assert files(tmp_path) == before
+
+
+def test_a_damaged_resolved_file_is_a_users_error(copied, recipe):
+    (copied / "resolved.yaml").write_text("settings: [unclosed")
+    with pytest.raises(UserError, match=r"resolved\.yaml"):
+        train(*recipe(copied))
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--dataset_name", "missing.jsonl"], "missing.jsonl"),
+        (["--model_name_or_path", "./missing"], "./missing does not exist"),
+        (["--teacher_model_name_or_path", "tiny:nonsense"], "tiny:nonsense"),
+        (["--layers", "3"], "layers='3'"),
+    ],
+)
+def test_nothing_is_written_on_a_users_error(tmp_path, recipe, flags, message):
+    with pytest.raises(UserError, match=message):
+        train(*recipe(tmp_path / "run", *flags))
+    assert not (tmp_path / "run").exists()
+
+
+def test_keep_steps_drops_later_and_cut_lines(tmp_path):
+    path = tmp_path / "new" / "metrics.jsonl"
+    keep_steps(path, 0)
+    assert path.read_text() == ""
+    path.write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"st')
+    assert [record["step"] for record in read_metrics(path)] == [1, 2, 3]
+    keep_steps(path, 2)
+    assert path.read_text() == '{"step": 1}\n{"step": 2}\n'
+
+
+# Faults of a run
+
+
+class PoisonTeacher(TrainerCallback):
+    def __init__(self, trainer_module, step, name, value):
+        self.module, self.step, self.name, self.value = trainer_module, step, name, value
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            with torch.no_grad():
+                self.module.get_parameter(self.name).view(-1)[0] = self.value
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("nan")])
+@pytest.mark.parametrize(
+    ("settings", "weight", "where"),
+    [
+        ({}, "model.layers.1.mlp.down_proj.weight", r"at layers \[2\]"),
+        ({}, "model.layers.0.mlp.down_proj.weight", r"at layers \[1, 2\]"),
+        ({"output_loss": "full_vocab", "representation_weight": "0"}, "lm_head.weight", "output loss"),
+    ],
+    ids=["layer 2", "layer 1", "head"],
+)
+def test_a_loss_that_is_not_finite_stops_the_run(make_trainer, tmp_path, value, settings, weight, where):
+    trainer = make_trainer(save_strategy="steps", save_steps=1, max_steps=5, **settings)
+    trainer.add_callback(PoisonTeacher(trainer.teacher.model, 2, weight, value))
+    with pytest.raises(RuntimeError, match=rf"step 3: .*{where}.*in rollouts of .*What is") as caught:
+        trainer.train()
+    assert not isinstance(caught.value, UserError)
+    assert last_whole_checkpoint(tmp_path / "run") == tmp_path / "run" / "checkpoint-2"
+    assert [record["step"] for record in read_metrics(tmp_path / "run" / "metrics.jsonl")] == [1, 2]
+
+
+def test_a_poisoned_teacher_folder_stops_oprd_train(tmp_path, recipe, teacher):
+    folder = shutil.copytree(teacher, tmp_path / "teacher")
+    weights = load_file(folder / "model.safetensors")
+    weights["model.layers.1.mlp.down_proj.weight"][0, 0] = float("nan")
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(RuntimeError, match=r"step 1: .*layers \[2\]"):
+        train(*recipe(tmp_path / "run", "--teacher_model_name_or_path", str(folder)))
+    assert not (tmp_path / "run" / "model.safetensors").exists()
+
+
+def test_a_gradient_that_is_not_finite_stops_the_run_unapplied(make_trainer):
+    trainer = make_trainer()
+    before = trainer.model.model.layers[0].mlp.up_proj.weight.detach().clone()
+    trainer.model.model.layers[0].mlp.up_proj.weight.register_hook(lambda grad: grad * float("nan"))
+    with pytest.raises(RuntimeError, match="step 1: the gradient is not finite"):
+        trainer.train()
+    assert torch.equal(trainer.model.model.layers[0].mlp.up_proj.weight, before)

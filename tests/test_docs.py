@@ -37,3 +37,14 @@ def test_links_inside_the_repository_resolve(document):
     targets = [t for t in re.findall(r"\]\(([^)#\s]+)", text) if "://" not in t]
     missing = [t for t in targets if not ((ROOT / document).parent / t).exists()]
     assert not missing
+
+
+def test_every_key_of_ours_is_documented():
+    from dataclasses import fields
+
+    from oprd.settings import ObjectiveSettings
+    from oprd.train import RunArguments
+
+    text = (ROOT / "docs" / "recipes.md").read_text()
+    names = [field.name for kind in (ObjectiveSettings, RunArguments) for field in fields(kind)]
+    assert [name for name in names if f"`{name}`" not in text] == []

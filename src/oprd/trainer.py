@@ -14,7 +14,7 @@ import torch
 from datasets import Dataset
 from torch import Tensor
 from torch.utils.data import Sampler
-from transformers import PreTrainedModel, ProgressCallback, TrainerCallback
+from transformers import PreTrainedModel, PrinterCallback, ProgressCallback, TrainerCallback
 from trl import DistillationConfig, DistillationTrainer
 from trl.trainer.utils import RepeatSampler
 
@@ -210,7 +210,8 @@ class OPRDTrainer(DistillationTrainer):
         self.recorder = Recorder(
             self.update.averages, self.update.stopwatch, self.memory, self._sum_over_ranks, self._publish
         )
-        self.remove_callback(ProgressCallback)
+        for printer in (ProgressCallback, PrinterCallback):
+            self.remove_callback(printer)
         self.add_callback(self.recorder)
 
     def _sum_over_ranks(self, values: Tensor) -> Tensor:

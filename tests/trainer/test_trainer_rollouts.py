@@ -2,6 +2,7 @@
 
 import copy
 import json
+import zlib
 from pathlib import Path
 
 import by_hand
@@ -18,10 +19,15 @@ CALL = '<tool_call>\n{"name": "add", "arguments": {"a": 3, "b": 4}}\n</tool_call
 ANSWER = "The sum is 7.<|im_end|>"
 
 
+def draw(prompt_ids):
+    """A number that depends on the prompt alone."""
+    return zlib.crc32(str(prompt_ids).encode())
+
+
 def by_length(prompt_ids):
-    """Five prompts in six get an EOS."""
+    """Some prompts get an EOS, others reach the limit of 8."""
     ids = [10 + i % 7 for i in range(8)]
-    return ids if sum(prompt_ids) % 6 == 0 else [*ids[: 1 + sum(prompt_ids) % 4], 2]
+    return ids if draw(prompt_ids) % 3 == 0 else [*ids[: draw(prompt_ids) % 5], 2]
 
 
 @pytest.mark.parametrize("left_out", [False, True])
@@ -150,7 +156,7 @@ def tool_trainer(make_trainer, tokenizer):
 
         def script(prompt_ids):
             text = with_tools.decode(prompt_ids)
-            called = "tool_response>\n7" in text or sum(prompt_ids) % 2
+            called = "tool_response>\n7" in text or draw(prompt_ids) % 2
             return with_tools(ANSWER if called else CALL)["input_ids"]
 
         return make_trainer(

@@ -1,0 +1,59 @@
+"""The plain loop, the recipes and the real-prompt script do what their first lines say."""
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+import yaml
+
+from oprd.demo import ARMS, SHARED
+from oprd.train import parse_training_recipe
+
+ROOT = Path(__file__).parents[1]
+REAL_PROMPTS = ROOT.parent / "shared" / "data" / "dapo-math-17k.parquet"
+
+
+def load(path):
+    spec = importlib.util.spec_from_file_location(path.stem, ROOT / path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_plain_loop_learns():
+    history = load(Path("examples/plain_loop.py")).distil(steps=6, batch_size=8)
+    assert history[-1] < 0.8 * history[0]
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "recipes").rglob("*.yaml")), ids=lambda path: path.stem)
+def test_every_recipe_is_valid(path):
+    run, config = parse_training_recipe(path)
+    assert run.model_name_or_path and config.teacher_model_name_or_path
+    assert config.output_dir.startswith("runs/")
+
+
+def test_the_paper_recipe_has_the_papers_settings():
+    run, config = parse_training_recipe(ROOT / "recipes" / "paper" / "vanilla.yaml")
+    assert run.model_name_or_path == "deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B"
+    assert (config.layers, config.positions, config.representation_loss) == ("all", "last=2000", "mse")
+    assert config.max_steps == 500 and config.learning_rate == 1e-5 and config.warmup_steps == 0.03
+    assert config.lr_scheduler_type == "cosine" and config.bf16 and config.temperature == 1.0
+    on_8_gpus = 8 * config.per_device_train_batch_size * config.gradient_accumulation_steps
+    assert (on_8_gpus // config.num_generations, config.num_generations) == (8, 2)
+
+
+@pytest.mark.parametrize(
+    ("file", "arm"), [("vanilla", "oprd"), ("sampled_token", "opd_sampled_token"), ("top_k", "opd_top_k")]
+)
+def test_tiny_recipes_are_the_arms_of_the_demo(file, arm):
+    recipe = yaml.safe_load((ROOT / "recipes" / "tiny" / f"{file}.yaml").read_text())
+    expected = SHARED | ARMS[arm]
+    same = recipe.keys() & expected.keys() - {"save_strategy", "report_to", "diagnostics_steps"}
+    assert {key: str(recipe[key]) for key in same} == {key: str(expected[key]) for key in same}
+    assert {"learning_rate", "positions", "per_device_train_batch_size"} <= same
+
+
+@pytest.mark.skipif(not REAL_PROMPTS.exists(), reason="the real prompts are not part of the project")
+def test_real_prompts(tmp_path):
+    losses = load(Path("benchmarks/real_prompts.py")).run(REAL_PROMPTS, tmp_path, steps=4, width=64, depth=2)
+    assert losses[-1] < losses[0]

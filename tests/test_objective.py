@@ -1,0 +1,142 @@
+"""Schedules and the one place that reduces."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from oprd import losses
+from oprd.errors import UserError
+from oprd.objective import Schedule, num_units, output_loss, representation_loss, row_weights
+
+KNOTS = st.lists(
+    st.tuples(st.integers(0, 1000), st.floats(0, 100)), min_size=1, max_size=6, unique_by=lambda knot: knot[0]
+).map(sorted)
+MASKS = st.lists(st.lists(st.booleans(), min_size=5, max_size=5), min_size=1, max_size=9)
+
+
+def text(knots):
+    return ",".join(f"{step}={value!r}" for step, value in knots)
+
+
+@pytest.mark.parametrize(
+    ("spec", "values"),
+    [
+        ("0.3", {0: 0.3, 10**6: 0.3}),
+        (2, {0: 2.0, 7: 2.0}),
+        (0.5, {3: 0.5}),
+        ("1e-2", {0: 0.01}),
+        ("0=1.0,400=0", {0: 1.0, 100: 0.75, 399: 0.0025, 400: 0.0, 500: 0.0}),
+        ("399=1,400=0", {0: 1.0, 399: 1.0, 400: 0.0, 401: 0.0}),
+        ("0=0,10=1,20=1,30=0.5", {0: 0.0, 5: 0.5, 10: 1.0, 15: 1.0, 25: 0.75, 30: 0.5, 99: 0.5}),
+        (" 0 = 1 , 2 = 3 ", {1: 2.0}),
+        ("5=2", {0: 2.0, 5: 2.0, 9: 2.0}),
+    ],
+)
+def test_schedule_values(spec, values):
+    schedule = Schedule.parse(spec)
+    assert {step: schedule(step) for step in values} == pytest.approx(values)
+
+
+@given(KNOTS, st.integers(0, 1200))
+def test_schedule_is_piecewise_linear_and_constant_outside(knots, step):
+    schedule = Schedule.parse(text(knots))
+    steps, values = zip(*knots, strict=True)
+    for at, value in knots:
+        assert schedule(at) == value
+    assert min(values) - 1e-9 <= schedule(step) <= max(values) + 1e-9
+    if step <= steps[0]:
+        assert schedule(step) == values[0]
+    elif step >= steps[-1]:
+        assert schedule(step) == values[-1]
+    else:
+        i = max(i for i, at in enumerate(steps) if at <= step)
+        share = (step - steps[i]) / (steps[i + 1] - steps[i])
+        assert schedule(step) == pytest.approx((1 - share) * values[i] + share * values[i + 1], abs=1e-9)
+
+
+@given(KNOTS)
+def test_schedule_activity(knots):
+    schedule = Schedule.parse(text(knots))
+    weights = [schedule(step) for step in range(1002)]
+    # A weight between two knots is positive where either is, so the knots decide.
+    assert schedule.ever_active is any(value > 0 for _, value in knots)
+    assert schedule.always_active is all(value > 0 for _, value in knots)
+    assert not schedule.always_active or all(weight > 0 for weight in weights)
+    assert schedule.ever_active or not any(weights)
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("", "cannot read ''"),
+        ("one", "cannot read 'one'"),
+        ("0=1,", "cannot read"),
+        ("0=1=2", "cannot read"),
+        ("0.5=1", "cannot read"),
+        ("0=1;400=0", "cannot read"),
+        ("10=1,10=0", "increase strictly"),
+        ("10=1,5=0", "increase strictly"),
+        ("-1=1,5=0", "from 0"),
+        ("-0.5", "finite number, 0 or more"),
+        ("0=1,5=-1", "finite number, 0 or more"),
+        ("nan", "finite number, 0 or more"),
+        ("0=inf", "finite number, 0 or more"),
+    ],
+)
+def test_schedule_refused(spec, message):
+    with pytest.raises(UserError, match=message) as caught:
+        Schedule.parse(spec, "representation_weight")
+    assert str(caught.value).startswith("representation_weight")
+
+
+@given(MASKS, st.sampled_from(["rollout", "token"]), st.lists(st.integers(0, 9), max_size=4))
+def test_weights_of_any_split_sum_to_one(rows, reduction, cuts):
+    mask = torch.tensor(rows)
+    edges = sorted({0, len(mask), *(min(cut, len(mask)) for cut in cuts)})
+    parts = [mask[a:b] for a, b in zip(edges, edges[1:], strict=False)]
+    total = sum(num_units(part, reduction) for part in parts)
+    assert int(total) == int(num_units(mask, reduction))
+    weights = torch.cat([row_weights(part, reduction, total) for part in parts])
+    torch.testing.assert_close(weights, row_weights(mask, reduction, total), rtol=0, atol=0)
+    assert torch.equal(weights > 0, mask)
+    assert weights.sum().item() == pytest.approx(float(mask.any()), abs=1e-5)
+
+
+def test_row_weights_by_hand():
+    mask = torch.tensor([[1, 1, 0, 0], [0, 0, 0, 0], [1, 1, 1, 1], [0, 0, 1, 0]], dtype=torch.bool)
+    assert int(num_units(mask, "rollout")) == 3 and int(num_units(mask, "token")) == 7
+    by_rollout = torch.tensor([[1 / 6] * 2 + [0] * 2, [0] * 4, [1 / 12] * 4, [0, 0, 1 / 3, 0]])
+    torch.testing.assert_close(row_weights(mask, "rollout", 3), by_rollout)
+    torch.testing.assert_close(row_weights(mask, "token", 7), mask / 7)
+
+
+@pytest.mark.parametrize("reduction", ["rollout", "token"])
+def test_an_empty_mask_weighs_nothing(reduction):
+    mask = torch.zeros(3, 4, dtype=torch.bool)
+    assert int(num_units(mask, reduction)) == 0
+    assert torch.equal(row_weights(mask, reduction, 0), torch.zeros(3, 4))
+
+
+def test_losses_are_weighted_sums():
+    torch.manual_seed(0)
+    student = {1: torch.randn(5, 4, requires_grad=True), 2: torch.randn(5, 4)}
+    teacher = {1: torch.randn(5, 4), 4: torch.randn(5, 4)}
+    weights = torch.tensor([0.1, 0.2, 0.3, 0.25, 0.15])
+    per_layer = representation_loss(losses.mse, [(1, 1), (2, 4)], student, teacher, weights)
+    expected = [
+        sum(w * ((s - t) ** 2).mean() for w, s, t in zip(weights, student[a], teacher[b], strict=True)).item()
+        for a, b in [(1, 1), (2, 4)]
+    ]
+    assert per_layer.tolist() == pytest.approx(expected)
+    values = torch.arange(5.0)
+    assert output_loss(values, weights).item() == pytest.approx(float((values * weights).sum()))
+
+
+def test_no_rows_give_zero_and_a_zero_gradient():
+    student = torch.randn(0, 4, requires_grad=True)
+    loss = representation_loss(losses.mse, [(1, 1)], {1: student}, {1: torch.randn(0, 4)}, torch.zeros(0))
+    assert loss.tolist() == [0.0]
+    loss.sum().backward()
+    assert student.grad.shape == (0, 4)
+    assert output_loss(torch.zeros(0), torch.zeros(0)).item() == 0.0

@@ -1,0 +1,158 @@
+"""Recipes: one YAML mapping, the same keys as flags, and what is said when either is wrong."""
+
+import pytest
+from transformers import TrainingArguments
+
+from oprd.errors import UserError
+from oprd.recipe import read_recipe
+from oprd.train import parse_training_recipe
+
+BASE = {
+    "model_name_or_path": "tiny:student",
+    "teacher_model_name_or_path": "tiny:teacher",
+    "dataset_name": "tiny",
+    "bf16": "false",
+    "use_cpu": "true",
+    "report_to": "none",
+}
+
+
+@pytest.fixture
+def parse(tmp_path):
+    """`parse(yaml_lines, flags)`: the run and the config of BASE plus some lines."""
+
+    def parse(lines="", flags=(), base=BASE):
+        path = tmp_path / "recipe.yaml"
+        path.write_text("".join(f"{key}: {value}\n" for key, value in base.items()) + lines)
+        return parse_training_recipe(path, ["--output_dir", str(tmp_path / "run"), *flags])
+
+    return parse
+
+
+@pytest.mark.parametrize(
+    ("line", "key", "value"),
+    [
+        ("representation_weight: 0=1.0,400=0", "representation_weight", "0=1.0,400=0"),
+        ("representation_weight: 2", "representation_weight", "2"),
+        ("representation_weight: 0.5", "representation_weight", "0.5"),
+        ("layers: 14=18,28=36", "layers", "14=18,28=36"),
+        ("layers: 2", "layers", "2"),
+        ("layers: [1, 2]", "layers", "1,2"),
+        ("layers: 1,2,4", "layers", "1,2,4"),
+        ("positions: last=3", "positions", "last=3"),
+        ("renormalize: false", "renormalize", False),
+        ("renormalize: true", "renormalize", True),
+        ("mask_truncated_completions: yes", "mask_truncated_completions", True),
+        ("learning_rate: 1e-5", "learning_rate", 1e-5),
+        ("learning_rate: 0.001", "learning_rate", 1e-3),
+        ("warmup_steps: 0.03", "warmup_steps", 0.03),
+        ("max_steps: 7", "max_steps", 7),
+        ("max_prompt_length: 12", "max_prompt_length", 12),
+        ("teacher_chat_template_kwargs: {enable_thinking: false}", "teacher_chat_template_kwargs", {"enable_thinking": False}),
+        ("teacher_model_init_kwargs: {dtype: bfloat16}", "teacher_model_init_kwargs", {"dtype": "bfloat16"}),
+        ("generation_kwargs: {do_sample: false}", "generation_kwargs", {"do_sample": False}),
+        ("report_to: [tensorboard]", "report_to", ["tensorboard"]),
+        ("run_name: \"it's a name: with -- odd characters\"", "run_name", "it's a name: with -- odd characters"),
+        ("run_name: -dash", "run_name", "-dash"),
+        ("gradient_checkpointing: off", "gradient_checkpointing", False),
+    ],
+)  # fmt: skip
+def test_values(parse, line, key, value):
+    base = {k: v for k, v in BASE.items() if not line.startswith(f"{k}:")}
+    _, config = parse(line + "\n", base=base)
+    assert getattr(config, key) == value
+    assert type(getattr(config, key)) is type(value)
+
+
+@pytest.mark.parametrize(
+    ("flags", "key", "value"),
+    [
+        (["--layers", "last"], "layers", "last"),
+        (["--layers=1"], "layers", "1"),
+        (["--max_steps", "3"], "max_steps", 3),
+        (["--representation_weight", "0=1,5=0"], "representation_weight", "0=1,5=0"),
+        (["--renormalize", "false"], "renormalize", False),
+        (["--learning_rate", "3e-4"], "learning_rate", 3e-4),
+        (["--chat_template_kwargs", '{"a": 1}'], "chat_template_kwargs", {"a": 1}),
+    ],
+)
+def test_flags_override_the_recipe(parse, flags, key, value):
+    _, config = parse("layers: all\nmax_steps: 9\nlearning_rate: 0.1\nrenormalize: true\n", flags)
+    assert getattr(config, key) == value
+
+
+def test_names(parse):
+    run, config = parse()
+    assert run.model_name_or_path == "tiny:student" and run.dataset_name == "tiny"
+    assert config.teacher_model_name_or_path == "tiny:teacher"
+    assert isinstance(config, TrainingArguments)
+    run, _ = parse(flags=["--model_name_or_path", "other"])
+    assert run.model_name_or_path == "other"
+
+
+@pytest.mark.parametrize(
+    ("lines", "flags", "message"),
+    [
+        ("layer: all\n", [], r"recipe\.yaml: unknown key 'layer'; did you mean layers\?"),
+        ("representation_wieght: 1\n", [], "did you mean representation_weight"),
+        ("zzzzzz: 1\n", [], "unknown key 'zzzzzz'"),
+        ("", ["--layer", "all"], r"unknown flag '--layer'; did you mean layers\?"),
+        ("", ["--lay", "all"], "unknown flag '--lay'"),
+        ("", ["stray"], "unknown flag 'stray'"),
+        ("", ["--max_steps"], "max_steps"),
+        ("", ["--max_steps", "many"], "max_steps.*many"),
+        ("max_steps: many\n", [], "max_steps.*many"),
+        ("learning_rate: fast\n", [], "learning_rate.*fast"),
+        ("renormalize: perhaps\n", [], "renormalize|perhaps"),
+        ("max_steps: [1, 2]\n", [], "."),
+        ("layers:\n", [], r"layers has no value; give it one or leave the key out"),
+        ("layers: null\n", [], "layers has no value"),
+        ("positions: last=0\n", [], "last=0"),
+        ("num_generations: 0\n", [], "num_generations must be 1 or more"),
+        ("beta: 0.5\n", [], "beta is TRL's name"),
+        ("layers: all\nlayers: last\n", [], "layers"),
+        ("lr_scheduler_type: squiggle\n", [], "squiggle"),
+        ("teacher_chat_template_kwargs: '{broken'\n", [], "."),
+        ("eval_strategy: steps\neval_steps: 0\n", [], "."),
+        ("1: 2\n", [], "mapping of keys"),
+    ],
+    ids=str,
+)
+def test_refused(parse, lines, flags, message):
+    with pytest.raises(UserError, match=message):
+        parse(lines, flags)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a: 1\nb: [1, 2\nc: 3\n", r"bad\.yaml, line 3: malformed YAML"),
+        ("a: 1\n\tb: 2\n", r"bad\.yaml, line 2: malformed YAML"),
+        ("a: b: c\n", r"line 1: malformed YAML"),
+        ("- a\n- b\n", "a recipe is a mapping of keys to values"),
+        ("just text", "a recipe is a mapping"),
+        ("", "a recipe is a mapping"),
+        ("!!python/object:os.system {}\n", "malformed YAML"),
+    ],
+)
+def test_malformed_files(tmp_path, text, message):
+    path = tmp_path / "bad.yaml"
+    path.write_text(text)
+    with pytest.raises(UserError, match=message):
+        read_recipe(path)
+
+
+def test_files_that_cannot_be_read(tmp_path):
+    with pytest.raises(UserError, match=r"there is no recipe file .*nothing\.yaml"):
+        read_recipe(tmp_path / "nothing.yaml")
+    with pytest.raises(UserError, match="cannot read the recipe"):
+        read_recipe(tmp_path)
+    (tmp_path / "bytes.yaml").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(UserError):
+        read_recipe(tmp_path / "bytes.yaml")
+
+
+@pytest.mark.parametrize("key", ["model_name_or_path", "dataset_name"])
+def test_names_are_required(parse, key):
+    with pytest.raises(UserError, match=f"names no {key}: add it"):
+        parse(base={k: v for k, v in BASE.items() if k != key})

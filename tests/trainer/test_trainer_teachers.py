@@ -1,0 +1,244 @@
+"""What the teacher reads, where it comes from, and which pairs and settings are refused before a run."""
+
+import by_hand
+import pytest
+import torch
+from datasets import Dataset
+from tiny_pair import prompt_texts
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from oprd.errors import UserError
+from oprd.tiny.tokenizer import train_tokenizer
+from oprd.trainer import OPRDConfig, OPRDTrainer
+
+TEMPLATE = (
+    "{%- if hint is defined -%}{{- 'Hint: ' + hint + ' ' -}}{%- endif -%}"
+    "{%- for message in messages -%}{{- message['role'] + ': ' + message['content'] + ' ' -}}{%- endfor -%}"
+    "{%- if add_generation_prompt -%}{{- 'reply:' -}}{%- endif -%}"
+)
+PAIRS = [(1, 1), (2, 2)]
+
+
+@pytest.fixture
+def own_teacher(teacher, tokenizer, tmp_path):
+    """The teacher with a chat template of its own."""
+    folder = tmp_path / "own_teacher"
+    AutoModelForCausalLM.from_pretrained(teacher).save_pretrained(folder)
+    own = AutoTokenizer.from_pretrained(teacher)
+    own.chat_template = TEMPLATE
+    own.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.mark.parametrize("hint", [None, "seven"])
+@pytest.mark.parametrize("terms", [{}, {"representation_weight": "0", "output_loss": "full_vocab"}], ids=str)
+def test_a_teacher_reads_its_own_template(make_trainer, roll_out, gradient, own_teacher, hint, terms):
+    kwargs = {"teacher_chat_template_kwargs": {"hint": hint}} if hint else {}
+    trainer = make_trainer(teacher=own_teacher, teacher_chat_template="own", **kwargs, **terms)
+    batch = roll_out(trainer)
+    given = by_hand.rollouts(batch)
+    start = f"Hint: {hint} " if hint else ""
+    texts = [f"{start}user: {text} reply:" for text in prompt_texts(6)]
+    prompts = [trainer.teacher.tokenizer(text)["input_ids"] for text in texts]
+    assert len({len(prompt) for prompt in prompts}) > 1
+    models = trainer.model, trainer.teacher.model
+    if terms:
+        expected = by_hand.output_loss(*models, given, terms, teacher_prompts=prompts)
+        plain = by_hand.output_loss(*models, given, terms)
+    else:
+        expected = by_hand.representation_loss(*models, given, PAIRS, teacher_prompts=prompts)
+        plain = by_hand.representation_loss(*models, given, PAIRS)
+    assert gradient(trainer, batch)[0] == pytest.approx(expected.item(), rel=1e-5)
+    assert abs(expected.item() - plain.item()) > 1e-3 * plain.item()
+
+
+def test_the_students_template_with_other_arguments(make_trainer, roll_out, gradient, tokenizer):
+    import copy
+
+    hinted = copy.deepcopy(tokenizer)
+    hinted.chat_template = TEMPLATE
+    trainer = make_trainer(
+        chat_template_kwargs={"hint": "one"},
+        teacher_chat_template_kwargs={"hint": "forty-two"},
+        extra={"processing_class": hinted},
+    )
+    batch = roll_out(trainer)
+    given = by_hand.rollouts(batch)
+    text = prompt_texts(1)[0]
+    assert given[0][0] == hinted(f"Hint: one user: {text} reply:")["input_ids"]
+    prompts = [hinted(f"Hint: forty-two user: {text} reply:")["input_ids"] for text in prompt_texts(6)]
+    models = trainer.model, trainer.teacher.model
+    expected = by_hand.representation_loss(*models, given, PAIRS, teacher_prompts=prompts)
+    assert gradient(trainer, batch)[0] == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_by_default_the_teacher_reads_the_students_ids(make_trainer, roll_out, own_teacher):
+    batch = roll_out(make_trainer(teacher=own_teacher))
+    assert not any(key.startswith("teacher_prompt") for key in batch)
+
+
+def test_a_run_with_an_own_template(make_trainer, own_teacher):
+    trainer = make_trainer(
+        teacher=own_teacher,
+        teacher_chat_template="own",
+        per_device_train_batch_size=2,
+        gradient_accumulation_steps=2,
+        output_loss="top_k",
+    )
+    trainer.train()
+    assert trainer.state.global_step == 2
+
+
+def test_models_as_objects_or_names(make_trainer, roll_out, gradient, student, teacher):
+    named = make_trainer()
+    load = AutoModelForCausalLM.from_pretrained
+    objects = make_trainer(student=load(student), teacher=load(teacher))
+    assert not any(p.requires_grad for p in objects.teacher.model.parameters())
+    assert not objects.teacher.model.training
+    batch = roll_out(named)
+    assert gradient(named, batch)[0] == gradient(objects, batch)[0] > 0
+
+
+def test_bundled_names(make_trainer):
+    trainer = make_trainer(student="tiny:student", teacher="tiny:teacher")
+    assert trainer.teacher.num_layers == len(trainer.model.model.layers)
+
+
+def test_teacher_from_the_config(make_trainer, teacher):
+    trainer = make_trainer(teacher=None, teacher_model_name_or_path=teacher)
+    assert trainer.teacher.model.config._name_or_path == teacher
+
+
+def test_teacher_placed_by_a_device_map(make_trainer, roll_out, gradient):
+    """A teacher dispatched by accelerate (here to the CPU and to disk) gives the plain one's loss."""
+    plain = make_trainer()
+    batch = roll_out(plain)
+    placed = make_trainer(teacher_model_init_kwargs={"device_map": "cpu"})
+    assert gradient(placed, batch)[0] == gradient(plain, batch)[0]
+
+
+def test_teacher_offloaded_to_disk(make_trainer, roll_out, gradient, tmp_path):
+    plain = make_trainer(output_loss="full_vocab", output_weight="0.1")
+    batch = roll_out(plain)
+    devices = {"model.embed_tokens": "cpu", "model.layers.0": "cpu", "model.layers.1": "disk"}
+    devices |= {"model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "disk"}
+    kwargs = {"device_map": devices, "offload_folder": str(tmp_path / "offload")}
+    offloaded = make_trainer(
+        teacher_model_init_kwargs=kwargs, output_loss="full_vocab", output_weight="0.1"
+    )
+    assert gradient(offloaded, batch)[0] == pytest.approx(gradient(plain, batch)[0], rel=1e-6)
+
+
+def test_vocabularies_padded_to_other_sizes_share_their_prefix(make_trainer, make_folder, roll_out, tokenizer):
+    padded = make_folder(2, vocab_size=len(tokenizer) + 6)
+    trainer = make_trainer(teacher=padded, output_loss="full_vocab")
+    assert trainer.update.vocabulary == len(tokenizer)
+    assert trainer.compute_loss(trainer.model, roll_out(trainer)).isfinite()
+
+
+# Refused
+
+
+@pytest.fixture
+def other_vocabulary(teacher, tmp_path):
+    folder = tmp_path / "other_vocabulary"
+    AutoModelForCausalLM.from_pretrained(teacher).save_pretrained(folder)
+    train_tokenizer(["entirely different words for every merge"] * 9, vocab_size=290).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.mark.parametrize("loss", ["none", "sampled_token"])
+def test_another_vocabulary(make_trainer, other_vocabulary, loss):
+    with pytest.raises(UserError, match="different vocabularies .* bridge"):
+        make_trainer(teacher=other_vocabulary, output_loss=loss)
+
+
+def test_another_width(make_trainer, make_folder):
+    wide = make_folder(2, hidden_size=48)
+    with pytest.raises(UserError, match=r"student is 32 wide and the teacher 48.*bridge.*representation_weight: 0"):
+        make_trainer(teacher=wide)
+    trainer = make_trainer(
+        teacher=wide, representation_weight="0", output_loss="sampled_token", diagnostics_steps=1
+    )
+    trainer.train()
+    assert trainer.state.global_step == 2
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"teacher": "tiny:nonsense"}, "no bundled model tiny:nonsense; the bundled ones are tiny:student"),
+        ({"student": "tiny:nonsense"}, "no bundled model tiny:nonsense"),
+        ({"teacher": "./nowhere"}, "the model folder ./nowhere does not exist"),
+        ({"student": "/nowhere/model"}, "the model folder /nowhere/model does not exist"),
+        ({"teacher": "/"}, "not a model folder: it holds no config.json"),
+        ({"teacher": "nobody/no-such-model"}, "cannot load the model nobody/no-such-model"),
+        ({"teacher": None}, "no teacher: set teacher_model_name_or_path"),
+        ({"layers": "0"}, "layers='0': the student has layers 1 to 2"),
+        ({"layers": "1,3"}, "layer 3 is not one of them"),
+        ({"layers": "1=3"}, "the teacher has layers 1 to 2"),
+        ({"output_loss": "top_k", "output_top_k": 300}, "output_top_k is 300, but the vocabulary has \\d+ tokens"),
+        ({"output_loss": "top_k_authors", "output_top_k": 300}, "output_top_k is 300"),
+        ({"dataset": Dataset.from_dict({"text": ["a"]})}, "no column 'prompt'; it has text"),
+        ({"dataset": Dataset.from_dict({"prompt": []})}, "empty"),
+        ({"dataset": [{"prompt": "a"}]}, "must be a datasets.Dataset, got list"),
+        ({"dataset": Dataset.from_dict({"prompt": ["a", "b", "c"]})}, "takes 4 prompts, and the dataset has 3"),
+    ],
+    ids=str,
+)
+def test_refused_with_a_sentence(make_trainer, config, message):
+    with pytest.raises(UserError, match=message):
+        make_trainer(**config)
+
+
+def test_chat_prompts_need_a_chat_template(make_trainer, tokenizer):
+    import copy
+
+    plain = copy.deepcopy(tokenizer)
+    plain.chat_template = None
+    with pytest.raises(UserError, match="no chat template"):
+        make_trainer(extra={"processing_class": plain})
+
+
+def test_own_template_needs_a_tokenizer(make_trainer, teacher):
+    model = AutoModelForCausalLM.from_pretrained(teacher)
+    model.config._name_or_path = ""
+    with pytest.raises(UserError, match="teacher_chat_template: own needs a tokenizer"):
+        make_trainer(teacher=model, teacher_chat_template="own")
+    make_trainer(teacher=model)
+
+
+def test_own_template_has_to_exist(make_trainer, teacher, tmp_path):
+    folder = tmp_path / "bare"
+    AutoModelForCausalLM.from_pretrained(teacher).save_pretrained(folder)
+    bare = AutoTokenizer.from_pretrained(teacher)
+    bare.chat_template = None
+    bare.save_pretrained(folder)
+    with pytest.raises(UserError, match="no chat template"):
+        make_trainer(teacher=str(folder), teacher_chat_template="own")
+
+
+def test_another_eos_is_said(make_trainer, teacher, tmp_path, caplog):
+    folder = tmp_path / "other_eos"
+    AutoModelForCausalLM.from_pretrained(teacher).save_pretrained(folder)
+    other = AutoTokenizer.from_pretrained(teacher)
+    other.eos_token = other.pad_token
+    other.save_pretrained(folder)
+    make_trainer(teacher=str(folder))
+    assert "the student ends with '<|im_end|>' and the teacher with '<|pad|>'" in caplog.text
+
+
+def test_a_missing_tokenizer(make_trainer, student, tmp_path):
+    folder = tmp_path / "no_tokenizer"
+    AutoModelForCausalLM.from_pretrained(student).save_pretrained(folder)
+    with pytest.raises(UserError, match="tokenizer"):
+        make_trainer(student=str(folder))
+    with pytest.raises(UserError, match="tokenizer"):
+        make_trainer(teacher=str(folder))
+
+
+def test_plain_use_of_the_class(student, teacher, dataset, tmp_path):
+    args = OPRDConfig(output_dir=str(tmp_path), bf16=False, use_cpu=True, report_to="none")
+    trainer = OPRDTrainer(student, teacher, args, dataset)
+    assert trainer.update.layer_map.pairs == ((1, 1), (2, 2))
+    assert torch.equal(trainer.model.lm_head.weight, trainer.model.get_output_embeddings().weight)

@@ -69,12 +69,18 @@ def test_specs_are_normalised_to_text():
         ({"representation_weight": "400=0,0=1"}, "representation_weight='400=0,0=1'.*increase"),
         ({"output_weight": "-1"}, "output_weight='-1'.*0 or more"),
         ({"representation_weight": "0"}, "all weights are zero"),
-        ({"representation_weight": "0", "output_loss": "top_k", "output_weight": "0"}, "all weights are zero"),
+        (
+            {"representation_weight": "0", "output_loss": "top_k", "output_weight": "0"},
+            "all weights are zero",
+        ),
         ({"representation_weight": "0=0,9=0"}, "all weights are zero"),
         ({"output_loss": "top_k", "output_top_k": 1}, "identically zero at output_top_k: 1"),
         ({"output_loss": "top_k_authors", "output_top_k": 1, "renormalize": False}, "output_top_k: 1"),
         ({"divergence": "jsd"}, "divergence: jsd belongs to output_loss: full_vocab"),
-        ({"divergence": "forward_kl", "output_loss": "top_k"}, "top-k and sampled-token losses are reverse KL"),
+        (
+            {"divergence": "forward_kl", "output_loss": "top_k"},
+            "top-k and sampled-token losses are reverse KL",
+        ),
         ({"student_temperature": float("nan")}, "student_temperature"),
         ({"student_temperature": float("inf")}, "student_temperature"),
     ],
@@ -91,7 +97,11 @@ def test_refused(settings, message):
         {"output_loss": "top_k", "output_top_k": 1, "renormalize": False},
         {"output_top_k": 1},
         {"representation_weight": "0", "output_loss": "full_vocab", "divergence": "jsd"},
-        {"representation_weight": "0=1,400=0", "output_loss": "sampled_token", "output_weight": "399=0,400=1"},
+        {
+            "representation_weight": "0=1,400=0",
+            "output_loss": "sampled_token",
+            "output_weight": "399=0,400=1",
+        },
     ],
     ids=str,
 )

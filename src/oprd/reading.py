@@ -66,7 +66,8 @@ def read_states(model: nn.Module, reading: Reading, wants: Sequence[Want]) -> li
 
     Returns, for every want, `{layer: [N, D]}` with N the rows of its mask, row-major.
     """
-    deepest = max(range(len(wants)), key=lambda i: max(wants[i].layers))
+    # Among equally deep wants the last one stops the forward, once the others' hooks have run.
+    deepest = max(range(len(wants)), key=lambda i: (max(wants[i].layers), i))
     # Positions count real tokens, so the amount of padding does not shift them.
     positions = (reading.attention_mask.cumsum(-1) - 1).clamp(min=0)
     with ExitStack() as captures:

@@ -51,7 +51,7 @@ def check_folder(folder: Path, settings: dict[str, Any]) -> None:
         if any(folder.glob("checkpoint-*")) or (folder / "config.json").exists():
             raise UserError(f"{folder} holds a model that is not a run of oprd: choose another output_dir")
         return
-    stored = yaml.safe_load(resolved.read_text())["settings"]
+    stored = _stored_settings(resolved)
     for key in sorted(stored.keys() | settings.keys()):
         execution = key in EXECUTION_KEYS or key.startswith(EXECUTION_PREFIXES)
         if not execution and stored.get(key) != settings.get(key):
@@ -59,6 +59,13 @@ def check_folder(folder: Path, settings: dict[str, Any]) -> None:
                 f"{folder} holds a run with {key}: {stored.get(key)}, not {settings.get(key)}: choose "
                 "another output_dir, or delete that folder to start over"
             )
+
+
+def _stored_settings(resolved: Path) -> dict[str, Any]:
+    try:
+        return dict(yaml.safe_load(resolved.read_text())["settings"])
+    except (yaml.YAMLError, KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{resolved} is damaged: choose another output_dir, or delete that folder") from error
 
 
 def write_resolved(folder: Path, settings: dict[str, Any]) -> None:

@@ -38,6 +38,17 @@ class Teacher:
             model = model.to(device)
         return cls(model, load_tokenizer(located, **hub_kwargs))
 
+    @classmethod
+    def of(cls, model: PreTrainedModel, device: torch.device) -> "Teacher":
+        """Take a model object, moved to `device` unless dispatched, with its tokenizer if it has one."""
+        if not hasattr(model, "hf_device_map"):
+            model = model.to(device)
+        try:
+            name = model.config._name_or_path
+            return cls(model, load_tokenizer(name) if name else None)
+        except UserError:
+            return cls(model)
+
     @property
     def width(self) -> int:
         """Hidden width d_T."""

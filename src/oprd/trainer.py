@@ -3,6 +3,7 @@
 The only module that imports trl.
 """
 
+import copy
 import json
 import logging
 import textwrap
@@ -19,17 +20,15 @@ from trl import DistillationConfig, DistillationTrainer
 from trl.trainer.utils import RepeatSampler
 
 from oprd.batch import Batch, left_pad, truncated_rollouts, weigh_rows
-from oprd.capture import backbone, num_layers
 from oprd.errors import UserError
-from oprd.meters import Averages, MemoryMeter, Stopwatch
-from oprd.models import load_tokenizer, resolve_model
+from oprd.meters import MemoryMeter
+from oprd.models import resolve_model
 from oprd.prompts import drop_long_prompts
 from oprd.recorder import Recorder
 from oprd.rollouts import render_prompt
-from oprd.selection import LayerMap
 from oprd.settings import ObjectiveSettings
-from oprd.teacher import Teacher, check_widths, shared_vocabulary
-from oprd.update import NonFiniteLoss, Update, freeze_unreached
+from oprd.teacher import Teacher
+from oprd.update import NonFiniteLoss, Update
 
 logger = logging.getLogger(__name__)
 
@@ -63,7 +62,7 @@ class OPRDConfig(ObjectiveSettings, DistillationConfig):
             )
         self.check()
         # Without it, transformers refuses bf16 on a machine that has no accelerator.
-        self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
+        self.use_cpu: bool = self.use_cpu or not torch.accelerator.is_available()
         super().__post_init__()
 
 
@@ -103,6 +102,11 @@ class OPRDTrainer(DistillationTrainer):
             raise UserError("no teacher: set teacher_model_name_or_path to a name, a folder or tiny:teacher")
         if not isinstance(train_dataset, Dataset):
             raise UserError(f"train_dataset must be a datasets.Dataset, got {type(train_dataset).__name__}")
+        if teacher_model is model and not isinstance(model, str):
+            teacher_model = copy.deepcopy(model)  # the teacher is frozen, the student is not
+        if not args.output_schedule.always_active and args.output_schedule.ever_active:
+            # The LM head goes unused while the output loss is off, and DDP then has to look for it.
+            args.ddp_find_unused_parameters = True
         super().__init__(
             model=resolve_model(model) if isinstance(model, str) else model,
             args=args,
@@ -110,10 +114,14 @@ class OPRDTrainer(DistillationTrainer):
             callbacks=callbacks,
             **kwargs,
         )
+        if self._is_vlm:
+            raise UserError("the student is a vision-language model; oprd distils text-only models so far")
         self._check_batch(args)
         self.train_dataset = self._usable(train_dataset, args)
         self.teacher = self._load_teacher(teacher_model, args)
-        self.update = self._bind(args)
+        self.update = Update.bind(args, self.model, self._tokenizer, self.teacher, self.accelerator.device)
+        if self._teacher_reads_apart:
+            self._teacher_prompts([self.train_dataset[0]["prompt"]])
         self._add_recorder()
 
     # Set-up
@@ -127,45 +135,7 @@ class OPRDTrainer(DistillationTrainer):
         init_kwargs.setdefault("dtype", "auto" if args.bf16 or args.fp16 else "float32")
         if isinstance(teacher, str):
             return Teacher.load(teacher, self.accelerator.device, init_kwargs)
-        if not hasattr(teacher, "hf_device_map"):
-            teacher = teacher.to(self.accelerator.device)
-        return Teacher(teacher, _tokenizer_of(teacher))
-
-    def _bind(self, args: OPRDConfig) -> Update:
-        """Pair the layers, compare widths and vocabularies, freeze what no term reaches."""
-        depth = num_layers(self.model)
-        layer_map = LayerMap.parse(args.layers, depth, self.teacher.num_layers)
-        if args.teacher_chat_template == "own" and self.teacher.tokenizer is None:
-            raise UserError(
-                "teacher_chat_template: own needs a tokenizer: give the teacher as a folder or name"
-            )
-        if args.representation_schedule.ever_active:
-            check_widths(backbone(self.model).config.get_text_config().hidden_size, depth, self.teacher)
-        vocabulary = shared_vocabulary(self.model, self._tokenizer, self.teacher)
-        if args.output_loss.startswith("top_k") and args.output_top_k > vocabulary:
-            raise UserError(
-                f"output_top_k is {args.output_top_k}, but the vocabulary has {vocabulary} tokens"
-            )
-        update = Update(
-            settings=args,
-            layer_map=layer_map,
-            student=self.model,
-            teacher=self.teacher,
-            vocabulary=vocabulary,
-            averages=Averages(),
-            stopwatch=Stopwatch(self.accelerator.device),
-        )
-        if args.output_schedule.ever_active:
-            _ = update.heads
-            # The head goes unused, and DDP has to look for it, while the output loss is off.
-            args.ddp_find_unused_parameters = args.ddp_find_unused_parameters or (
-                None if args.output_schedule.always_active else True
-            )
-        elif self.model.get_output_embeddings().weight is self.model.get_input_embeddings().weight:
-            logger.warning("the student's LM head is tied to its input embedding, so it moves along with it")
-        if frozen := freeze_unreached(self.model, args, layer_map):
-            logger.info("frozen, since no loss reaches it: %s", ", ".join(frozen))
-        return update
+        return Teacher.of(teacher, self.accelerator.device)
 
     def _check_batch(self, args: OPRDConfig) -> None:
         completions = args.per_device_train_batch_size * args.gradient_accumulation_steps
@@ -239,7 +209,7 @@ class OPRDTrainer(DistillationTrainer):
             batch = super()._generate_and_score_completions(inputs)
         truncated = truncated_rollouts(batch, self.eos_token_ids)
         batch |= weigh_rows(batch, truncated, self.args, lambda units: self.accelerator.gather(units).sum())
-        if self.args.teacher_chat_template == "own" or self.args.teacher_chat_template_kwargs:
+        if self._teacher_reads_apart:
             batch |= self._teacher_prompts([row["prompt"] for row in inputs])
         if self.model.training:
             self._describe(batch, truncated)
@@ -263,11 +233,17 @@ class OPRDTrainer(DistillationTrainer):
             with self.update.stopwatch.part("diagnostics"), self.accelerator.autocast():
                 self.update.observe(Batch.of(first), self.state.global_step)
 
+    @property
+    def _teacher_reads_apart(self) -> bool:
+        return self.args.teacher_chat_template == "own" or bool(self.args.teacher_chat_template_kwargs)
+
     def _teacher_prompts(self, prompts: list[Any]) -> dict[str, Tensor]:
         """The prompts as the teacher's own template, or the student's with other arguments, renders them."""
         own = self.args.teacher_chat_template == "own"
         tokenizer = self.teacher.tokenizer if own else self._tokenizer
-        kwargs = self.args.teacher_chat_template_kwargs
+        kwargs = dict(self.args.teacher_chat_template_kwargs or {})
+        if self.tools:
+            kwargs |= {"tools": self.tools} | ({} if own else {"chat_template": self.chat_template})
         ids = [render_prompt(tokenizer, prompt, kwargs) for prompt in prompts]
         padded, mask = left_pad(ids, self._tokenizer.pad_token_id)
         device = self.accelerator.device
@@ -307,6 +283,7 @@ class OPRDTrainer(DistillationTrainer):
 
     def prediction_step(self, *args: Any, **kwargs: Any) -> Any:
         result = super().prediction_step(*args, **kwargs)
+        self.update.stopwatch.pop()
         for name, value in self.update.averages.pop(self._sum_over_ranks).items():
             self._metrics["eval"][name].append(value)
         return result
@@ -336,12 +313,3 @@ class OPRDTrainer(DistillationTrainer):
             f"{card.read_text()}\n## Method\n\nOn-policy representation distillation (OPRD, arXiv 2606.06021)"
             f" from the teacher `{teacher}`.\n\n```json\n{json.dumps(settings, indent=2)}\n```\n"
         )
-
-
-def _tokenizer_of(model: PreTrainedModel) -> Any:
-    """The tokenizer that a model object came with, if its config says where from."""
-    name = model.config._name_or_path
-    try:
-        return load_tokenizer(name) if name else None
-    except UserError:
-        return None

@@ -3,6 +3,7 @@
 Knows models and tensors, not trainers: `Update` is what a trainer calls between rollout and backward.
 """
 
+import logging
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -10,11 +11,13 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from oprd import output_space
 from oprd.batch import Batch
 from oprd.capture import backbone, blocks, num_layers
 from oprd.diagnostics import add_output_statistics, add_representation_cosine
+from oprd.errors import UserError
 from oprd.head import Head
 from oprd.losses import REPRESENTATION_LOSSES
 from oprd.meters import Averages, Stopwatch
@@ -22,7 +25,9 @@ from oprd.objective import output_loss, representation_loss
 from oprd.reading import Want, read_states
 from oprd.selection import LayerMap
 from oprd.settings import ObjectiveSettings
-from oprd.teacher import Teacher
+from oprd.teacher import Teacher, check_widths, shared_vocabulary
+
+logger = logging.getLogger(__name__)
 
 
 class NonFiniteLoss(RuntimeError):
@@ -39,11 +44,43 @@ class Update:
 
     settings: ObjectiveSettings
     layer_map: LayerMap
-    student: nn.Module
+    student: PreTrainedModel
     teacher: Teacher
     vocabulary: int
     averages: Averages
     stopwatch: Stopwatch
+
+    @classmethod
+    def bind(
+        cls,
+        settings: ObjectiveSettings,
+        student: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        teacher: Teacher,
+        device: torch.device,
+    ) -> "Update":
+        """Pair the layers, compare widths and vocabularies, and freeze what no term of the run reaches.
+
+        Raises `UserError` where student, teacher and settings do not fit.
+        """
+        depth = num_layers(student)
+        layer_map = LayerMap.parse(settings.layers, depth, teacher.num_layers)
+        if settings.representation_schedule.ever_active:
+            check_widths(backbone(student).config.get_text_config().hidden_size, depth, teacher)
+        vocabulary = shared_vocabulary(student, tokenizer, teacher)
+        if settings.output_loss.startswith("top_k") and settings.output_top_k > vocabulary:
+            k = settings.output_top_k
+            raise UserError(f"output_top_k is {k}, but the vocabulary has {vocabulary} tokens: lower it")
+        if settings.teacher_chat_template == "own" and teacher.tokenizer is None:
+            raise UserError("teacher_chat_template: own needs a tokenizer: name the teacher or its folder")
+        update = cls(settings, layer_map, student, teacher, vocabulary, Averages(), Stopwatch(device))
+        if settings.output_schedule.ever_active:
+            _ = update.heads
+        elif student.get_output_embeddings().weight is student.get_input_embeddings().weight:
+            logger.warning("the student's LM head is tied to its input embedding, so it moves along with it")
+        if frozen := freeze_unreached(student, settings, layer_map):
+            logger.info("frozen, since no loss reaches it: %s", ", ".join(frozen))
+        return update
 
     @cached_property
     def heads(self) -> tuple[Head, Head]:

@@ -98,9 +98,7 @@ def representation_loss(
             with torch.no_grad():
                 other = teacher_prompts[i] if teacher_prompts else prompt
                 t = states_and_logits(teacher, other, completion)[0][i_t]
-            values.append(
-                [representation_row(loss, s[row], t[row]) for row in chosen(supervised, positions)]
-            )
+            values.append([representation_row(loss, s[row], t[row]) for row in chosen(supervised, positions)])
         per_layer.append(reduce(values, reduction))
     return torch.stack(per_layer).mean()
 

@@ -13,6 +13,7 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 from oprd.tiny.tokenizer import train_tokenizer
 from oprd.trainer import OPRDConfig, OPRDTrainer
 
+
 @pytest.fixture(scope="session")
 def tokenizer() -> Any:
     return train_tokenizer(prompt_texts(30), vocab_size=290)

@@ -16,7 +16,12 @@ CASES: dict[str, dict[str, Any]] = {
     "token": {"representation_loss": "relative_mse", "reduction": "token", "num_generations": 2},
     "accumulated": {"gradient_accumulation_steps": 2, "mask_truncated_completions": True},
     "output": {"representation_weight": "0", "output_loss": "top_k", "output_top_k": 4},
-    "phases": {"representation_weight": "0=1,2=0", "output_weight": "0=0,2=1", "output_loss": "full_vocab"},
+    "phases": {
+        "representation_weight": "0=1,2=0",
+        "output_weight": "0=0,2=1",
+        "output_loss": "full_vocab",
+        "gradient_checkpointing": True,
+    },
     "shallow": {"layers": "1", "gradient_checkpointing": True},
     # The first two prompts of four, those of rank 0, end in rollouts without an EOS.
     "idle_rank": {"mask_truncated_completions": True, "shuffle_dataset": False},

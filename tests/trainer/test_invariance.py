@@ -41,7 +41,9 @@ def pieces(batch, splits):
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES, ids=str)
-@pytest.mark.parametrize("splits", [[[0], [1], [2], [3], [4], [5]], [[0, 1, 2, 3], [4, 5]], [[5, 3, 1, 4, 2, 0]]])
+@pytest.mark.parametrize(
+    "splits", [[[0], [1], [2], [3], [4], [5]], [[0, 1, 2, 3], [4, 5]], [[5, 3, 1, 4, 2, 0]]]
+)
 def test_micro_batches_and_order(make_trainer, roll_out, gradient, objective, splits):
     trainer = make_trainer(script=scripted, mask_truncated_completions=True, **objective)
     batch = roll_out(trainer)

@@ -26,7 +26,6 @@ def refuse_updates(trainer, module, when=lambda: True):
     module.register_forward_pre_hook(lambda *_: refuse() if when() and not generating else None)
 
 
-
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_no_head_runs_without_an_output_loss(make_trainer, checkpointing):
     trainer = make_trainer(gradient_checkpointing=checkpointing, diagnostics_steps=0, **UPDATE)
@@ -65,8 +64,10 @@ def test_models_run_no_deeper_than_needed(make_trainer, layers):
         ({"layers": "1"}, ["lm_head", "model.layers.1", "model.norm"]),
         ({"layers": "last", "final_norm": False}, ["lm_head", "model.norm"]),
         ({"output_loss": "sampled_token"}, []),
-        ({"output_loss": "sampled_token", "layers": "1", "output_weight": "0"},
-            ["lm_head", "model.layers.1", "model.norm"]),
+        (
+            {"output_loss": "sampled_token", "layers": "1", "output_weight": "0"},
+            ["lm_head", "model.layers.1", "model.norm"],
+        ),
         ({"output_loss": "sampled_token", "output_weight": "0=0,1=1"}, []),
     ],
     ids=str,

@@ -20,7 +20,8 @@ def two_ranks(tmp_path_factory, student, teacher):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     done = subprocess.run(
         [*command, str(worker), student, teacher, str(output)],
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{worker.parent}:{os.getenv('PYTHONPATH', '')}"},
+        env=os.environ
+        | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{worker.parent}:{os.getenv('PYTHONPATH', '')}"},
         capture_output=True,
         text=True,
         timeout=300,

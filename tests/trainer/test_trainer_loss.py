@@ -55,9 +55,7 @@ def test_the_rollouts_are_worth_testing_on(make_trainer, roll_out):
     ],
 )
 def test_representation_loss(make_trainer, roll_out, gradient, loss, layers, positions, reduction):
-    trainer = make_trainer(
-        representation_loss=loss, layers=layers, positions=positions, reduction=reduction
-    )
+    trainer = make_trainer(representation_loss=loss, layers=layers, positions=positions, reduction=reduction)
     batch = roll_out(trainer)
     expected = by_hand.representation_loss(
         trainer.model,

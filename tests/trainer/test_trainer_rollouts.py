@@ -105,13 +105,17 @@ def test_each_prompt_is_rolled_out_num_generations_times(make_trainer, num_gener
 
 
 def test_num_generations_has_to_divide_the_batch(make_trainer):
-    with pytest.raises(UserError, match="a step has 4 completions .* num_generations=3 does not divide"):
+    with pytest.raises(UserError, match=r"a step has 4 completions .* num_generations=3 does not divide"):
         make_trainer(num_generations=3)
 
 
 def test_long_prompts_are_dropped_and_counted(make_trainer, tokenizer, caplog):
     lengths = [
-        len(tokenizer.apply_chat_template([{"role": "user", "content": t}], add_generation_prompt=True)["input_ids"])
+        len(
+            tokenizer.apply_chat_template([{"role": "user", "content": t}], add_generation_prompt=True)[
+                "input_ids"
+            ]
+        )
         for t in prompt_texts(24)
     ]
     limit = sorted(lengths)[12]

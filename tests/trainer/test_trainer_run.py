@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
 from oprd.errors import UserError
 from oprd.recorder import keep_steps, read_metrics
-from oprd.run import check_folder, is_finished, last_whole_checkpoint
+from oprd.run import is_finished, last_whole_checkpoint
 from oprd.train import parse_training_recipe, train
 
 KEYS = {
@@ -46,8 +46,7 @@ def prompts(tmp_path_factory):
     path = tmp_path_factory.mktemp("data") / "prompts.jsonl"
     path.write_text(
         "".join(
-            json.dumps({"prompt": [{"role": "user", "content": text}]}) + "\n"
-            for text in prompt_texts(12)
+            json.dumps({"prompt": [{"role": "user", "content": text}]}) + "\n" for text in prompt_texts(12)
         )
     )
     return str(path)
@@ -107,7 +106,7 @@ def test_metrics_are_one_object_per_step(finished):
     records = read_metrics(finished / "metrics.jsonl")
     assert [record["step"] for record in records] == [1, 2, 3, 4]
     for record in records:
-        assert KEYS <= record.keys()
+        assert record.keys() >= KEYS
         assert record["learning_rate"] == pytest.approx(1e-2)
         assert record["loss/total"] == pytest.approx(record["loss/representation"])
         layers = (record["loss/representation_layer_1"] + record["loss/representation_layer_2"]) / 2

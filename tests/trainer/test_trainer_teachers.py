@@ -99,6 +99,19 @@ def test_models_as_objects_or_names(make_trainer, roll_out, gradient, student, t
     assert gradient(named, batch)[0] == gradient(objects, batch)[0] > 0
 
 
+@pytest.mark.parametrize("terms", [{}, {"representation_weight": "0", "output_loss": "full_vocab"}], ids=str)
+def test_one_object_for_both(make_trainer, roll_out, gradient, student, terms):
+    """The student itself as its teacher: still trainable, and at first equal to it."""
+    model = AutoModelForCausalLM.from_pretrained(student)
+    trainer = make_trainer(student=model, teacher=model, **terms)
+    assert trainer.model.model.layers[0].mlp.up_proj.weight.requires_grad
+    loss = gradient(trainer, roll_out(trainer))[0]
+    assert abs(loss) <= 1e-6
+    frozen = [p.detach().clone() for p in trainer.teacher.model.parameters()]
+    trainer.train()
+    assert all(torch.equal(a, b) for a, b in zip(trainer.teacher.model.parameters(), frozen, strict=True))
+
+
 def test_bundled_names(make_trainer):
     trainer = make_trainer(student="tiny:student", teacher="tiny:teacher")
     assert trainer.teacher.num_layers == len(trainer.model.model.layers)
@@ -123,13 +136,13 @@ def test_teacher_offloaded_to_disk(make_trainer, roll_out, gradient, tmp_path):
     devices = {"model.embed_tokens": "cpu", "model.layers.0": "cpu", "model.layers.1": "disk"}
     devices |= {"model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "disk"}
     kwargs = {"device_map": devices, "offload_folder": str(tmp_path / "offload")}
-    offloaded = make_trainer(
-        teacher_model_init_kwargs=kwargs, output_loss="full_vocab", output_weight="0.1"
-    )
+    offloaded = make_trainer(teacher_model_init_kwargs=kwargs, output_loss="full_vocab", output_weight="0.1")
     assert gradient(offloaded, batch)[0] == pytest.approx(gradient(plain, batch)[0], rel=1e-6)
 
 
-def test_vocabularies_padded_to_other_sizes_share_their_prefix(make_trainer, make_folder, roll_out, tokenizer):
+def test_vocabularies_padded_to_other_sizes_share_their_prefix(
+    make_trainer, make_folder, roll_out, tokenizer
+):
     padded = make_folder(2, vocab_size=len(tokenizer) + 6)
     trainer = make_trainer(teacher=padded, output_loss="full_vocab")
     assert trainer.update.vocabulary == len(tokenizer)
@@ -149,13 +162,15 @@ def other_vocabulary(teacher, tmp_path):
 
 @pytest.mark.parametrize("loss", ["none", "sampled_token"])
 def test_another_vocabulary(make_trainer, other_vocabulary, loss):
-    with pytest.raises(UserError, match="different vocabularies .* bridge"):
+    with pytest.raises(UserError, match=r"different vocabularies .* bridge"):
         make_trainer(teacher=other_vocabulary, output_loss=loss)
 
 
 def test_another_width(make_trainer, make_folder):
     wide = make_folder(2, hidden_size=48)
-    with pytest.raises(UserError, match=r"student is 32 wide and the teacher 48.*bridge.*representation_weight: 0"):
+    with pytest.raises(
+        UserError, match=r"student is 32 wide and the teacher 48.*bridge.*representation_weight: 0"
+    ):
         make_trainer(teacher=wide)
     trainer = make_trainer(
         teacher=wide, representation_weight="0", output_loss="sampled_token", diagnostics_steps=1
@@ -177,12 +192,18 @@ def test_another_width(make_trainer, make_folder):
         ({"layers": "0"}, "layers='0': the student has layers 1 to 2"),
         ({"layers": "1,3"}, "layer 3 is not one of them"),
         ({"layers": "1=3"}, "the teacher has layers 1 to 2"),
-        ({"output_loss": "top_k", "output_top_k": 300}, "output_top_k is 300, but the vocabulary has \\d+ tokens"),
+        (
+            {"output_loss": "top_k", "output_top_k": 300},
+            "output_top_k is 300, but the vocabulary has \\d+ tokens",
+        ),
         ({"output_loss": "top_k_authors", "output_top_k": 300}, "output_top_k is 300"),
         ({"dataset": Dataset.from_dict({"text": ["a"]})}, "no column 'prompt'; it has text"),
         ({"dataset": Dataset.from_dict({"prompt": []})}, "empty"),
         ({"dataset": [{"prompt": "a"}]}, "must be a datasets.Dataset, got list"),
-        ({"dataset": Dataset.from_dict({"prompt": ["a", "b", "c"]})}, "takes 4 prompts, and the dataset has 3"),
+        (
+            {"dataset": Dataset.from_dict({"prompt": ["a", "b", "c"]})},
+            "takes 4 prompts, and the dataset has 3",
+        ),
     ],
     ids=str,
 )

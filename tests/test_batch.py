@@ -1,0 +1,169 @@
+"""From padded rollouts to what both models read: rows, positions, weights."""
+
+import pytest
+import torch
+
+from oprd.batch import Batch, weigh_rows
+from oprd.reading import Reading, Want, read_states
+from oprd.settings import ObjectiveSettings
+
+PROMPTS = [[5, 6, 7, 8], [9, 4], [3, 3, 8]]
+COMPLETIONS = [[10, 11], [12, 13, 14, 15, 16], [17]]
+
+
+def padded(prompts, completions, left=0, right=0, filler=0):
+    """Left-padded prompts and right-padded completions with extra columns of padding."""
+    width, length = max(map(len, prompts)) + left, max(map(len, completions)) + right
+    tensors = {
+        "prompt_ids": [[filler] * (width - len(p)) + p for p in prompts],
+        "prompt_mask": [[0] * (width - len(p)) + [1] * len(p) for p in prompts],
+        "completion_ids": [c + [filler] * (length - len(c)) for c in completions],
+        "completion_mask": [[1] * len(c) + [0] * (length - len(c)) for c in completions],
+    }
+    return {name: torch.tensor(value) for name, value in tensors.items()}
+
+
+def one_each(inputs):
+    return Reading.of(*(inputs[f"{a}_{b}"] for a in ("prompt", "completion") for b in ("ids", "mask")))
+
+
+@pytest.mark.parametrize(("left", "right"), [(0, 0), (3, 0), (0, 2), (2, 4)])
+def test_reading_drops_columns_that_are_padding_throughout(left, right):
+    reading = one_each(padded(PROMPTS, COMPLETIONS, left, right))
+    # The last token of the longest completion is predicted, but not read.
+    assert reading.input_ids.tolist() == [
+        [5, 6, 7, 8, 10, 11, 0, 0],
+        [0, 0, 9, 4, 12, 13, 14, 15],
+        [0, 3, 3, 8, 17, 0, 0, 0],
+    ]
+    assert reading.attention_mask.tolist() == [
+        [1, 1, 1, 1, 1, 1, 0, 0],
+        [0, 0, 1, 1, 1, 1, 1, 1],
+        [0, 1, 1, 1, 1, 0, 0, 0],
+    ]
+    assert (reading.first_row, reading.num_rows) == (3, 5)
+
+
+def test_rows_start_at_the_last_prompt_token():
+    inputs = padded(PROMPTS, COMPLETIONS, 2, 3)
+    reading = one_each(inputs)
+    placed = reading.rows(inputs["completion_mask"].bool())
+    assert placed.tolist() == [
+        [False] * 3 + [True] * 2 + [False] * 3,
+        [False] * 3 + [True] * 5,
+        [False] * 3 + [True] + [False] * 4,
+    ]
+    # What a row has read last: the prompt's end, then all response tokens but the last.
+    assert reading.input_ids[placed].tolist() == [8, 10, 4, 12, 13, 14, 15, 8]
+
+
+@pytest.mark.parametrize("completions", [[[10], [11], [12]], [[10], [], [11, 12]]])
+def test_short_completions(completions):
+    inputs = padded(PROMPTS, completions, right=1)
+    reading = one_each(inputs)
+    longest = max(map(len, completions))
+    assert reading.input_ids.shape == (3, 4 + longest - 1)
+    assert int(reading.rows(inputs["completion_mask"].bool()).sum()) == sum(map(len, completions))
+
+
+@pytest.mark.parametrize("architecture", ["qwen3", "gemma2", "gpt2"])
+def test_states_of_a_padded_batch_are_those_of_each_sequence(tiny_model, architecture):
+    """Learned positions (gpt2) too: they count real tokens, so left padding does not shift them."""
+    model = tiny_model(architecture)
+    inputs = padded(PROMPTS, COMPLETIONS, 3, 2, filler=39)
+    mask = inputs["completion_mask"].bool()
+    sparse = mask & (torch.arange(mask.shape[1]) % 2 == 0)
+    reading = one_each(inputs)
+    with torch.no_grad():
+        wants = [Want((1, 3), mask), Want((2,), sparse), Want((0, 3), mask, final_norm=False)]
+        given = read_states(model, reading, wants)
+    assert [sorted(states) for states in given] == [[1, 3], [2], [0, 3]]
+    alone: dict[int, list[torch.Tensor]] = {layer: [] for layer in range(4)}
+    for prompt, completion in zip(PROMPTS, COMPLETIONS, strict=True):
+        with torch.no_grad():
+            states = model(
+                input_ids=torch.tensor([prompt + completion]), output_hidden_states=True
+            ).hidden_states
+        for layer in alone:
+            alone[layer].append(states[layer][0, len(prompt) - 1 : -1])
+    wanted = {layer: torch.cat(rows) for layer, rows in alone.items()}
+    close = {"rtol": 1e-5, "atol": 1e-5}
+    torch.testing.assert_close(given[0][1], wanted[1], **close)
+    torch.testing.assert_close(given[0][3], wanted[3], **close)
+    torch.testing.assert_close(given[1][2], wanted[2][sparse[mask]], **close)
+    torch.testing.assert_close(given[2][0], wanted[0], **close)
+    norm = model.transformer.ln_f if architecture == "gpt2" else model.model.norm
+    torch.testing.assert_close(norm(given[2][3]), wanted[3], **close)
+
+
+@pytest.mark.parametrize("first", [(3,), (1,), (1, 2)])
+@pytest.mark.parametrize("second", [(3,), (2,), (1, 3)])
+def test_any_two_wants_are_served_by_one_forward(tiny_model, first, second):
+    model = tiny_model("qwen3")
+    inputs = padded(PROMPTS, COMPLETIONS)
+    mask = inputs["completion_mask"].bool()
+    count = []
+    model.model.register_forward_pre_hook(lambda *_: count.append(1))
+    with torch.no_grad():
+        one, two = read_states(model, one_each(inputs), [Want(first, mask), Want(second, mask)])
+    assert (sorted(one), sorted(two), len(count)) == (sorted(first), sorted(second), 1)
+    for layer in set(first) & set(second):
+        assert torch.equal(one[layer], two[layer])
+
+
+def sums(value):
+    return value
+
+
+@pytest.mark.parametrize(
+    ("settings", "representation", "output"),
+    [
+        ({"positions": "all"}, [2, 5, 1], [2, 5, 1]),
+        ({"positions": "last=2", "output_positions": "first=3"}, [2, 2, 1], [2, 3, 1]),
+        ({"positions": "all", "mask_truncated_completions": True}, [2, 0, 1], [2, 0, 1]),
+    ],
+    ids=str,
+)
+def test_weigh_rows(settings, representation, output):
+    inputs = padded(PROMPTS, COMPLETIONS, right=2)
+    weights = weigh_rows(inputs, torch.tensor([False, True, False]), ObjectiveSettings(**settings), sums)
+    for term, rows in (("representation", representation), ("output", output)):
+        given = weights[f"{term}_weights"]
+        assert (given > 0).sum(-1).tolist() == rows
+        filled = sum(count > 0 for count in rows)
+        assert given.sum(-1).tolist() == pytest.approx([(count > 0) / filled for count in rows])
+
+
+def test_tool_tokens_are_not_supervised_and_do_not_count():
+    inputs = padded(PROMPTS, COMPLETIONS)
+    inputs["tool_mask"] = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 0, 0, 1], [1, 1, 1, 1, 1]])
+    truncated = torch.zeros(3, dtype=torch.bool)
+    weights = weigh_rows(inputs, truncated, ObjectiveSettings(positions="last=2", reduction="token"), sums)
+    assert (weights["representation_weights"] > 0).int().tolist() == [
+        [1, 1, 0, 0, 0],
+        [0, 1, 0, 0, 1],
+        [1, 0, 0, 0, 0],
+    ]
+    assert (weights["output_weights"] > 0).sum(-1).tolist() == [2, 3, 1]
+
+
+def test_counts_come_from_all_ranks():
+    inputs = padded(PROMPTS, COMPLETIONS)
+    truncated = torch.zeros(3, dtype=torch.bool)
+    weights = weigh_rows(inputs, truncated, ObjectiveSettings(), lambda units: units + 9)
+    assert weights["representation_weights"].sum().item() == pytest.approx(3 / 12)
+
+
+def test_batch_pairs_the_response_rows_of_two_prompts():
+    inputs = padded(PROMPTS, COMPLETIONS)
+    weights = {f"{term}_weights": inputs["completion_mask"].float() for term in ("representation", "output")}
+    batch = Batch.of(inputs | weights)
+    assert batch.teacher is batch.student
+    other = padded([[1] * 7, [2], [3] * 4], COMPLETIONS)
+    batch = Batch.of(
+        inputs | weights | {f"teacher_{name}": other[name] for name in ("prompt_ids", "prompt_mask")}
+    )
+    mask = inputs["completion_mask"].bool()
+    assert batch.student.input_ids[batch.student.rows(mask)].tolist() == [8, 10, 4, 12, 13, 14, 15, 8]
+    assert batch.teacher.input_ids[batch.teacher.rows(mask)].tolist() == [1, 10, 2, 12, 13, 14, 15, 3]
+    assert torch.equal(batch.tokens, inputs["completion_ids"])

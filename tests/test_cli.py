@@ -103,7 +103,10 @@ def test_mistakes_in_a_dataset(capsys, recipe, tmp_path, content, says):
         (["train"], "recipe"),
         (["train", "nowhere.yaml"], "nowhere.yaml"),
         (["eval", "--model", "tiny:student"], "--data"),
-        (["eval", "--model", "tiny:student", "--data", "tiny", "--output", "x", "--colour", "red"], "--colour"),
+        (
+            ["eval", "--model", "tiny:student", "--data", "tiny", "--output", "x", "--colour", "red"],
+            "--colour",
+        ),
         (["eval", "--model", "tiny:student", "--data", "tiny", "--output", "x", "--samples", "0"], "samples"),
         (["eval", "--model", "./nowhere", "--data", "tiny", "--output", "x"], "./nowhere"),
     ],

@@ -72,8 +72,9 @@ def run_demo(output: Path, steps: int, problems: int, samples: int, seed: int) -
         arm: _evaluate(arm, folder, output, problems, samples, seed) | _cost(output / arm)
         for arm, folder in folders.items()
     }
-    gap = arms["teacher"]["avg_at_k"] - arms["student"]["avg_at_k"]
-    closed = {arm: (arms[arm]["avg_at_k"] - arms["student"]["avg_at_k"]) / gap for arm in ARMS}
+    student, teacher = arms["student"]["avg_at_k"], arms["teacher"]["avg_at_k"]
+    gap = teacher - student
+    closed = {arm: (arms[arm]["avg_at_k"] - student) / gap if gap else None for arm in ARMS}
     summary = {"arms": arms, "gap_closed": closed, "settings": settings}
     (output / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
     levels = {LABELS[arm]: arms[arm]["avg_at_k"] for arm in ("student", "teacher")}

@@ -28,7 +28,7 @@ SHARED: dict[str, Any] = {
     "teacher_model_name_or_path": TEACHER,
     "positions": "all",
     "num_generations": 2,
-    "per_device_train_batch_size": 64,
+    "per_device_train_batch_size": 32,
     "gradient_accumulation_steps": 1,
     "max_completion_length": 64,
     "bf16": False,
@@ -39,13 +39,13 @@ SHARED: dict[str, Any] = {
     "diagnostics_steps": 5,
 }
 ARMS: dict[str, dict[str, Any]] = {
-    "oprd": {"representation_loss": "relative_mse", "layers": "all", "learning_rate": 1e-3},
+    "oprd": {"representation_loss": "relative_mse", "layers": "all", "learning_rate": 2e-3},
     "opd_sampled_token": {
         "representation_weight": "0",
         "output_loss": "sampled_token",
         "learning_rate": 3e-4,
     },
-    "opd_top_k": {"representation_weight": "0", "output_loss": "top_k", "learning_rate": 1e-3},
+    "opd_top_k": {"representation_weight": "0", "output_loss": "top_k", "learning_rate": 3e-4},
 }
 LABELS = {
     "student": "student, untouched",

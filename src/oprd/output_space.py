@@ -4,8 +4,9 @@ Every function takes `student_logits[N, V]` and `teacher_logits[N, V]`, computes
 and lets no gradient reach the teacher. p is the student's distribution, q the teacher's.
 """
 
+import math
 from collections.abc import Callable
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -32,10 +33,10 @@ def sampled_token(student_logits: Logits, teacher_logits: Logits, tokens: Int[Te
             f"sampled_token wants one token per row: tokens has shape {tuple(tokens.shape)}, and there are "
             f"{len(student_logits)} rows of logits"
         )
-    log_p = student_logits.log_softmax(-1).gather(-1, tokens[:, None]).squeeze(-1)
-    log_q = teacher_logits.log_softmax(-1).gather(-1, tokens[:, None]).squeeze(-1)
+    log_p = student_logits.log_softmax(-1).gather(-1, tokens[:, None])
+    log_q = teacher_logits.log_softmax(-1).gather(-1, tokens[:, None])
     advantage = (log_p - log_q).detach()
-    return advantage + advantage * (log_p - log_p.detach())
+    return _with_gradient(advantage.squeeze(-1), advantage, log_p)
 
 
 def full_vocab(student_logits: Logits, teacher_logits: Logits, divergence: Divergence = "reverse_kl") -> Rows:
@@ -46,13 +47,16 @@ def full_vocab(student_logits: Logits, teacher_logits: Logits, divergence: Diver
     """
     student_logits, teacher_logits = _wide(student_logits, teacher_logits)
     log_p, log_q = student_logits.log_softmax(-1), teacher_logits.log_softmax(-1)
+    p, q = log_p.detach().exp(), log_q.exp()
+    gap = log_p.detach() - log_q
     if divergence == "reverse_kl":
-        return _kl(log_p, log_q)
+        return _with_gradient((p * gap).sum(-1), p * gap, log_p)
     if divergence == "forward_kl":
-        return _kl(log_q, log_p)
+        return _with_gradient(-(q * gap).sum(-1), p - q, log_p)
     if divergence == "jsd":
-        log_m = torch.logaddexp(log_p, log_q) - torch.log(torch.tensor(2.0, dtype=log_p.dtype))
-        return (_kl(log_p, log_m) + _kl(log_q, log_m)) / 2
+        log_m = torch.logaddexp(log_p.detach(), log_q) - math.log(2)
+        student_part = p * (log_p.detach() - log_m) / 2
+        return _with_gradient((student_part + q * (log_q - log_m) / 2).sum(-1), student_part, log_p)
     raise UserError(f"divergence={divergence!r} is not one of {', '.join(get_args(Divergence))}")
 
 
@@ -80,7 +84,9 @@ def top_k(
     else:
         log_p = student_logits.log_softmax(-1).gather(-1, tokens)
         log_q = teacher_logits.log_softmax(-1).gather(-1, tokens)
-    return torch.where(members, log_p.exp() * (log_p - log_q), 0).sum(-1)
+    p = torch.where(members, log_p.detach().exp(), 0)
+    gap = torch.where(members, log_p.detach() - log_q, 0)
+    return _with_gradient((p * gap).sum(-1), p * gap if renormalize else p * (gap + 1), log_p)
 
 
 def top_k_authors(
@@ -96,8 +102,9 @@ def top_k_authors(
     tokens, members = support_tokens(student_logits, teacher_logits, k, support)
     log_p = student_logits.log_softmax(-1).gather(-1, tokens)
     log_q = teacher_logits.log_softmax(-1).gather(-1, tokens)
-    weights = _log_softmax_on(log_p, members).exp()
-    return torch.where(members, weights * (log_p - log_q).detach(), 0).sum(-1)
+    log_w = _log_softmax_on(log_p, members)
+    weighed = torch.where(members, log_w.detach().exp(), 0) * (log_p.detach() - log_q)
+    return _with_gradient(weighed.sum(-1), weighed, log_w)
 
 
 @torch.no_grad()
@@ -175,8 +182,27 @@ def _wide(student_logits: Tensor, teacher_logits: Tensor) -> tuple[Tensor, Tenso
     return student_logits.to(dtype), teacher_logits.detach().to(student_logits.device, dtype)
 
 
-def _kl(log_a: Tensor, log_b: Tensor) -> Tensor:
-    return (log_a.exp() * (log_a - log_b)).sum(-1)
+class _ScoreGradient(torch.autograd.Function):
+    """A value whose gradient is Σ weights · ∇ log p, given in closed form."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, weights: Tensor, log_p: Tensor) -> Tensor:
+        ctx.save_for_backward(weights)
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[None, None, Tensor]:
+        (weights,) = ctx.saved_tensors
+        return None, None, grads[0][:, None] * weights
+
+
+def _with_gradient(value: Rows, weights: Logits, log_p: Logits) -> Rows:
+    """`value`, differentiated as Σ weights · ∇ log p.
+
+    Since Σ p ∇ log p = 0, a divergence's exact gradient can be written with weights that vanish where
+    p = q, so equal models get no gradient at all instead of the rounding of terms that should cancel.
+    """
+    return _ScoreGradient.apply(value, weights, log_p)
 
 
 def _log_softmax_on(values: Tensor, members: Tensor) -> Tensor:

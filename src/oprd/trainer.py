@@ -207,17 +207,21 @@ class OPRDTrainer(DistillationTrainer):
         """TRL's rollouts, with the weight of every row, counted over ranks and the whole window."""
         with self.update.stopwatch.part("rollout"):
             batch = super()._generate_and_score_completions(inputs)
-        truncated = truncated_rollouts(batch, self.eos_token_ids)
-        batch |= weigh_rows(batch, truncated, self.args, lambda units: self.accelerator.gather(units).sum())
+        batch |= self._row_weights(batch)
         if self._teacher_reads_apart:
             batch |= self._teacher_prompts([row["prompt"] for row in inputs])
         if self.model.training:
-            self._describe(batch, truncated)
+            self._describe(batch)
             self._observe(batch)
         return batch
 
-    def _describe(self, batch: dict[str, Any], truncated: Tensor) -> None:
+    def _row_weights(self, batch: dict[str, Any]) -> dict[str, Tensor]:
+        truncated = truncated_rollouts(batch, self.eos_token_ids)
+        return weigh_rows(batch, truncated, self.args, lambda units: self.accelerator.gather(units).sum())
+
+    def _describe(self, batch: dict[str, Any]) -> None:
         averages, lengths = self.update.averages, batch["completion_mask"].sum(-1).float()
+        truncated = truncated_rollouts(batch, self.eos_token_ids)
         left_out = truncated.sum() * self.args.mask_truncated_completions
         averages.add("rollout/mean_length", lengths.sum(), len(lengths))
         averages.add("rollout/truncated_share", truncated.sum(), len(lengths))
@@ -265,6 +269,8 @@ class OPRDTrainer(DistillationTrainer):
         """Eq. 7 on one micro-batch, run inside the wrapper's forward so that DDP and FSDP see it."""
         if self.model.training and self._step % self.args.gradient_accumulation_steps == 0:
             self.memory.start()
+        if "representation_weights" not in inputs:  # rollouts that somebody gave: a window of their own
+            inputs = inputs | self._row_weights(inputs)
         unwrapped = self.accelerator.unwrap_model(model)
         loss = self._forward_redirection(model, unwrapped, self._loss, Batch.of(inputs))
         return (loss, None) if return_outputs else loss

@@ -168,3 +168,10 @@ def test_faults_exit_with_1(capsys, recipe, tmp_path):
     assert cli.run(["train", recipe(teacher_model_name_or_path=str(tmp_path / "broken"))]) == 1
     last = capsys.readouterr().err.strip().splitlines()[-1]
     assert "step 1" in last and "[2, 3, 4]" in last and "Compute" in last
+
+
+def test_a_schedule_that_ends_at_zero_ends_the_run_quietly(recipe, tmp_path):
+    assert cli.run(["train", recipe(representation_weight="0=1,1=0")]) == 0
+    records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert records[0]["loss/total"] > 0 and records[1]["loss/total"] == 0
+    assert "loss/representation" not in records[1]

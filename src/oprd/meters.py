@@ -5,7 +5,7 @@ import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -98,9 +98,10 @@ class MemoryMeter:
             torch.cuda.reset_peak_memory_stats(self._device)
             self._baseline = torch.cuda.memory_allocated(self._device) / MB
         elif sys.platform == "linux":
-            ctypes.CDLL(None).malloc_trim(0)
-            Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
-            self._baseline = _resident_mb("VmRSS")
+            with suppress(OSError, AttributeError):  # a sandbox without /proc, a C library without trimming
+                ctypes.CDLL(None).malloc_trim(0)
+                Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
+                self._baseline = _resident_mb("VmRSS")
 
     def read(self) -> dict[str, float]:
         """`memory/peak_mb` and `memory/transient_mb` since `start`; empty where nothing is measured."""

@@ -19,7 +19,17 @@ RESOLVED_FILE = "resolved.yaml"
 STATE_FILE = "trainer_state.json"
 PACKAGES = ("oprd", "torch", "transformers", "trl", "accelerate", "datasets", "peft", "numpy")
 # How a run is carried out, not what it computes: these may differ when a run is resumed.
-EXECUTION_PREFIXES = ("save_", "logging_", "log_", "report_to", "push_to_hub", "hub_", "dataloader_")
+EXECUTION_PREFIXES = (
+    "save_",
+    "logging_",
+    "log_",
+    "report_to",
+    "push_to_hub",
+    "hub_",
+    "dataloader_",
+    "accuracy_",
+    "diagnostics_",
+)
 EXECUTION_KEYS = {
     "output_dir",
     "max_steps",

@@ -1,6 +1,7 @@
 """`oprd train`: a recipe becomes a run folder; the same command on the same folder resumes."""
 
 import logging
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -67,7 +68,8 @@ def train(
         logger.warning("%s is finished: nothing to do", folder)
         return folder
     trainer = _make_trainer(run, config, label)
-    write_resolved(folder, settings)
+    if trainer.is_world_process_zero():
+        write_resolved(folder, settings)
     checkpoint = last_whole_checkpoint(folder)
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     trainer.save_model()
@@ -90,10 +92,10 @@ def _make_trainer(run: RunArguments, config: OPRDConfig, label: str) -> OPRDTrai
         trainer.recorder.label = label
         if run.accuracy_dataset_name:
             trainer.recorder.observers.append(_accuracy_observer(run, config, trainer))
-    except UserError:
-        if is_new and folder.exists():  # the base class makes it before everything is checked
-            folder.rmdir()
-        raise
+    except (ValueError, ImportError) as error:
+        if is_new:  # the base class makes it before everything is checked
+            shutil.rmtree(folder, ignore_errors=True)
+        raise error if isinstance(error, UserError) else UserError(str(error)) from error
     return trainer
 
 

@@ -104,8 +104,9 @@ class OPRDTrainer(DistillationTrainer):
             raise UserError(f"train_dataset must be a datasets.Dataset, got {type(train_dataset).__name__}")
         if teacher_model is model and not isinstance(model, str):
             teacher_model = copy.deepcopy(model)  # the teacher is frozen, the student is not
-        if not args.output_schedule.always_active and args.output_schedule.ever_active:
-            # The LM head goes unused while the output loss is off, and DDP then has to look for it.
+        schedules = (args.representation_schedule, args.output_schedule)
+        if any(schedule.ever_active and not schedule.always_active for schedule in schedules):
+            # What only one term reaches goes unused while that term is off, and DDP has to look for it.
             args.ddp_find_unused_parameters = True
         super().__init__(
             model=resolve_model(model) if isinstance(model, str) else model,
@@ -282,7 +283,8 @@ class OPRDTrainer(DistillationTrainer):
             with self.accelerator.autocast():
                 loss = self.update.loss(batch, step)
         except NonFiniteLoss as error:
-            prompts = self._tokenizer.batch_decode(batch.student.input_ids[error.rollouts[:4]])
+            texts = self._tokenizer.batch_decode(batch.student.input_ids[error.rollouts[:4]])
+            prompts = [text[:300] for text in texts]
             raise RuntimeError(f"step {step + 1}: {error}, in rollouts of {prompts}") from error
         # DDP and FSDP average gradients over ranks; the weights already sum to one over all of them.
         return loss * self.accelerator.num_processes

@@ -90,12 +90,12 @@ class Update:
     def loss(self, batch: Batch, step: int) -> Tensor:
         """μ · representation + w · output (Eq. 7) of one micro-batch at update `step`, 0-based.
 
-        A term of weight zero costs nothing. Raises `NonFiniteLoss`.
+        A term of weight zero costs nothing, and a step without any changes nothing. Raises `NonFiniteLoss`.
         """
         representation = self.settings.representation_schedule(step)
         output = self.settings.output_schedule(step)
         student, teacher = self._read(batch, representation=representation > 0, output=output > 0)
-        total = torch.zeros((), device=batch.tokens.device)
+        total = torch.zeros((), device=batch.tokens.device, requires_grad=True)
         if representation > 0:
             total = total + representation * self._representation(batch, student[0], teacher[0]).mean()
         if output > 0:

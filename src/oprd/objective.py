@@ -58,7 +58,8 @@ class Schedule:
             return self.knots[0][1]
         for (left, low), (right, high) in pairwise(self.knots):
             if step <= right:
-                return low + (high - low) * (step - left) / (right - left)
+                share = (step - left) / (right - left)
+                return low * (1 - share) + high * share
         return self.knots[-1][1]
 
     @property

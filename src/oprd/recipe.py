@@ -46,7 +46,7 @@ def parse_recipe(path: str | Path, flags: Sequence[str], dataclass_types: Sequen
 def read_recipe(path: str | Path) -> dict[str, Any]:
     """The mapping in a YAML file; raises `UserError` if there is none."""
     try:
-        recipe = yaml.safe_load(Path(path).read_text())
+        recipe = yaml.load(Path(path).read_text(), _UniqueKeyLoader)
     except FileNotFoundError:
         raise UserError(f"there is no recipe file {path}") from None
     except (OSError, UnicodeDecodeError) as error:
@@ -58,6 +58,19 @@ def read_recipe(path: str | Path) -> dict[str, Any]:
     if not isinstance(recipe, dict) or not all(isinstance(key, str) for key in recipe):
         raise UserError(f"{path}: a recipe is a mapping of keys to values, such as 'layers: all'")
     return recipe
+
+
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """YAML's safe loader, which keeps the last of two equal keys, made to refuse them."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key_node, _ in node.value:
+            if key_node.value in seen:
+                problem = f"the key {key_node.value!r} stands twice"
+                raise yaml.constructor.ConstructorError(None, None, problem, key_node.start_mark)
+            seen.add(key_node.value)
+        return super().construct_mapping(node, deep)
 
 
 def _as_flag(path: str, key: str, value: Any) -> list[str]:

@@ -1,5 +1,6 @@
 """The keys that OPRD adds to TRL's, their defaults (the paper's where it names them) and their checks."""
 
+import math
 from dataclasses import dataclass, field
 from typing import Any, get_args
 
@@ -57,8 +58,8 @@ class ObjectiveSettings:
         _one_of("reduction", self.reduction, get_args(Reduction))
         _one_of("teacher_chat_template", self.teacher_chat_template, TEACHER_TEMPLATES)
         for name in ("student_temperature", "teacher_temperature"):
-            if getattr(self, name) <= 0:
-                raise UserError(f"{name} must be above 0, got {getattr(self, name)}")
+            if not 0 < getattr(self, name) < math.inf:
+                raise UserError(f"{name} must be finite and above 0, got {getattr(self, name)}")
         for name in ("num_generations", "output_top_k", "output_chunk_size"):
             _at_least(name, getattr(self, name), 1)
         _at_least("diagnostics_steps", self.diagnostics_steps, 0)
@@ -81,7 +82,8 @@ class ObjectiveSettings:
         return Schedule(((0, 0.0),)) if self.output_loss == "none" else schedule
 
     def _check_weights(self) -> None:
-        if not (self.representation_schedule.ever_active or self.output_schedule.ever_active):
+        schedules = [self.representation_schedule, self.output_schedule]
+        if not any(schedule.ever_active for schedule in schedules):
             raise UserError(
                 "all weights are zero, so nothing would be trained: raise representation_weight, or set "
                 "output_loss with an output_weight above 0"

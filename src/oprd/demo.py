@@ -43,9 +43,9 @@ ARMS: dict[str, dict[str, Any]] = {
     "opd_sampled_token": {
         "representation_weight": "0",
         "output_loss": "sampled_token",
-        "learning_rate": 3e-4,
+        "learning_rate": 2e-4,
     },
-    "opd_top_k": {"representation_weight": "0", "output_loss": "top_k", "learning_rate": 3e-4},
+    "opd_top_k": {"representation_weight": "0", "output_loss": "top_k", "learning_rate": 2e-4},
 }
 LABELS = {
     "student": "student, untouched",

@@ -59,7 +59,7 @@ class ObjectiveSettings:
         _one_of("teacher_chat_template", self.teacher_chat_template, TEACHER_TEMPLATES)
         for name in ("student_temperature", "teacher_temperature"):
             if not 0 < getattr(self, name) < math.inf:
-                raise UserError(f"{name} must be finite and above 0, got {getattr(self, name)}")
+                raise UserError(f"{name} must be above 0 and finite, got {getattr(self, name)}")
         for name in ("num_generations", "output_top_k", "output_chunk_size"):
             _at_least(name, getattr(self, name), 1)
         _at_least("diagnostics_steps", self.diagnostics_steps, 0)

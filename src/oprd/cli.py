@@ -46,7 +46,7 @@ def _parser() -> argparse.ArgumentParser:
 
     demo = commands.add_parser("demo", help="distil the bundled student, with both baselines, in minutes")
     demo.add_argument("--output", type=Path, default=Path("runs/demo"))
-    demo.add_argument("--steps", type=int, default=200, help="optimiser steps per arm")
+    demo.add_argument("--steps", type=int, default=220, help="optimiser steps per arm")
     demo.add_argument("--problems", type=int, default=128, help="held-out problems for the final evaluation")
     demo.add_argument("--samples", type=int, default=16, help="samples per problem")
     demo.add_argument("--seed", type=int, default=0)

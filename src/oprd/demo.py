@@ -27,7 +27,7 @@ STUDENT, TEACHER, TASK = "tiny:student", "tiny:teacher", "tiny"
 SHARED: dict[str, Any] = {
     "teacher_model_name_or_path": TEACHER,
     "positions": "all",
-    "num_generations": 2,
+    "num_generations": 1,
     "per_device_train_batch_size": 32,
     "gradient_accumulation_steps": 1,
     "max_completion_length": 64,

@@ -108,6 +108,11 @@ def test_mistakes_in_a_dataset(capsys, recipe, tmp_path, content, says):
             "--colour",
         ),
         (["eval", "--model", "tiny:student", "--data", "tiny", "--output", "x", "--samples", "0"], "samples"),
+        (["demo", "--steps", "0"], "--steps"),
+        (
+            ["eval", "--model", "tiny:student", "--data", "tiny", "--output", "x", "--dtype", "int3"],
+            "--dtype",
+        ),
         (["eval", "--model", "./nowhere", "--data", "tiny", "--output", "x"], "./nowhere"),
     ],
     ids=str,

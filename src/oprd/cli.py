@@ -7,10 +7,13 @@ import sys
 import traceback
 import warnings
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from oprd.errors import UserError
+
+LONGEST_RESPONSE = 16384  # the paper's
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -46,9 +49,11 @@ def _parser() -> argparse.ArgumentParser:
 
     demo = commands.add_parser("demo", help="distil the bundled student, with both baselines, in minutes")
     demo.add_argument("--output", type=Path, default=Path("runs/demo"))
-    demo.add_argument("--steps", type=int, default=220, help="optimiser steps per arm")
-    demo.add_argument("--problems", type=int, default=128, help="held-out problems for the final evaluation")
-    demo.add_argument("--samples", type=int, default=16, help="samples per problem")
+    demo.add_argument("--steps", type=_positive, default=220, help="optimiser steps per arm")
+    demo.add_argument(
+        "--problems", type=_positive, default=128, help="held-out problems for the final evaluation"
+    )
+    demo.add_argument("--samples", type=_positive, default=16, help="samples per problem")
     demo.add_argument("--seed", type=int, default=0)
     demo.set_defaults(function=_demo)
 
@@ -61,7 +66,7 @@ def _parser() -> argparse.ArgumentParser:
     evaluation.add_argument("--data", required=True, help="tiny, a parquet/jsonl/json file, or a Hub name")
     evaluation.add_argument("--output", type=Path, required=True)
     evaluation.add_argument("--split", default="test")
-    evaluation.add_argument("--limit", type=int, help="evaluate the first so many problems only")
+    evaluation.add_argument("--limit", type=_positive, help="evaluate the first so many problems only")
     evaluation.add_argument("--samples", type=int, default=16)
     evaluation.add_argument("--temperature", type=float, default=0.7)
     evaluation.add_argument("--top_p", type=float, default=0.95)
@@ -71,7 +76,7 @@ def _parser() -> argparse.ArgumentParser:
     evaluation.add_argument("--seed", type=int, default=0)
     evaluation.add_argument("--prompt_suffix", default="")
     evaluation.add_argument("--chat_template_kwargs", type=_json_object, help="a JSON object")
-    evaluation.add_argument("--dtype", default="auto", help="auto, float32, bfloat16, …")
+    evaluation.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"])
     evaluation.set_defaults(function=_eval)
 
     tiny = commands.add_parser("tiny", help="rebuild the bundled models")
@@ -110,7 +115,7 @@ def _eval(args: argparse.Namespace, _: list[str]) -> None:
     from oprd.rollouts import Sampling
 
     rows = load_prompts(args.data, args.split)
-    rows = rows if args.limit is None else rows.select(range(min(max(args.limit, 0), len(rows))))
+    rows = rows if args.limit is None else rows.select(range(min(args.limit, len(rows))))
     located = resolve_model(args.model)
     tokenizer, model = load_tokenizer(located), load_model(located, dtype=args.dtype)
     model = model.to("cuda" if torch.cuda.is_available() else "cpu")
@@ -124,13 +129,10 @@ def _eval(args: argparse.Namespace, _: list[str]) -> None:
     limit = args.max_new_tokens
     if limit is None:
         room = response_room(model, tokenizer, rows, settings)
-        limit = 16384 if room is None else min(16384, room)
+        limit = LONGEST_RESPONSE if room is None else max(1, min(LONGEST_RESPONSE, room))
     sampling = Sampling(limit, args.temperature, args.top_p, args.top_k)
-    from dataclasses import replace
-
-    summary = evaluate(
-        model, tokenizer, rows, replace(settings, sampling=sampling), args.output, model_name=args.model
-    )
+    settings = replace(settings, sampling=sampling)
+    summary = evaluate(model, tokenizer, rows, settings, args.output, model_name=args.model)
     print(json.dumps({key: value for key, value in summary.items() if key != "settings"}, indent=2))
 
 
@@ -139,6 +141,12 @@ def _tiny(args: argparse.Namespace, _: list[str]) -> None:
 
     accuracy = build_pair(args.output, TinySettings(seed=args.seed))
     print(", ".join(f"{name}: {share:.1%} greedy" for name, share in accuracy.items()), f"in {args.output}")
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
+    return int(text)
 
 
 def _json_object(text: str) -> dict[str, Any]:

@@ -102,7 +102,9 @@ def keep_steps(path: Path, last_step: int) -> None:
     """Drop the lines of `metrics.jsonl` after `last_step`, and half-written ones: none will stand twice."""
     path.parent.mkdir(parents=True, exist_ok=True)
     kept = [record for record in read_metrics(path) if record["step"] <= last_step]
-    path.write_text("".join(json.dumps(record) + "\n" for record in kept))
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text("".join(json.dumps(record) + "\n" for record in kept))
+    temporary.replace(path)
 
 
 def read_metrics(path: Path) -> list[dict[str, float]]:

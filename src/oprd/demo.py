@@ -114,7 +114,7 @@ def _arm(arm: str, folder: Path, steps: int, seed: int) -> tuple[RunArguments, O
         accuracy_dataset_name=TASK,
         accuracy_steps=max(steps // 8, 1),
         accuracy_problems=64,
-        accuracy_samples=4,
+        accuracy_samples=2,
     )
     return run, OPRDConfig(output_dir=str(folder), max_steps=steps, seed=seed, **SHARED, **ARMS[arm])
 

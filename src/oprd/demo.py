@@ -112,7 +112,7 @@ def _arm(arm: str, folder: Path, steps: int, seed: int) -> tuple[RunArguments, O
         model_name_or_path=STUDENT,
         dataset_name=TASK,
         accuracy_dataset_name=TASK,
-        accuracy_steps=max(steps // 8, 1),
+        accuracy_steps=max(steps // 10, 1),
         accuracy_problems=64,
         accuracy_samples=2,
     )

@@ -38,7 +38,7 @@ def plot_runs(runs: Mapping[str, Path], output: Path, levels: Mapping[str, float
             _curve(axes, folder, key, window, name, colour)
         if file == "accuracy":
             _levels(axes, levels)
-        axes.legend(loc="best")
+        figure.legend(loc="outside upper center", ncols=3)
         path = output / f"{file}.png"
         figure.savefig(path, dpi=150)
         written.append(path)

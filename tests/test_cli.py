@@ -138,7 +138,8 @@ def test_a_run_from_start_to_finish(capsys, recipe, tmp_path):
     steps = [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert steps == [1, 2]
     card = (run / "README.md").read_text()
-    assert "2606.06021" in card and '"layers": "all"' in card and "teacher" in card
+    assert "2606.06021" in card and "layers: all" in card and "`tiny:teacher`" in card
+    assert "on-policy representation distillation (OPRD)" in card and "None" not in card
 
     before = {file: file.stat().st_mtime_ns for file in run.iterdir()}
     assert cli.run(["train", path]) == 0

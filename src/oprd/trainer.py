@@ -4,9 +4,7 @@ The only module that imports trl.
 """
 
 import copy
-import json
 import logging
-import textwrap
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -20,6 +18,7 @@ from trl import DistillationConfig, DistillationTrainer
 from trl.trainer.utils import RepeatSampler
 
 from oprd.batch import Batch, left_pad, truncated_rollouts, weigh_rows
+from oprd.card import model_card
 from oprd.errors import UserError
 from oprd.meters import MemoryMeter
 from oprd.models import resolve_model
@@ -76,16 +75,6 @@ class OPRDTrainer(DistillationTrainer):
 
     _tag_names = ("trl", "oprd")
     _name = "OPRD"
-    _paper: ClassVar[dict[str, str]] = {
-        "title": "On-Policy Representation Distillation",
-        "id": "2606.06021",
-        "citation": textwrap.dedent("""\
-            @article{oprd2026,
-                title  = {{On-Policy Representation Distillation}},
-                year   = 2026,
-                eprint = {arXiv:2606.06021},
-            }"""),
-    }
 
     def __init__(
         self,
@@ -98,6 +87,7 @@ class OPRDTrainer(DistillationTrainer):
     ) -> None:
         args = args or OPRDConfig()
         teacher_model = teacher_model or args.teacher_model_name_or_path
+        self._names = {"student": _name(model), "teacher": _name(teacher_model)}
         if teacher_model is None:
             raise UserError("no teacher: set teacher_model_name_or_path to a name, a folder or tiny:teacher")
         if not isinstance(train_dataset, Dataset):
@@ -310,14 +300,21 @@ class OPRDTrainer(DistillationTrainer):
 
     # What is saved
 
-    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        super().create_model_card(*args, **kwargs)
+    def create_model_card(
+        self, model_name: str | None = None, dataset_name: str | None = None, tags: Any = None
+    ) -> None:
         if not self.is_world_process_zero():
             return
         settings = {name: getattr(self.args, name) for name in ObjectiveSettings.__dataclass_fields__}
-        teacher = self.teacher.model.config._name_or_path or type(self.teacher.model).__name__
-        card = Path(self.args.output_dir) / "README.md"
-        card.write_text(
-            f"{card.read_text()}\n## Method\n\nOn-policy representation distillation (OPRD, arXiv 2606.06021)"
-            f" from the teacher `{teacher}`.\n\n```json\n{json.dumps(settings, indent=2)}\n```\n"
+        settings |= {name: getattr(self.args, name) for name in ("max_steps", "learning_rate", "temperature")}
+        folder = Path(self.args.output_dir)
+        (folder / "README.md").write_text(
+            model_card(folder, **self._names, dataset=dataset_name, settings=settings)
         )
+
+
+def _name(model: str | PreTrainedModel | None) -> str:
+    """What to call a model in its card: its name, or its class if it was made in memory."""
+    if model is None or isinstance(model, str):
+        return model or ""
+    return model.config._name_or_path or type(model).__name__

@@ -124,7 +124,7 @@ def test_final_folder_is_an_ordinary_model(finished, student, teacher):
     logits = model(**tokenizer("What is 1?", return_tensors="pt")).logits
     assert logits.isfinite().all()
     card = (finished / "README.md").read_text()
-    assert "OPRD" in card and teacher in card and '"layers": "all"' in card
+    assert "OPRD" in card and teacher in card and "layers: all" in card
     resolved = yaml.safe_load((finished / "resolved.yaml").read_text())
     assert resolved["settings"]["model_name_or_path"] == student
     assert resolved["settings"]["teacher_model_name_or_path"] == teacher

@@ -129,11 +129,9 @@ class OPRDTrainer(DistillationTrainer):
         return Teacher.of(teacher, self.accelerator.device)
 
     def _check_batch(self, args: OPRDConfig) -> None:
-        completions = args.per_device_train_batch_size * args.gradient_accumulation_steps
-        completions *= self.accelerator.num_processes
-        if completions % args.num_generations:
+        if self._completions_per_step % args.num_generations:
             raise UserError(
-                f"a step has {completions} completions (per_device_train_batch_size × "
+                f"a step has {self._completions_per_step} completions (per_device_train_batch_size × "
                 "gradient_accumulation_steps × processes), which num_generations="
                 f"{args.num_generations} does not divide: change one of them"
             )
@@ -161,10 +159,13 @@ class OPRDTrainer(DistillationTrainer):
         return kept
 
     @property
+    def _completions_per_step(self) -> int:
+        per_process = self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps
+        return per_process * self.accelerator.num_processes
+
+    @property
     def _prompts_per_step(self) -> int:
-        args = self.args
-        completions = args.per_device_train_batch_size * args.gradient_accumulation_steps
-        return completions * self.accelerator.num_processes // args.num_generations
+        return self._completions_per_step // self.args.num_generations
 
     def _add_recorder(self) -> None:
         self.memory = MemoryMeter(self.accelerator.device)

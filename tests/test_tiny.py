@@ -10,7 +10,7 @@ from oprd.errors import UserError
 from oprd.evaluation.grade import grade
 from oprd.models import TINY_MODELS, load_model, load_tokenizer, resolve_model
 from oprd.tiny import task
-from oprd.tiny.build import TinySettings, build_pair, greedy_accuracy
+from oprd.tiny.build import TinySettings, build, greedy_accuracy
 
 MODELS = ("student", "teacher")
 
@@ -78,7 +78,7 @@ def test_a_smaller_pair_is_rebuilt_the_same(tmp_path):
         check_every=2,
         num_check_problems=4,
     )
-    first, second = build_pair(tmp_path / "a", settings), build_pair(tmp_path / "b", settings)
+    first, second = build(tmp_path / "a", settings), build(tmp_path / "b", settings)
     assert first == second and set(first) == set(MODELS)
     for name in MODELS:
         weights = [load_file(tmp_path / run / name / "model.safetensors") for run in "ab"]
@@ -92,7 +92,7 @@ def test_a_run_that_never_reaches_the_student_says_so(tmp_path):
         num_layers=1, width=32, steps=2, batch_size=2, check_every=1, num_check_problems=2
     )
     with pytest.raises(RuntimeError, match="train longer"):
-        build_pair(tmp_path, settings)
+        build(tmp_path, settings)
 
 
 def test_unknown_bundled_model():

@@ -3,12 +3,15 @@
 from typing import Any
 
 from oprd import losses, output_space
+from oprd.bridge import Bridge, BridgeFitter
 from oprd.capture import capture
 from oprd.errors import UserError
 from oprd.selection import LayerMap, Positions
 
 __version__ = "0.1.0"
 __all__ = [
+    "Bridge",
+    "BridgeFitter",
     "LayerMap",
     "OPRDConfig",
     "OPRDTrainer",

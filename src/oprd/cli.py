@@ -137,10 +137,11 @@ def _eval(args: argparse.Namespace, _: list[str]) -> None:
 
 
 def _tiny(args: argparse.Namespace, _: list[str]) -> None:
-    from oprd.tiny.build import TinySettings, build_pair
+    from oprd.tiny.build import RUNS, build
 
-    accuracy = build_pair(args.output, TinySettings(seed=args.seed))
-    print(", ".join(f"{name}: {share:.1%} greedy" for name, share in accuracy.items()), f"in {args.output}")
+    for settings in RUNS:
+        for name, share in build(args.output, replace(settings, seed=settings.seed + args.seed)).items():
+            print(f"{name}: {share:.1%} greedy, in {args.output / name}")
 
 
 def _positive(text: str) -> int:

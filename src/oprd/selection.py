@@ -1,7 +1,7 @@
 """Which layers are matched (Eq. 11) and which response rows are supervised."""
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from jaxtyping import Bool
 from torch import Tensor
@@ -28,10 +28,12 @@ class LayerMap:
     """Pairs of (student layer, teacher layer), 1-based, in ascending order of the student layer.
 
     Layer l is the output of block l; l = L is taken after the final norm (Hugging Face's
-    `hidden_states[L]`) unless the capture is told otherwise.
+    `hidden_states[L]`) unless the capture is told otherwise. `explicit` are the student layers whose
+    teacher layer was written out rather than mapped by Eq. 11.
     """
 
     pairs: tuple[tuple[int, int], ...]
+    explicit: frozenset[int] = field(default=frozenset(), compare=False)
 
     @classmethod
     def parse(cls, spec: str, num_student: int, num_teacher: int) -> "LayerMap":
@@ -41,13 +43,15 @@ class LayerMap:
         of range, a student layer named twice, an empty selection or an unknown form.
         """
         spec = str(spec).strip()
-        pairs = [_pair(item, spec, num_student, num_teacher) for item in _items(spec, num_student)]
+        items = _items(spec, num_student)
+        pairs = [_pair(item, spec, num_student, num_teacher) for item in items]
         if not pairs:
             raise UserError(f"layers={spec!r} selects no layer of a student with {num_student} layers")
         students = [student for student, _ in pairs]
         if repeated := sorted({layer for layer in students if students.count(layer) > 1}):
             raise UserError(f"layers={spec!r} names student layer {repeated[0]} twice; name each once")
-        return cls(tuple(sorted(pairs)))
+        explicit = frozenset(student for item, student in zip(items, students, strict=True) if "=" in item)
+        return cls(tuple(sorted(pairs)), explicit)
 
     @property
     def student_layers(self) -> tuple[int, ...]:

@@ -1,5 +1,7 @@
 """What the teacher reads, where it comes from, and which pairs and settings are refused before a run."""
 
+from dataclasses import replace
+
 import by_hand
 import pytest
 import torch
@@ -8,7 +10,7 @@ from tiny_pair import prompt_texts
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from oprd.errors import UserError
-from oprd.tiny.tokenizer import train_tokenizer
+from oprd.tiny.tokenizer import DIGITS, train_tokenizer
 from oprd.trainer import OPRDConfig, OPRDTrainer
 
 TEMPLATE = (
@@ -156,7 +158,9 @@ def test_vocabularies_padded_to_other_sizes_share_their_prefix(
 def other_vocabulary(teacher, tmp_path):
     folder = tmp_path / "other_vocabulary"
     AutoModelForCausalLM.from_pretrained(teacher).save_pretrained(folder)
-    train_tokenizer(["entirely different words for every merge"] * 9, vocab_size=290).save_pretrained(folder)
+    train_tokenizer(
+        ["entirely different words for every merge"] * 9, design=replace(DIGITS, vocab_size=290)
+    ).save_pretrained(folder)
     return str(folder)
 
 

@@ -1,7 +1,8 @@
-"""Build the bundled pair from a seed: one supervised run, two checkpoints.
+"""Build the bundled models from a seed, each by a supervised run on worked solutions.
 
-The student is the run stopped when it first answers about half of the held-out problems; the
-teacher is the same run carried on to the end. Both are ordinary HF folders.
+The student is the run of the first teacher, stopped when it first answers about half of the held-out
+problems. The other teachers have runs, sizes and, in one case, a tokenizer of their own. All are
+ordinary HF folders.
 """
 
 import itertools
@@ -14,13 +15,16 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM, set_seed
 
 from oprd.tiny import task
-from oprd.tiny.tokenizer import train_tokenizer
+from oprd.tiny.tokenizer import DIGITS, PAIRS, TokenizerDesign, train_tokenizer
 
 
 @dataclass(frozen=True)
 class TinySettings:
-    """How the pair is trained; the defaults make the bundled one."""
+    """How a teacher is trained; the defaults make the one that the student comes from."""
 
+    teacher: str = "teacher"
+    student: str | None = "student"
+    tokenizer: TokenizerDesign = DIGITS
     num_layers: int = 4
     width: int = 128
     steps: int = 1800
@@ -33,20 +37,28 @@ class TinySettings:
     seed: int = 0
 
 
-def build_pair(output_dir: Path, settings: TinySettings = TinySettings()) -> dict[str, float]:
-    """Train and save `student/` and `teacher/` under `output_dir`.
+# One run each: the first makes the student and its teacher, the others a teacher for either bridge.
+RUNS = (
+    TinySettings(),
+    TinySettings(teacher="bridge-teacher", student=None, num_layers=6, width=160, seed=1),
+    TinySettings(teacher="tokenizer-teacher", student=None, tokenizer=PAIRS, num_layers=6, width=160, seed=2),
+)
+
+
+def build(output_dir: Path, settings: TinySettings = TinySettings()) -> dict[str, float]:
+    """Train a teacher, and save it and the student it was on the way under `output_dir`.
 
     Returns the greedy accuracy of each on held-out problems. Raises `RuntimeError` when the run
     ends before the student's accuracy is reached.
     """
+    tokenizer = train_tokenizer(_texts(2000, seed=0), settings.tokenizer)
     set_seed(settings.seed)
-    tokenizer = train_tokenizer(_texts(2000, settings.seed))
     model = Qwen3ForCausalLM(_config(tokenizer, settings))
     optimizer = torch.optim.AdamW(model.parameters(), lr=settings.learning_rate, betas=(0.9, 0.98))
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, settings))
     batches = _batches(tokenizer, settings)
     accuracy: dict[str, float] = {}
-    progress = tqdm(range(1, settings.steps + 1), desc="tiny pair", unit="step")
+    progress = tqdm(range(1, settings.steps + 1), desc=settings.teacher, unit="step")
     for step in progress:
         loss = model(**next(batches)).loss
         loss.backward()
@@ -54,19 +66,20 @@ def build_pair(output_dir: Path, settings: TinySettings = TinySettings()) -> dic
         optimizer.step()
         schedule.step()
         optimizer.zero_grad(set_to_none=True)
-        if "student" not in accuracy and step % settings.check_every == 0:
+        student = settings.student
+        if student and student not in accuracy and step % settings.check_every == 0:
             share = greedy_accuracy(model, tokenizer, settings.num_check_problems)
             progress.set_postfix(loss=f"{loss.item():.3f}", accuracy=f"{share:.0%}")
             if share >= settings.student_accuracy:
-                accuracy["student"] = share
-                save_bf16(model, tokenizer, output_dir / "student")
-    if "student" not in accuracy:
+                accuracy[student] = share
+                save_bf16(model, tokenizer, output_dir / student)
+    if settings.student is not None and settings.student not in accuracy:
         raise RuntimeError(
             f"after {settings.steps} steps the model answers {share:.0%} of the problems, below the "
             f"{settings.student_accuracy:.0%} asked of the student: train longer"
         )
-    accuracy["teacher"] = greedy_accuracy(model, tokenizer, settings.num_check_problems)
-    save_bf16(model, tokenizer, output_dir / "teacher")
+    accuracy[settings.teacher] = greedy_accuracy(model, tokenizer, settings.num_check_problems)
+    save_bf16(model, tokenizer, output_dir / settings.teacher)
     return accuracy
 
 

@@ -1,0 +1,195 @@
+"""The bridge: frozen projections of student and teacher states into one small space per layer (Eq. 12–14)."""
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from oprd.errors import UserError
+from oprd.selection import LayerMap
+
+BRIDGE_FILE = "bridge.safetensors"
+FORMAT = "oprd-bridge-1"
+
+
+@dataclass(frozen=True)
+class Projector:
+    """One pair of layers: P_S h_S + b on the student's side, P_T(h_T − μ_T) on the teacher's."""
+
+    teacher_layer: int
+    student: Float[Tensor, "R S"]
+    offset: Float[Tensor, " R"]
+    teacher: Float[Tensor, "R T"]
+    mean: Float[Tensor, " T"]
+
+    @property
+    def rank(self) -> int:
+        """Number of shared coordinates r."""
+        return len(self.student)
+
+    def first(self, rank: int) -> "Projector":
+        """The projector of a lower rank: bases nest, so it is a slice."""
+        return Projector(
+            self.teacher_layer, self.student[:rank], self.offset[:rank], self.teacher[:rank], self.mean
+        )
+
+
+TENSORS = [f.name for f in fields(Projector) if f.name != "teacher_layer"]
+
+
+@dataclass(frozen=True)
+class Bridge:
+    """A projector per student layer, and where it comes from.
+
+    `metadata` is plain JSON: the held-out report, and from `oprd bridge` both models' identities and the
+    settings of the fit.
+    """
+
+    projectors: Mapping[int, Projector]
+    metadata: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def layer_map(self) -> LayerMap:
+        """The pairs of layers that it joins."""
+        return LayerMap(tuple((s, p.teacher_layer) for s, p in sorted(self.projectors.items())))
+
+    @property
+    def ranks(self) -> dict[int, int]:
+        """Rank by student layer."""
+        return {layer: projector.rank for layer, projector in sorted(self.projectors.items())}
+
+    def student(self, h: Float[Tensor, "N S"], layer: int) -> Float[Tensor, "N R"]:
+        """P_S h_S + b of the pair with student layer `layer`, in float32 or wider; gradients reach h."""
+        projector = self._projector(layer)
+        with torch.autocast(h.device.type, enabled=False):
+            wide = _wide(h)
+            return torch.addmm(projector.offset.to(wide), wide, projector.student.to(wide).T)
+
+    def teacher(self, h: Float[Tensor, "N T"], layer: int) -> Float[Tensor, "N R"]:
+        """P_T(h_T − μ_T) of the pair with *student* layer `layer`, in float32 or wider."""
+        projector = self._projector(layer)
+        with torch.autocast(h.device.type, enabled=False):
+            wide = _wide(h)
+            return (wide - projector.mean.to(wide)) @ projector.teacher.to(wide).T
+
+    def first(self, rank: int) -> "Bridge":
+        """The bridge of a lower rank; raises `UserError` where a layer stores fewer directions."""
+        if rank < 1:
+            raise UserError(f"a bridge has rank 1 or more, not {rank}")
+        for layer, stored in self.ranks.items():
+            if rank > stored:
+                raise UserError(
+                    f"rank {rank} is asked of the bridge, but it stores {stored} directions for student "
+                    f"layer {layer}: ask for less, or fit it again with a higher rank"
+                )
+        return Bridge({s: p.first(rank) for s, p in self.projectors.items()}, self.metadata)
+
+    def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> "Bridge":
+        """The same bridge with its tensors on `device`."""
+        moved = {
+            layer: Projector(p.teacher_layer, *(getattr(p, name).to(device, dtype) for name in TENSORS))
+            for layer, p in self.projectors.items()
+        }
+        return Bridge(moved, self.metadata)
+
+    def select(self, spec: str, num_student: int, num_teacher: int) -> LayerMap:
+        """The pairs that a `layers` spec asks of this bridge; `all` is every layer it has.
+
+        Raises `UserError` for a layer without a projector and for a pair that the stored map denies.
+        """
+        stored = dict(self.layer_map.pairs)
+        if spec.strip() == "all":
+            return self.layer_map
+        asked = LayerMap.parse(spec, num_student, num_teacher)
+        for student, teacher in asked.pairs:
+            if student not in stored:
+                raise UserError(
+                    f"layers={spec!r}: the bridge has no projector for student layer {student}; it has "
+                    f"{', '.join(map(str, stored))}"
+                )
+            if student in asked.explicit and teacher != stored[student]:
+                raise UserError(
+                    f"layers={spec!r} pairs student layer {student} with teacher layer {teacher}, but the "
+                    f"bridge was fitted with {student}={stored[student]}: write that, or fit another bridge"
+                )
+        return LayerMap(tuple((student, stored[student]) for student in asked.student_layers))
+
+    def save(self, path: str | Path) -> Path:
+        """Write `path`, or bridge.safetensors in the folder `path`, whole or not at all; returns the file."""
+        file = _file(path)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        tensors = {
+            f"{name}.{layer}": getattr(projector, name).contiguous().cpu()
+            for layer, projector in self.projectors.items()
+            for name in TENSORS
+        }
+        pairs = {str(student): teacher for student, teacher in self.layer_map.pairs}
+        header = {"format": FORMAT, "layer_map": json.dumps(pairs), "oprd": json.dumps(self.metadata)}
+        partial = file.with_name(f"{file.name}.{os.getpid()}.partial")
+        save_file(tensors, partial, metadata=header)
+        partial.replace(file)
+        return file
+
+    @classmethod
+    def load(cls, path: str | Path, rank: int | None = None) -> "Bridge":
+        """Read a bridge, cut to `rank` if given.
+
+        Raises `UserError` for a missing, truncated or foreign file, for values that are not finite and for
+        a rank above the stored one. Nothing is ever filled in.
+        """
+        file = _file(path)
+        if not file.is_file():
+            raise UserError(f"there is no bridge at {path}: fit one with oprd bridge")
+        try:
+            with safe_open(file, framework="pt") as stored:
+                header = stored.metadata() or {}
+                if header.get("format") != FORMAT:
+                    raise UserError(f"{file} is not a bridge of oprd: fit one with oprd bridge")
+                pairs, metadata = json.loads(header["layer_map"]), json.loads(header["oprd"])
+                projectors = {
+                    int(s): Projector(t, *(stored.get_tensor(f"{name}.{s}") for name in TENSORS))
+                    for s, t in pairs.items()
+                }
+        except (SafetensorError, OSError, KeyError, ValueError) as error:
+            if isinstance(error, UserError):
+                raise
+            raise UserError(f"{file} is damaged ({error}): fit the bridge again") from error
+        for layer, projector in projectors.items():
+            _check(file, layer, projector)
+        bridge = cls(projectors, metadata)
+        return bridge if rank is None else bridge.first(rank)
+
+    def _projector(self, layer: int) -> Projector:
+        if layer not in self.projectors:
+            raise UserError(
+                f"the bridge has no projector for student layer {layer}; it has "
+                f"{', '.join(map(str, sorted(self.projectors)))}"
+            )
+        return self.projectors[layer]
+
+
+def _check(file: Path, layer: int, projector: Projector) -> None:
+    shapes = [tuple(getattr(projector, name).shape) for name in TENSORS]
+    rank = projector.rank
+    if shapes[1] != (rank,) or shapes[2][:1] != (rank,) or shapes[2][1:] != shapes[3] or not rank:
+        raise UserError(f"{file} is damaged (shapes {shapes} at layer {layer}): fit the bridge again")
+    if not all(getattr(projector, name).isfinite().all() for name in TENSORS):
+        raise UserError(f"{file} holds values that are not finite at student layer {layer}: fit it again")
+
+
+def _file(path: str | Path) -> Path:
+    path = Path(path).expanduser()
+    is_folder = path.is_dir() or not (path.suffix or path.exists())
+    return path / BRIDGE_FILE if is_folder else path
+
+
+def _wide(h: Tensor) -> Tensor:
+    return h.to(torch.promote_types(h.dtype, torch.float32))

@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
 from oprd.objective import num_units, row_weights
 from oprd.reading import Reading
@@ -26,17 +25,30 @@ class Batch:
     tokens: Int[Tensor, "B T"]
     representation_weights: Float[Tensor, "B T"]
     output_weights: Float[Tensor, "B T"]
+    teacher_rows: Int[Tensor, "B T"] | None = None
 
     @classmethod
     def of(cls, inputs: Inputs) -> "Batch":
-        """Read TRL's `prompt_*` and `completion_*`, `row_weights` and, where given, `teacher_prompt_*`."""
+        """Read TRL's `prompt_*` and `completion_*`, both `*_weights` and, where given, `teacher_*`."""
         completion = inputs["completion_ids"], inputs["completion_mask"]
         student = Reading.of(inputs["prompt_ids"], inputs["prompt_mask"], *completion)
         teacher = student
         if "teacher_prompt_ids" in inputs:
-            teacher = Reading.of(inputs["teacher_prompt_ids"], inputs["teacher_prompt_mask"], *completion)
+            read = completion
+            if "teacher_completion_ids" in inputs:
+                read = inputs["teacher_completion_ids"], inputs["teacher_completion_mask"]
+            teacher = Reading.of(inputs["teacher_prompt_ids"], inputs["teacher_prompt_mask"], *read)
         weights = inputs["representation_weights"], inputs["output_weights"]
-        return cls(student, teacher, inputs["completion_ids"], *weights)
+        return cls(student, teacher, inputs["completion_ids"], *weights, inputs.get("teacher_rows"))
+
+    def on_teacher(self, mask: Bool[Tensor, "B T"]) -> Bool[Tensor, "B T2"]:
+        """The teacher's rows that have read what the student's rows of `mask` have; as many, in one order."""
+        if self.teacher_rows is None:
+            return mask
+        placed = torch.zeros(len(mask), self.teacher.num_rows, dtype=torch.bool, device=mask.device)
+        rollouts, rows = mask.nonzero(as_tuple=True)
+        placed[rollouts, self.teacher_rows[rollouts, rows]] = True
+        return placed
 
 
 def truncated_rollouts(inputs: Inputs, eos_token_ids: Sequence[int]) -> Bool[Tensor, " B"]:
@@ -54,25 +66,18 @@ def weigh_rows(
 ) -> dict[str, Float[Tensor, "B T"]]:
     """The weight of every response row in either term, for the rollouts of a whole accumulation window.
 
-    Padding, tool output and, if so set, truncated rollouts are not supervised: they neither weigh nor
-    count for `last=k`.
+    Padding, tool output, rows without a partner among the teacher's and, if so set, truncated rollouts are
+    not supervised: they neither weigh nor count for `last=k`.
     """
     supervised = inputs["completion_mask"] * inputs.get("tool_mask", 1) > 0
     if settings.mask_truncated_completions:
         supervised = supervised & ~truncated[:, None]
     weights = {}
     for term, spec in (("representation", settings.positions), ("output", settings.output_positions)):
-        mask = Positions.parse(spec).mask(supervised)
+        paired = (
+            inputs["teacher_rows"] >= 0 if term == "representation" and "teacher_rows" in inputs else True
+        )
+        mask = Positions.parse(spec).mask(supervised & paired)
         total = sum_over_ranks(num_units(mask, settings.reduction))
         weights[f"{term}_weights"] = row_weights(mask, settings.reduction, total)
     return weights
-
-
-def left_pad(prompts: Sequence[list[int]], pad_id: int) -> tuple[Int[Tensor, "B P"], Int[Tensor, "B P"]]:
-    """Prompts of token ids as one left-padded tensor, and its mask."""
-    ids = [torch.tensor(prompt) for prompt in prompts]
-    mask = [torch.ones_like(prompt) for prompt in ids]
-    return (
-        pad_sequence(ids, batch_first=True, padding_value=pad_id, padding_side="left"),
-        pad_sequence(mask, batch_first=True, padding_side="left"),
-    )

@@ -53,6 +53,7 @@ def capture(
     rows: Bool[Tensor, "B S"] | None = None,
     final_norm: bool = True,
     stop_early: bool = False,
+    transform: Callable[[int, Tensor], Tensor] | None = None,
 ) -> Iterator[dict[int, Tensor]]:
     """Collect the hidden states of `layers` during the one forward that the `with` block runs.
 
@@ -60,7 +61,8 @@ def capture(
     mask over the whole sequence. States keep the model's dtype and the autograd graph. Layer L is
     taken after the final norm, or before it with `final_norm=False`. With `stop_early` the forward
     ends once the deepest layer is there: no later block and no LM head runs, and the rest of the
-    `with` block is skipped, so make the forward its last statement.
+    `with` block is skipped, so make the forward its last statement. `transform(layer, states)` is applied
+    at the hook, and only its result is kept.
 
     Works with gradient checkpointing (reentrant or not), adapters and distributed wrappers. Raises
     `UserError` for a layer outside 0..L or for `rows` of another shape than the forward's input, and
@@ -68,7 +70,7 @@ def capture(
     """
     stack, sequence = backbone(model), blocks(model)
     _check_layers(layers, len(sequence))
-    store = _Store(rows)
+    store = _Store(rows, transform)
     deepest = max(layers, default=0)
     with ExitStack() as hooks:
         for layer in layers:
@@ -96,9 +98,9 @@ def capture(
 class _Store:
     """The states of one forward and the row selection they share."""
 
-    def __init__(self, rows: Tensor | None) -> None:
+    def __init__(self, rows: Tensor | None, transform: Callable[[int, Tensor], Tensor] | None) -> None:
         self.states: dict[int, Tensor] = {}
-        self._rows = rows
+        self._rows, self._transform = rows, transform
         self._indices: dict[torch.device, Tensor] = {}
         self._whole: dict[int, Tensor] = {}
 
@@ -113,7 +115,7 @@ class _Store:
 
     def on_end(self, *_: object) -> None:
         for layer, whole in self._whole.items():
-            self.states[layer] = self._pick(whole)
+            self._store(layer, whole)
         self._whole.clear()
 
     def finish(self, layers: Sequence[int]) -> None:
@@ -130,7 +132,11 @@ class _Store:
         if getattr(module, "gradient_checkpointing", False) and module.training:
             self._whole[layer] = whole
         else:
-            self.states[layer] = self._pick(whole)
+            self._store(layer, whole)
+
+    def _store(self, layer: int, whole: Tensor) -> None:
+        picked = self._pick(whole)
+        self.states[layer] = picked if self._transform is None else self._transform(layer, picked)
 
     def _pick(self, whole: Tensor) -> Tensor:
         if self._rows is None:

@@ -26,7 +26,7 @@ def run(argv: Sequence[str]) -> int:
     parser = _parser()
     try:
         args, rest = parser.parse_known_args(argv)
-        if rest and args.command != "train":
+        if rest and args.command not in ("train", "bridge"):
             raise UserError(f"unknown argument {rest[0]!r}; see oprd {args.command} --help")
         _quiet()
         args.function(args, rest)
@@ -60,6 +60,10 @@ def _parser() -> argparse.ArgumentParser:
     train = commands.add_parser("train", help="run or resume a recipe; --key value overrides its keys")
     train.add_argument("recipe", type=Path)
     train.set_defaults(function=_train)
+
+    bridge = commands.add_parser("bridge", help="fit a bridge between two models; --key value overrides")
+    bridge.add_argument("recipe", type=Path)
+    bridge.set_defaults(function=_bridge)
 
     evaluation = commands.add_parser("eval", help="Avg@k and friends of a model on a set of problems")
     evaluation.add_argument("--model", required=True, help="a Hub name, a folder, or tiny:student")
@@ -104,6 +108,14 @@ def _train(args: argparse.Namespace, flags: list[str]) -> None:
 
     folder = train(*parse_training_recipe(args.recipe, flags))
     print(f"the run is in {folder}")
+
+
+def _bridge(args: argparse.Namespace, flags: list[str]) -> None:
+    from oprd.bridge.recipe import parse_bridge_recipe
+    from oprd.bridge.run import fit_bridge
+
+    folder = fit_bridge(parse_bridge_recipe(args.recipe, flags))
+    print(f"bridge and report: {folder}")
 
 
 def _eval(args: argparse.Namespace, _: list[str]) -> None:

@@ -1,7 +1,5 @@
 """What training logs besides the loss: how alike states and next-token distributions are."""
 
-from collections.abc import Sequence
-
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -15,17 +13,14 @@ from oprd.output_space import entropy, top_k_overlap
 @torch.no_grad()
 def add_representation_cosine(
     averages: Averages,
-    pairs: Sequence[tuple[int, int]],
     student: dict[int, Float[Tensor, "N D"]],
     teacher: dict[int, Float[Tensor, "N D"]],
     weights: Float[Tensor, " N"],
 ) -> None:
-    """Add the weighted mean cosine of student and teacher rows, per student layer and over layers."""
+    """Add the weighted mean cosine of student and teacher rows of each student layer, and over layers."""
     total = weights.sum()
-    for layer, teacher_layer in pairs:
-        value = (
-            (1 - cosine(student[layer], teacher[teacher_layer])) * weights.to(student[layer].device)
-        ).sum()
+    for layer, rows in student.items():
+        value = ((1 - cosine(rows, teacher[layer])) * weights.to(rows.device)).sum()
         averages.add(f"representation/cosine_layer_{layer}", value, total)
         averages.add("representation/cosine", value, total)
 

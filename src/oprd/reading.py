@@ -4,7 +4,7 @@ Row t, 0-based, is the state that predicts response token t: the last prompt tok
 last response token is read by no row, so it is not fed.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 
@@ -54,17 +54,18 @@ class Reading:
 
 @dataclass(frozen=True)
 class Want:
-    """Layers to keep and the response rows to keep of them."""
+    """Layers to keep, the response rows to keep of them, and what to make of these at once."""
 
     layers: tuple[int, ...]
     mask: Bool[Tensor, "B T"]
     final_norm: bool = True
+    transform: Callable[[int, Tensor], Tensor] | None = None
 
 
 def read_states(model: nn.Module, reading: Reading, wants: Sequence[Want]) -> list[dict[int, Tensor]]:
     """Run the backbone once, no deeper than needed and without its LM head.
 
-    Returns, for every want, `{layer: [N, D]}` with N the rows of its mask, row-major.
+    Returns, for every want, `{layer: [N, D]}`, transformed, with N the rows of its mask, row-major.
     """
     # Among equally deep wants the last one stops the forward, once the others' hooks have run.
     deepest = max(range(len(wants)), key=lambda i: (max(wants[i].layers), i))
@@ -73,7 +74,9 @@ def read_states(model: nn.Module, reading: Reading, wants: Sequence[Want]) -> li
     with ExitStack() as captures:
         states = [
             captures.enter_context(
-                capture(model, want.layers, reading.rows(want.mask), want.final_norm, stop_early=i == deepest)
+                capture(
+                    model, want.layers, reading.rows(want.mask), want.final_norm, i == deepest, want.transform
+                )
             )
             for i, want in enumerate(wants)
         ]

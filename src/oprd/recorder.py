@@ -24,7 +24,7 @@ class Recorder(TrainerCallback):
     """Collects what a step measured, hands it to the trackers and appends it to `metrics.jsonl`.
 
     `reduce` sums a tensor over ranks; `publish` passes a step's numbers on to the trainer's log.
-    `observers` may add numbers of their own, given the step that has just ended, from 1.
+    `observers` may add numbers of their own, given the step that has just ended, from 1, and its numbers.
     """
 
     def __init__(
@@ -38,7 +38,7 @@ class Recorder(TrainerCallback):
         self.averages, self.stopwatch, self.memory = averages, stopwatch, memory
         self.grad_norm = 0.0
         self.label = "distil"
-        self.observers: list[Callable[[int], dict[str, float]]] = []
+        self.observers: list[Callable[[int, dict[str, float]], dict[str, float]]] = []
         self._reduce, self._publish = reduce, publish
         self._learning_rate = 0.0
         self._bar: tqdm | None = None
@@ -80,7 +80,7 @@ class Recorder(TrainerCallback):
         values |= {f"time/{name}_seconds": seconds for name, seconds in self.stopwatch.pop().items()}
         values |= self.memory.read()
         for observe in self.observers:
-            values |= observe(state.global_step)
+            values |= observe(state.global_step, values)
         self._publish(values)
         if state.is_world_process_zero:
             with (Path(args.output_dir) / METRICS_FILE).open("a") as file:

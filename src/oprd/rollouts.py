@@ -6,6 +6,9 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
+from jaxtyping import Int
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from oprd.errors import UserError
@@ -86,6 +89,16 @@ def render_prompt(
     return cast(list[int], ids)
 
 
+def left_pad(prompts: Sequence[list[int]], pad_id: int) -> tuple[Int[Tensor, "B P"], Int[Tensor, "B P"]]:
+    """Prompts of token ids as one left-padded tensor, and its mask."""
+    ids = [torch.tensor(prompt) for prompt in prompts]
+    mask = [torch.ones_like(prompt) for prompt in ids]
+    return (
+        pad_sequence(ids, batch_first=True, padding_value=pad_id, padding_side="left"),
+        pad_sequence(mask, batch_first=True, padding_side="left"),
+    )
+
+
 @torch.no_grad()
 def generate(
     model: PreTrainedModel,
@@ -102,7 +115,7 @@ def generate(
     """
     eos = eos_token_ids(model, tokenizer)
     pad = eos[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    ids, mask = _left_pad(prompt_ids, pad)
+    ids, mask = left_pad(prompt_ids, pad)
     with _seeded(seed), _eval_mode(model), _blank_generation_config(model):
         output = model.generate(
             ids.to(model.device),
@@ -123,13 +136,6 @@ def _generation_config(sampling: Sampling, eos: list[int], pad: int) -> Generati
         use_cache=True,
         **(drawn if sampling.temperature > 0 else {}),
     )
-
-
-def _left_pad(sequences: Sequence[list[int]], pad: int) -> tuple[torch.Tensor, torch.Tensor]:
-    width = max(map(len, sequences))
-    ids = torch.tensor([[pad] * (width - len(s)) + s for s in sequences])
-    mask = torch.tensor([[0] * (width - len(s)) + [1] * len(s) for s in sequences])
-    return ids, mask
 
 
 def _rollout(prompt_ids: list[int], response_ids: list[int], eos: list[int]) -> Rollout:

@@ -12,6 +12,7 @@ from oprd.selection import Positions
 
 OUTPUT_LOSSES = ("none", "sampled_token", "top_k", "top_k_authors", "full_vocab")
 TEACHER_TEMPLATES = ("student", "own")
+TEACHER_TOKENIZATIONS = ("own", "student")
 
 
 def _key(default: Any, text: str) -> Any:
@@ -24,7 +25,13 @@ class ObjectiveSettings:
 
     layers: str = _key("all", "all | last | even | odd | every=4 | 1,14,28 | 14=18,28=36 (student=teacher).")
     positions: str = _key("last=2000", "Response rows of the representation loss: all | last=k | first=k.")
-    representation_loss: str = _key("mse", " | ".join(REPRESENTATION_LOSSES) + ".")
+    bridge: str | None = _key(
+        None, "A fitted bridge (file, or folder of oprd bridge) to compare states through."
+    )
+    bridge_rank: int | None = _key(None, "Use the first so many directions of the bridge.")
+    representation_loss: str | None = _key(
+        None, " | ".join(REPRESENTATION_LOSSES) + "; default mse, with a bridge normalized_mse."
+    )
     representation_weight: str = _key("1.0", "μ of Eq. 7: a number, or a schedule such as 0=1.0,400=0.")
     output_loss: str = _key("none", " | ".join(OUTPUT_LOSSES) + ".")
     output_weight: str = _key("1.0", "Weight of the output loss: a number or a schedule.")
@@ -43,12 +50,19 @@ class ObjectiveSettings:
     teacher_chat_template: str = _key(
         "student", "student: the teacher reads the student's ids; own: its template."
     )
+    teacher_tokenization: str = _key(
+        "own",
+        "With another tokenizer: own, the teacher reads the text; student, it is fed the student's ids "
+        "(the authors' way, a baseline).",
+    )
     teacher_chat_template_kwargs: dict | str | None = _key(None, "Arguments of the teacher's chat template.")
     output_chunk_size: int = _key(1024, "Rows of logits that exist at a time in output losses.")
     diagnostics_steps: int = _key(0, "Every n steps, measure what the loss does not show; 0 = never.")
 
     def check(self) -> None:
-        """Normalise specs to strings and refuse what no run could mean."""
+        """Normalise specs to strings, fill in defaults and refuse what no run could mean."""
+        if self.representation_loss is None:
+            self.representation_loss = "normalized_mse" if self.bridge else "mse"
         for name in ("layers", "positions", "representation_weight", "output_weight", "output_positions"):
             setattr(self, name, str(getattr(self, name)))
         _one_of("representation_loss", self.representation_loss, REPRESENTATION_LOSSES)
@@ -57,14 +71,18 @@ class ObjectiveSettings:
         _one_of("divergence", self.divergence, get_args(Divergence))
         _one_of("reduction", self.reduction, get_args(Reduction))
         _one_of("teacher_chat_template", self.teacher_chat_template, TEACHER_TEMPLATES)
+        _one_of("teacher_tokenization", self.teacher_tokenization, TEACHER_TOKENIZATIONS)
         for name in ("student_temperature", "teacher_temperature"):
             if not 0 < getattr(self, name) < math.inf:
                 raise UserError(f"{name} must be above 0 and finite, got {getattr(self, name)}")
         for name in ("num_generations", "output_top_k", "output_chunk_size"):
             _at_least(name, getattr(self, name), 1)
         _at_least("diagnostics_steps", self.diagnostics_steps, 0)
-        if self.max_prompt_length is not None:
-            _at_least("max_prompt_length", self.max_prompt_length, 1)
+        for name in ("max_prompt_length", "bridge_rank"):
+            if getattr(self, name) is not None:
+                _at_least(name, getattr(self, name), 1)
+        if self.bridge_rank is not None and self.bridge is None:
+            raise UserError("bridge_rank is set, but there is no bridge: name one, or leave bridge_rank out")
         Positions.parse(self.positions)
         Positions.parse(self.output_positions)
         self._check_weights()

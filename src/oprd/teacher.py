@@ -2,12 +2,14 @@
 
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from oprd.alignment import same_vocabulary
 from oprd.capture import num_layers
 from oprd.errors import UserError
 from oprd.models import load_model, load_tokenizer, resolve_model
@@ -65,7 +67,7 @@ class Teacher:
         device = self.model.get_input_embeddings().weight.device
         if device.type == "meta":  # offloaded: accelerate's hooks bring weights and inputs together
             device = reading.input_ids.device
-        moved = [Want(want.layers, want.mask.to(device), want.final_norm) for want in wants]
+        moved = [replace(want, mask=want.mask.to(device)) for want in wants]
         with torch.autocast(reading.input_ids.device.type, enabled=False):
             return read_states(self.model, reading.to(device), moved)
 
@@ -102,13 +104,12 @@ def shared_vocabulary(
                 "a tokenizer to compare them by: give the teacher as a folder or a name"
             )
         return sizes[0]
-    ours, theirs = _base_vocabulary(student_tokenizer), _base_vocabulary(teacher.tokenizer)
-    if ours != theirs:
-        differing = len(ours.items() ^ theirs.items())
+    if not same_vocabulary(student_tokenizer, teacher.tokenizer):
+        ours, theirs = student_tokenizer.get_vocab(), teacher.tokenizer.get_vocab()
         raise UserError(
-            f"student and teacher have different vocabularies ({differing} entries differ), so the teacher "
-            "cannot read the student's token ids and output losses are not defined: use a teacher of the "
-            "same tokenizer, or a bridge (oprd bridge) with output_loss: none"
+            f"student and teacher have different vocabularies ({len(ours.items() ^ theirs.items())} entries "
+            "differ), so output losses are not defined, nor is a comparison of states without a bridge: use "
+            "a teacher of the same tokenizer, or a bridge (oprd bridge) with output_loss: none"
         )
     if student_tokenizer.eos_token_id != teacher.tokenizer.eos_token_id:
         logger.warning(
@@ -118,9 +119,3 @@ def shared_vocabulary(
             teacher.tokenizer.eos_token,
         )
     return min(sizes)
-
-
-def _base_vocabulary(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
-    """Tokens and ids without the added ones, which chat variants of one family rename."""
-    added = set(tokenizer.get_added_vocab())
-    return {token: index for token, index in tokenizer.get_vocab().items() if token not in added}

@@ -101,7 +101,7 @@ def _make_trainer(run: RunArguments, config: OPRDConfig, label: str) -> OPRDTrai
 
 def _accuracy_observer(
     run: RunArguments, config: OPRDConfig, trainer: OPRDTrainer
-) -> Callable[[int], dict[str, float]]:
+) -> Callable[[int, dict[str, float]], dict[str, float]]:
     """Measures accuracy every `accuracy_steps` steps, without touching the run's random state."""
     assert run.accuracy_dataset_name is not None
     rows = load_prompts(run.accuracy_dataset_name, "test")
@@ -114,7 +114,7 @@ def _accuracy_observer(
         chat_template_kwargs=config.chat_template_kwargs,
     )
 
-    def observe(step: int) -> dict[str, float]:
+    def observe(step: int, _: dict[str, float]) -> dict[str, float]:
         if step % run.accuracy_steps:
             return {}
         model = trainer.accelerator.unwrap_model(trainer.model)

@@ -17,7 +17,9 @@ from transformers import PreTrainedModel, PrinterCallback, ProgressCallback, Tra
 from trl import DistillationConfig, DistillationTrainer
 from trl.trainer.utils import RepeatSampler
 
-from oprd.batch import Batch, left_pad, truncated_rollouts, weigh_rows
+from oprd.alignment import AlignedResponse
+from oprd.batch import Batch, truncated_rollouts, weigh_rows
+from oprd.bridge.drift import DriftMonitor
 from oprd.card import model_card
 from oprd.errors import UserError
 from oprd.meters import MemoryMeter
@@ -27,6 +29,7 @@ from oprd.recorder import Recorder
 from oprd.rollouts import render_prompt
 from oprd.settings import ObjectiveSettings
 from oprd.teacher import Teacher
+from oprd.translation import Translation
 from oprd.update import NonFiniteLoss, Update
 
 logger = logging.getLogger(__name__)
@@ -110,9 +113,8 @@ class OPRDTrainer(DistillationTrainer):
         self._check_batch(args)
         self.train_dataset = self._usable(train_dataset, args)
         self.teacher = self._load_teacher(teacher_model, args)
+        self.translation = self._translate(args)
         self.update = Update.bind(args, self.model, self._tokenizer, self.teacher, self.accelerator.device)
-        if self._teacher_reads_apart:
-            self._teacher_prompts([self.train_dataset[0]["prompt"]])
         self._add_recorder()
 
     # Set-up
@@ -127,6 +129,20 @@ class OPRDTrainer(DistillationTrainer):
         if isinstance(teacher, str):
             return Teacher.load(teacher, self.accelerator.device, init_kwargs)
         return Teacher.of(teacher, self.accelerator.device)
+
+    def _translate(self, args: OPRDConfig) -> Translation:
+        translation = Translation(
+            self._tokenizer,
+            self.teacher.tokenizer,
+            args.teacher_chat_template,
+            args.teacher_tokenization,
+            args.teacher_chat_template_kwargs,
+        )
+        if translation.aligner is not None and self.tools:
+            raise UserError("tools need a teacher of the student's tokenizer: its turns cannot be translated")
+        if not translation.is_identity:
+            translation.prompts([self.train_dataset[0]["prompt"]], **self._tool_kwargs(translation))
+        return translation
 
     def _check_batch(self, args: OPRDConfig) -> None:
         if self._completions_per_step % args.num_generations:
@@ -175,6 +191,10 @@ class OPRDTrainer(DistillationTrainer):
         for printer in (ProgressCallback, PrinterCallback):
             self.remove_callback(printer)
         self.add_callback(self.recorder)
+        comparison = self.update.comparison
+        if comparison.bridge is not None:
+            monitor = DriftMonitor(comparison.bridge, comparison.layer_map.student_layers)
+            self.recorder.observers.append(monitor.observe)
 
     def _sum_over_ranks(self, values: Tensor) -> Tensor:
         return self.accelerator.reduce(values.to(self.accelerator.device), reduction="sum")
@@ -199,11 +219,16 @@ class OPRDTrainer(DistillationTrainer):
         """TRL's rollouts, with the weight of every row, counted over ranks and the whole window."""
         with self.update.stopwatch.part("rollout"):
             batch = super()._generate_and_score_completions(inputs)
+        aligned: list[AlignedResponse] = []
+        if not self.translation.is_identity:
+            prompts = [row["prompt"] for row in inputs]
+            read = self.translation.prompts(prompts, **self._tool_kwargs(self.translation))
+            batch |= {name: tensor.to(self.accelerator.device) for name, tensor in read.items()}
+            read, aligned = self.translation.responses(batch["completion_ids"], batch["completion_mask"])
+            batch |= read
         batch |= self._row_weights(batch)
-        if self._teacher_reads_apart:
-            batch |= self._teacher_prompts([row["prompt"] for row in inputs])
         if self.model.training:
-            self._describe(batch)
+            self._describe(batch, aligned)
             self._observe(batch)
         return batch
 
@@ -211,13 +236,17 @@ class OPRDTrainer(DistillationTrainer):
         truncated = truncated_rollouts(batch, self.eos_token_ids)
         return weigh_rows(batch, truncated, self.args, lambda units: self.accelerator.gather(units).sum())
 
-    def _describe(self, batch: dict[str, Any]) -> None:
+    def _describe(self, batch: dict[str, Any], aligned: list[AlignedResponse]) -> None:
         averages, lengths = self.update.averages, batch["completion_mask"].sum(-1).float()
         truncated = truncated_rollouts(batch, self.eos_token_ids)
         left_out = truncated.sum() * self.args.mask_truncated_completions
         averages.add("rollout/mean_length", lengths.sum(), len(lengths))
         averages.add("rollout/truncated_share", truncated.sum(), len(lengths))
         averages.add("rollout/left_out", left_out)
+        if aligned:
+            paired, rows = sum(len(a.rows) for a in aligned), sum(a.num_rows for a in aligned)
+            averages.add("rollout/coverage", paired, rows)
+            averages.add("rollout/invalid_utf8", sum(a.invalid_utf8 for a in aligned))
         for term in ("representation", "output"):
             averages.add(f"rollout/{term}_rows", (batch[f"{term}_weights"] > 0).sum())
 
@@ -229,21 +258,13 @@ class OPRDTrainer(DistillationTrainer):
             with self.update.stopwatch.part("diagnostics"), self.accelerator.autocast():
                 self.update.observe(Batch.of(first), self.state.global_step)
 
-    @property
-    def _teacher_reads_apart(self) -> bool:
-        return self.args.teacher_chat_template == "own" or bool(self.args.teacher_chat_template_kwargs)
-
-    def _teacher_prompts(self, prompts: list[Any]) -> dict[str, Tensor]:
-        """The prompts as the teacher's own template, or the student's with other arguments, renders them."""
-        own = self.args.teacher_chat_template == "own"
-        tokenizer = self.teacher.tokenizer if own else self._tokenizer
-        kwargs = dict(self.args.teacher_chat_template_kwargs or {})
-        if self.tools:
-            kwargs |= {"tools": self.tools} | ({} if own else {"chat_template": self.chat_template})
-        ids = [render_prompt(tokenizer, prompt, kwargs) for prompt in prompts]
-        padded, mask = left_pad(ids, self._tokenizer.pad_token_id)
-        device = self.accelerator.device
-        return {"teacher_prompt_ids": padded.to(device), "teacher_prompt_mask": mask.to(device)}
+    def _tool_kwargs(self, translation: Translation) -> dict[str, Any]:
+        """Template arguments by which the teacher's prompts show the tools."""
+        if not self.tools:
+            return {}
+        return {"tools": self.tools} | (
+            {} if translation.own_template else {"chat_template": self.chat_template}
+        )
 
     # The update
 

@@ -14,8 +14,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from oprd import output_space
+from oprd.alignment import same_vocabulary
 from oprd.batch import Batch
 from oprd.capture import backbone, blocks, num_layers
+from oprd.comparison import Comparison, States
 from oprd.diagnostics import add_output_statistics, add_representation_cosine
 from oprd.errors import UserError
 from oprd.head import Head
@@ -25,7 +27,7 @@ from oprd.objective import output_loss, representation_loss
 from oprd.reading import Want, read_states
 from oprd.selection import LayerMap
 from oprd.settings import ObjectiveSettings
-from oprd.teacher import Teacher, check_widths, shared_vocabulary
+from oprd.teacher import Teacher, shared_vocabulary
 
 logger = logging.getLogger(__name__)
 
@@ -43,10 +45,10 @@ class Update:
     """The objective of a run, bound to its two models."""
 
     settings: ObjectiveSettings
-    layer_map: LayerMap
+    comparison: Comparison
     student: PreTrainedModel
     teacher: Teacher
-    vocabulary: int
+    vocabulary: int | None
     averages: Averages
     stopwatch: Stopwatch
 
@@ -63,28 +65,24 @@ class Update:
 
         Raises `UserError` where student, teacher and settings do not fit.
         """
-        depth = num_layers(student)
-        layer_map = LayerMap.parse(settings.layers, depth, teacher.num_layers)
-        if settings.representation_schedule.ever_active:
-            check_widths(backbone(student).config.get_text_config().hidden_size, depth, teacher)
-        vocabulary = shared_vocabulary(student, tokenizer, teacher)
-        if settings.output_loss.startswith("top_k") and settings.output_top_k > vocabulary:
+        comparison = Comparison.of(settings, student, tokenizer, teacher, device)
+        vocabulary = _vocabulary(settings, student, tokenizer, teacher)
+        if vocabulary and settings.output_loss.startswith("top_k") and settings.output_top_k > vocabulary:
             k = settings.output_top_k
             raise UserError(f"output_top_k is {k}, but the vocabulary has {vocabulary} tokens: lower it")
-        if settings.teacher_chat_template == "own" and teacher.tokenizer is None:
-            raise UserError("teacher_chat_template: own needs a tokenizer: name the teacher or its folder")
-        update = cls(settings, layer_map, student, teacher, vocabulary, Averages(), Stopwatch(device))
+        update = cls(settings, comparison, student, teacher, vocabulary, Averages(), Stopwatch(device))
         if settings.output_schedule.ever_active:
             _ = update.heads
         elif student.get_output_embeddings().weight is student.get_input_embeddings().weight:
             logger.warning("the student's LM head is tied to its input embedding, so it moves along with it")
-        if frozen := freeze_unreached(student, settings, layer_map):
+        if frozen := freeze_unreached(student, settings, comparison.layer_map):
             logger.info("frozen, since no loss reaches it: %s", ", ".join(frozen))
         return update
 
     @cached_property
     def heads(self) -> tuple[Head, Head]:
         """Both LM heads, made when logits are first wanted; raises `UserError` if one cannot be had."""
+        assert self.vocabulary is not None
         return Head.of(self.student, self.vocabulary), Head.of(self.teacher.model, self.vocabulary)
 
     def loss(self, batch: Batch, step: int) -> Tensor:
@@ -106,17 +104,27 @@ class Update:
     @torch.no_grad()
     def observe(self, batch: Batch, step: int) -> None:
         """Measure on `batch` what `loss` does not show at this step: cosines, entropies, top-k overlap."""
-        width = backbone(self.student).config.get_text_config().hidden_size
-        representation = self.settings.representation_schedule(step) == 0 and width == self.teacher.width
-        output = self.settings.output_schedule(step) == 0
+        representation = self.settings.representation_schedule(step) == 0 and self._comparable
+        output = self.settings.output_schedule(step) == 0 and self.vocabulary is not None
         if not (representation or output):
             return
         student, teacher = self._read(batch, representation, output)
         if representation:
             weights = batch.representation_weights[batch.representation_weights > 0]
-            add_representation_cosine(self.averages, self.layer_map.pairs, student[0], teacher[0], weights)
+            wanted = self.comparison.by_student_layer(teacher[0])
+            add_representation_cosine(self.averages, student[0], wanted, weights)
         if output:
             self._observe_output(student[-1], teacher[-1])
+
+    @property
+    def layer_map(self) -> LayerMap:
+        """The pairs of layers that are compared."""
+        return self.comparison.layer_map
+
+    @property
+    def _comparable(self) -> bool:
+        width = backbone(self.student).config.get_text_config().hidden_size
+        return self.comparison.bridge is not None or width == self.teacher.width
 
     def _read(
         self, batch: Batch, representation: bool, output: bool
@@ -124,35 +132,39 @@ class Update:
         """Both models' states for the terms asked for: the representation's first, the output's last."""
         student_wants, teacher_wants = [], []
         if representation:
-            mask, norm = batch.representation_weights > 0, self.settings.final_norm
-            student_wants.append(Want(self.layer_map.student_layers, mask, norm))
-            teacher_wants.append(Want(self.layer_map.teacher_layers, mask, norm))
+            mask, norm, here = batch.representation_weights > 0, self.settings.final_norm, self.comparison
+            student_wants.append(Want(here.layer_map.student_layers, mask, norm, here.student))
+            teacher_wants.append(
+                Want(here.layer_map.teacher_layers, batch.on_teacher(mask), norm, here.teacher)
+            )
         if output:
             mask = batch.output_weights > 0
             student_wants.append(Want((num_layers(self.student),), mask))
-            teacher_wants.append(Want((self.teacher.num_layers,), mask))
+            teacher_wants.append(Want((self.teacher.num_layers,), batch.on_teacher(mask)))
         if not student_wants:
             return [], []
         with self.stopwatch.part("teacher"):
             teacher_states = self.teacher.read(batch.teacher, teacher_wants)
         return read_states(self.student, batch.student, student_wants), teacher_states
 
-    def _representation(self, batch: Batch, student: dict, teacher: dict) -> Float[Tensor, " L"]:
+    def _representation(self, batch: Batch, student: States, teacher: States) -> Float[Tensor, " L"]:
+        teacher = self.comparison.by_student_layer(teacher)
         mask = batch.representation_weights > 0
         weights = batch.representation_weights[mask]
+        assert self.settings.representation_loss is not None
         row_loss = REPRESENTATION_LOSSES[self.settings.representation_loss]
-        pairs = self.layer_map.pairs
-        per_layer = representation_loss(row_loss, pairs, student, teacher, weights)
+        layers = self.layer_map.student_layers
+        per_layer = representation_loss(row_loss, [(s, s) for s in layers], student, teacher, weights)
         if not torch.isfinite(per_layer).all():
-            broken = [s for (s, _), value in zip(pairs, per_layer, strict=True) if not value.isfinite()]
-            rows = torch.stack([row_loss(student[s], teacher[t]) for s, t in pairs if s in broken]).sum(0)
+            broken = [s for s, value in zip(layers, per_layer, strict=True) if not value.isfinite()]
+            rows = torch.stack([row_loss(student[s], teacher[s]) for s in broken]).sum(0)
             raise NonFiniteLoss(
                 f"the representation loss is not finite at layers {broken}", _where(rows, mask)
             )
         self.averages.add("loss/representation", per_layer.mean())
-        for (layer, _), value in zip(pairs, per_layer, strict=True):
+        for layer, value in zip(layers, per_layer, strict=True):
             self.averages.add(f"loss/representation_layer_{layer}", value)
-        add_representation_cosine(self.averages, pairs, student, teacher, weights)
+        add_representation_cosine(self.averages, student, teacher, weights)
         return per_layer
 
     def _output(self, batch: Batch, student: dict[int, Tensor], teacher: dict[int, Tensor]) -> Tensor:
@@ -186,6 +198,19 @@ class Update:
     def _observe_output(self, student: dict[int, Tensor], teacher: dict[int, Tensor]) -> None:
         (student_rows,), (teacher_rows,) = student.values(), teacher.values()
         add_output_statistics(self.averages, *self.heads, student_rows, teacher_rows)
+
+
+def _vocabulary(
+    settings: ObjectiveSettings,
+    student: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    teacher: Teacher,
+) -> int | None:
+    """Size of the shared vocabulary; None where there is none and, with a bridge, none is needed."""
+    other = teacher.tokenizer is not None and not same_vocabulary(tokenizer, teacher.tokenizer)
+    if other and settings.bridge is not None and not settings.output_schedule.ever_active:
+        return None
+    return shared_vocabulary(student, tokenizer, teacher)
 
 
 def _where(values: Tensor, mask: Tensor) -> list[int]:

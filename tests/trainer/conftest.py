@@ -1,7 +1,6 @@
 """Tiny Qwen3 pairs of one origin on disk, trainers on them, and rollouts of uneven lengths."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +10,13 @@ from datasets import Dataset
 from tiny_pair import QUICK, SIZES, ScriptedTrainer, perturb, prompt_texts
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from oprd.tiny.tokenizer import DIGITS, train_tokenizer
+from oprd.tiny.tokenizer import train_tokenizer
 from oprd.trainer import OPRDConfig, OPRDTrainer
 
 
 @pytest.fixture(scope="session")
 def tokenizer() -> Any:
-    return train_tokenizer(prompt_texts(30), design=replace(DIGITS, vocab_size=290))
+    return train_tokenizer(prompt_texts(30), vocab_size=290)
 
 
 @pytest.fixture(scope="session")

@@ -12,8 +12,9 @@ import trl
 from datasets import Dataset
 from tiny_pair import prompt_texts
 
-from oprd.batch import left_pad, truncated_rollouts
+from oprd.batch import truncated_rollouts
 from oprd.errors import UserError
+from oprd.rollouts import left_pad
 
 CALL = '<tool_call>\n{"name": "add", "arguments": {"a": 3, "b": 4}}\n</tool_call><|im_end|>'
 ANSWER = "The sum is 7.<|im_end|>"
@@ -214,6 +215,6 @@ def test_a_run_with_tools(tool_trainer, tmp_path):
 def test_a_teacher_with_its_own_template_sees_the_tools(tool_trainer, roll_out):
     """The same template, so the same prompt: tool definitions included."""
     trainer = tool_trainer(teacher_chat_template="own")
-    trainer.teacher.tokenizer = trainer._tokenizer
+    trainer.translation.tokenizer = trainer._tokenizer
     batch = roll_out(trainer)
     assert torch.equal(batch["teacher_prompt_ids"], batch["prompt_ids"])

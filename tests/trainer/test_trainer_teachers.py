@@ -1,7 +1,5 @@
 """What the teacher reads, where it comes from, and which pairs and settings are refused before a run."""
 
-from dataclasses import replace
-
 import by_hand
 import pytest
 import torch
@@ -10,7 +8,7 @@ from tiny_pair import prompt_texts
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from oprd.errors import UserError
-from oprd.tiny.tokenizer import DIGITS, train_tokenizer
+from oprd.tiny.tokenizer import train_tokenizer
 from oprd.trainer import OPRDConfig, OPRDTrainer
 
 TEMPLATE = (
@@ -158,9 +156,7 @@ def test_vocabularies_padded_to_other_sizes_share_their_prefix(
 def other_vocabulary(teacher, tmp_path):
     folder = tmp_path / "other_vocabulary"
     AutoModelForCausalLM.from_pretrained(teacher).save_pretrained(folder)
-    train_tokenizer(
-        ["entirely different words for every merge"] * 9, design=replace(DIGITS, vocab_size=290)
-    ).save_pretrained(folder)
+    train_tokenizer(["entirely different words for every merge"] * 9, vocab_size=290).save_pretrained(folder)
     return str(folder)
 
 
@@ -186,7 +182,7 @@ def test_another_width(make_trainer, make_folder):
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"teacher": "tiny:nonsense"}, "no bundled model tiny:nonsense; the bundled ones are tiny:student"),
+        ({"teacher": "tiny:nonsense"}, "no bundled model tiny:nonsense; the bundled ones are tiny:"),
         ({"student": "tiny:nonsense"}, "no bundled model tiny:nonsense"),
         ({"teacher": "./nowhere"}, "the model folder ./nowhere does not exist"),
         ({"student": "/nowhere/model"}, "the model folder /nowhere/model does not exist"),

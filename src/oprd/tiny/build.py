@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM, set_seed
 
 from oprd.tiny import task
-from oprd.tiny.tokenizer import DIGITS, PAIRS, TokenizerDesign, train_tokenizer
+from oprd.tiny.tokenizer import DIGITS, PAIRS, VOCAB_SIZE, TokenizerDesign, train_tokenizer
 
 
 @dataclass(frozen=True)
@@ -25,6 +25,7 @@ class TinySettings:
     teacher: str = "teacher"
     student: str | None = "student"
     tokenizer: TokenizerDesign = DIGITS
+    vocab_size: int = VOCAB_SIZE
     num_layers: int = 4
     width: int = 128
     steps: int = 1800
@@ -41,7 +42,15 @@ class TinySettings:
 RUNS = (
     TinySettings(),
     TinySettings(teacher="bridge-teacher", student=None, num_layers=6, width=160, seed=1),
-    TinySettings(teacher="tokenizer-teacher", student=None, tokenizer=PAIRS, num_layers=6, width=160, seed=2),
+    TinySettings(
+        teacher="tokenizer-teacher",
+        student=None,
+        tokenizer=PAIRS,
+        vocab_size=512,
+        num_layers=6,
+        width=160,
+        seed=2,
+    ),
 )
 
 
@@ -51,7 +60,7 @@ def build(output_dir: Path, settings: TinySettings = TinySettings()) -> dict[str
     Returns the greedy accuracy of each on held-out problems. Raises `RuntimeError` when the run
     ends before the student's accuracy is reached.
     """
-    tokenizer = train_tokenizer(_texts(2000, seed=0), settings.tokenizer)
+    tokenizer = train_tokenizer(_texts(2000, seed=0), settings.vocab_size, settings.tokenizer)
     set_seed(settings.seed)
     model = Qwen3ForCausalLM(_config(tokenizer, settings))
     optimizer = torch.optim.AdamW(model.parameters(), lr=settings.learning_rate, betas=(0.9, 0.98))

@@ -6,13 +6,14 @@ from dataclasses import dataclass
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+VOCAB_SIZE = 320
+
 
 @dataclass(frozen=True)
 class TokenizerDesign:
-    """How text is split before merges, how many tokens there are, and how a chat is written."""
+    """How text is split before merges, and how a chat is written."""
 
     split: str
-    vocab_size: int
     pad: str
     turn_end: str
     other_specials: tuple[str, ...]
@@ -22,7 +23,6 @@ class TokenizerDesign:
 # Letters in words, every digit alone, punctuation runs, line breaks; ChatML.
 DIGITS = TokenizerDesign(
     split=r" ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s*[\r\n]+|\s+",
-    vocab_size=320,
     pad="<|pad|>",
     turn_end="<|im_end|>",
     other_specials=("<|im_start|>",),
@@ -36,7 +36,6 @@ DIGITS = TokenizerDesign(
 # Digits go in pairs from the right, and every role has a token of its own.
 PAIRS = TokenizerDesign(
     split=r" ?\p{L}+|\p{N}{1,2}(?=(?:\p{N}{2})*(?!\p{N}))| ?[^\s\p{L}\p{N}]+|\s*[\r\n]+|\s+",
-    vocab_size=512,
     pad="<|dummy|>",
     turn_end="<|end|>",
     other_specials=("<|system|>", "<|user|>", "<|assistant|>"),
@@ -49,8 +48,10 @@ PAIRS = TokenizerDesign(
 )
 
 
-def train_tokenizer(texts: Iterable[str], design: TokenizerDesign = DIGITS) -> PreTrainedTokenizerFast:
-    """Train a byte-level BPE of `design` on `texts`; its EOS ends an assistant turn."""
+def train_tokenizer(
+    texts: Iterable[str], vocab_size: int = VOCAB_SIZE, design: TokenizerDesign = DIGITS
+) -> PreTrainedTokenizerFast:
+    """Train a byte-level BPE of `design` on `texts`, of `vocab_size` tokens at most; its EOS ends a turn."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -60,7 +61,7 @@ def train_tokenizer(texts: Iterable[str], design: TokenizerDesign = DIGITS) -> P
     )
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=design.vocab_size,
+        vocab_size=vocab_size,
         special_tokens=[design.pad, *design.other_specials, design.turn_end],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,

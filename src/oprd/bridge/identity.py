@@ -1,0 +1,104 @@
+"""Which models a bridge was fitted between: enough to refuse any others."""
+
+import hashlib
+import json
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from oprd.bridge.artifact import Bridge
+from oprd.capture import num_layers
+from oprd.errors import UserError
+
+SAMPLE = 1024  # values of every weight that enter a fingerprint
+# How a checkpoint was written or is run, not what it is.
+VOLATILE_KEYS = {"_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache"}
+
+
+def identity(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> dict[str, Any]:
+    """Name, shape and fingerprints of a model and its tokenizer, as plain JSON."""
+    config = model.config.get_text_config()
+    return {
+        "name": model.config._name_or_path,
+        "architecture": type(_base(model)).__name__,
+        "num_layers": num_layers(model),
+        "width": config.hidden_size,
+        "weights": weights_fingerprint(model),
+        "tokenizer": tokenizer_fingerprint(tokenizer),
+    }
+
+
+def check_models(bridge: Bridge, student: dict[str, Any], teacher: dict[str, Any]) -> None:
+    """Raise `UserError` unless the bridge was fitted between models of these identities.
+
+    A bridge that was fitted in memory names no models; then only widths and depths are compared.
+    """
+    for role, found in (("student", student), ("teacher", teacher)):
+        for layer, projector in bridge.projectors.items():
+            side, number = (
+                (projector.student, layer)
+                if role == "student"
+                else (
+                    projector.teacher,
+                    projector.teacher_layer,
+                )
+            )
+            if side.shape[1] != found["width"] or number > found["num_layers"]:
+                raise UserError(
+                    f"the bridge joins layer {number}, {side.shape[1]} wide, of a {role}, but this {role} "
+                    f"has {found['num_layers']} layers {found['width']} wide: it belongs to another pair"
+                )
+        stored = bridge.metadata.get(role)
+        for key in ("architecture", "num_layers", "width", "weights", "tokenizer"):
+            if stored is not None and stored[key] != found[key]:
+                raise UserError(
+                    f"the bridge was fitted for the {role} {stored['name']} and this is {found['name']} "
+                    f"({key}: {stored[key]}, here {found[key]}): fit a bridge for this pair with oprd bridge"
+                )
+
+
+def weights_fingerprint(model: PreTrainedModel) -> str:
+    """A digest of the config and of evenly spaced values of every weight, adapters aside.
+
+    Values are rounded to bfloat16 first, so a checkpoint has one fingerprint in any dtype that holds it.
+    """
+    base = _base(model)
+    config = {key: value for key, value in base.config.to_dict().items() if key not in VOLATILE_KEYS}
+    digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
+    for name, weight in _own_weights(model):
+        digest.update(f"{name}{tuple(weight.shape)}".encode())
+        digest.update(_sampled(weight).numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase | None) -> str | None:
+    """A digest of the vocabulary; None without a tokenizer."""
+    if tokenizer is None:
+        return None
+    vocabulary = sorted(tokenizer.get_vocab().items())
+    return hashlib.sha256(json.dumps(vocabulary).encode()).hexdigest()[:16]
+
+
+def _own_weights(model: Any) -> list[tuple[str, Tensor]]:
+    """The model's parameters under their own names, without those that an adapter added."""
+    added = (
+        getattr(getattr(model, "base_model", None), "prefix", None) if hasattr(model, "peft_config") else None
+    )
+    weights = []
+    for name, weight in _base(model).named_parameters():
+        if "modules_to_save." in name or (added and added in name):
+            continue
+        weights.append((name.replace(".base_layer.", ".").replace(".original_module.", "."), weight))
+    return sorted(weights, key=lambda item: item[0])
+
+
+def _sampled(weight: Tensor) -> Tensor:
+    flat = weight.detach().flatten()
+    step = max(1, len(flat) // SAMPLE)
+    return flat[::step].to(torch.bfloat16).cpu().view(torch.int16)
+
+
+def _base(model: Any) -> Any:
+    return model.get_base_model() if hasattr(model, "peft_config") else model

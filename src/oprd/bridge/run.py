@@ -1,0 +1,231 @@
+"""`oprd bridge`: prompts, student rollouts, both models' states of the same text, one fit, one folder.
+
+The folder holds `bridge.safetensors`, `report.json`, three plots and `resolved.yaml`.
+"""
+
+import json
+import logging
+import math
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from torch.nn.utils.rnn import pad_sequence
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from oprd.batch import Batch
+from oprd.bridge.artifact import BRIDGE_FILE
+from oprd.bridge.fitter import BridgeFitter
+from oprd.bridge.identity import identity
+from oprd.bridge.recipe import BridgeArguments
+from oprd.bridge.report import plot_bridge
+from oprd.capture import num_layers
+from oprd.errors import UserError
+from oprd.models import load_model, load_tokenizer, resolve_model
+from oprd.prompts import drop_long_prompts, load_prompts
+from oprd.reading import Want, read_states
+from oprd.rollouts import Rollout, generate, left_pad, render_prompt
+from oprd.run import check_folder, resolved_settings, write_resolved
+from oprd.selection import LayerMap, Positions
+from oprd.teacher import Teacher
+from oprd.translation import Translation
+
+logger = logging.getLogger(__name__)
+
+REPORT_FILE = "report.json"
+GIB = 2**30
+
+
+def fit_bridge(args: BridgeArguments) -> Path:
+    """Fit the bridge of a recipe, or leave a finished one alone; returns its folder.
+
+    Raises `UserError` for what the user can mend, with nothing written.
+    """
+    folder, settings = Path(args.output_dir), resolved_settings(args)
+    check_folder(folder, settings)
+    if (folder / BRIDGE_FILE).exists():
+        logger.warning("%s holds this bridge: nothing to do", folder)
+        return folder
+    pair = ModelPair.load(args)
+    prompts = _prompts(args, pair)
+    fitter, layer_map = pair.fitter(args)
+    counts = accumulate(fitter, pair, prompts, args)
+    if layer_map is None:
+        layer_map = fitter.best_layer_map()
+        logger.info("best layer map: %s", ",".join(f"{s}={t}" for s, t in layer_map.pairs))
+    bridge = fitter.fit(args.chosen_rank, layer_map=layer_map)
+    bridge = replace(bridge, metadata=bridge.metadata | _origin(args, pair, counts, fitter))
+    write_resolved(folder, settings)
+    (folder / REPORT_FILE).write_text(json.dumps(bridge.metadata, indent=1) + "\n")
+    plot_bridge(bridge.metadata, folder)
+    bridge.save(folder)
+    return folder
+
+
+class ModelPair:
+    """Student, teacher and their tokenizers, on one device, reading only."""
+
+    def __init__(
+        self,
+        student: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        teacher: Teacher,
+        translation: Translation,
+    ) -> None:
+        self.student, self.tokenizer = student.eval(), tokenizer
+        self.teacher, self.translation = teacher, translation
+
+    @classmethod
+    def load(cls, args: BridgeArguments) -> "ModelPair":
+        """The models that a recipe names."""
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        located = resolve_model(args.model_name_or_path)
+        tokenizer = load_tokenizer(located)
+        teacher = Teacher.load(args.teacher_model_name_or_path, device, {"dtype": args.dtype})
+        translation = Translation(
+            tokenizer,
+            teacher.tokenizer,
+            args.teacher_chat_template,
+            args.teacher_tokenization,
+            args.teacher_chat_template_kwargs,
+        )
+        return cls(load_model(located, dtype=args.dtype).to(device), tokenizer, teacher, translation)
+
+    def fitter(self, args: BridgeArguments) -> tuple[BridgeFitter, LayerMap | None]:
+        """A fitter for the layers asked for, and their map unless the rows are to choose it."""
+        depths = num_layers(self.student), self.teacher.num_layers
+        best = args.layers.strip() == "best"
+        layer_map = LayerMap.parse("all" if best else args.layers, *depths)
+        teacher_layers = range(1, depths[1] + 1)
+        widths = self.student.config.get_text_config().hidden_size, self.teacher.width
+        crossed = len(layer_map.pairs) * depths[1] * math.prod(widths) * 8 * 2 / GIB
+        affordable = crossed <= args.all_pairs_gib
+        if best and not affordable:
+            raise UserError(
+                f"layers: best compares all layers, which takes {crossed:.1f} GiB of sums, and all_pairs_gib "
+                f"is {args.all_pairs_gib:g}: raise it, or name the layers"
+            )
+        if not affordable:
+            logger.info("CKA of paired layers only: all layers would take %.1f GiB (all_pairs_gib)", crossed)
+        fitter = BridgeFitter(
+            layer_map,
+            holdout=args.holdout,
+            all_pairs=affordable,
+            teacher_layers=tuple(teacher_layers) if affordable else (),
+            **vars(args.fit_settings),
+        )
+        return fitter, None if best else layer_map
+
+
+def accumulate(
+    fitter: BridgeFitter, pair: ModelPair, prompts: Dataset, args: BridgeArguments
+) -> Counter[str]:
+    """Roll out every prompt and give the fitter both models' states; returns what was counted."""
+    counts: Counter[str] = Counter()
+    total = len(prompts) * args.num_generations
+    with tqdm(total=total, desc="bridge", unit="rollout", dynamic_ncols=True) as progress:
+        for number, (texts, rendered) in enumerate(_batches(prompts, pair, args)):
+            rollouts = generate(pair.student, pair.tokenizer, rendered, args.sampling, args.seed + number)
+            ids = torch.arange(counts["rollouts"], counts["rollouts"] + len(rollouts))
+            counts.update(_update(fitter, pair, texts, rollouts, ids, args))
+            progress.update(len(rollouts))
+    return counts
+
+
+def _prompts(args: BridgeArguments, pair: ModelPair) -> Dataset:
+    prompts = load_prompts(args.dataset_name, args.dataset_train_split, args.dataset_config)
+    prompts, dropped = drop_long_prompts(prompts, lambda p: _render(p, pair, args), args.max_prompt_length)
+    if dropped:
+        logger.warning("dropped %d prompts of more than %d tokens", dropped, args.max_prompt_length)
+    pair.translation.prompts(prompts[:1]["prompt"])
+    return prompts.shuffle(seed=args.seed).select(range(min(args.num_prompts, len(prompts))))
+
+
+def _render(prompt: Any, pair: ModelPair, args: BridgeArguments) -> list[int]:
+    return render_prompt(pair.tokenizer, prompt, args.chat_template_kwargs)
+
+
+def _batches(
+    prompts: Dataset, pair: ModelPair, args: BridgeArguments
+) -> Iterator[tuple[list[Any], list[list[int]]]]:
+    """Prompts, each as often as it is rolled out, as they are and as the student's token ids."""
+    repeated = [prompt for prompt in prompts["prompt"] for _ in range(args.num_generations)]
+    for start in range(0, len(repeated), args.batch_size):
+        texts = repeated[start : start + args.batch_size]
+        yield texts, [_render(text, pair, args) for text in texts]
+
+
+@torch.no_grad()
+def _update(
+    fitter: BridgeFitter,
+    pair: ModelPair,
+    prompts: list[Any],
+    rollouts: list[Rollout],
+    rollout_ids: torch.Tensor,
+    args: BridgeArguments,
+) -> dict[str, int]:
+    """Give the fitter the paired rows of one batch of rollouts; returns counts."""
+    inputs, counts = _inputs(pair, prompts, rollouts)
+    supervised = inputs["completion_mask"].bool()
+    if "teacher_rows" in inputs:
+        supervised &= inputs["teacher_rows"] >= 0
+    mask = Positions.parse(args.positions).mask(supervised)
+    batch = Batch.of(inputs | {"representation_weights": mask.float(), "output_weights": mask.float()})
+    wants = [
+        Want(fitter.student_layers, mask, args.final_norm),
+        Want(fitter.teacher_layers, batch.on_teacher(mask), args.final_norm),
+    ]
+    (student,) = read_states(pair.student, batch.student, wants[:1])
+    (teacher,) = pair.teacher.read(batch.teacher, wants[1:])
+    fitter.update(student, teacher, rollout_ids.repeat_interleave(mask.sum(-1).cpu()))
+    return counts
+
+
+def _inputs(
+    pair: ModelPair, prompts: list[Any], rollouts: list[Rollout]
+) -> tuple[dict[str, torch.Tensor], dict[str, int]]:
+    """The padded tensors that a batch is read from, as TRL's trainer would give them, and counts."""
+    device, pad = pair.student.device, pair.tokenizer.pad_token_id or 0
+    responses = [torch.tensor(rollout.response_ids) for rollout in rollouts]
+    prompt_ids, prompt_mask = left_pad([rollout.prompt_ids for rollout in rollouts], pad)
+    inputs = {
+        "prompt_ids": prompt_ids,
+        "prompt_mask": prompt_mask,
+        "completion_ids": pad_sequence(responses, batch_first=True, padding_value=pad),
+        "completion_mask": pad_sequence([torch.ones_like(r) for r in responses], batch_first=True),
+    }
+    counts = {
+        "rollouts": len(rollouts),
+        "rows": sum(map(len, responses)),
+        "truncated": sum(rollout.truncated for rollout in rollouts),
+    }
+    if not pair.translation.is_identity:
+        inputs |= pair.translation.prompts(prompts)
+        read, aligned = pair.translation.responses(inputs["completion_ids"], inputs["completion_mask"])
+        inputs |= read
+        if aligned:
+            counts["paired_rows"] = sum(len(response.rows) for response in aligned)
+            counts["invalid_utf8"] = sum(response.invalid_utf8 for response in aligned)
+    return {name: tensor.to(device) for name, tensor in inputs.items()}, counts
+
+
+def _origin(
+    args: BridgeArguments, pair: ModelPair, counts: Counter[str], fitter: BridgeFitter
+) -> dict[str, Any]:
+    """Where a bridge comes from: models, text, settings, and how alike all layers are."""
+    names = ("final_norm", "teacher_chat_template", "teacher_tokenization")
+    paired = counts["paired_rows"] if "paired_rows" in counts else counts["rows"]
+    return {
+        "student": identity(pair.student, pair.tokenizer) | {"name": args.model_name_or_path},
+        "teacher": identity(pair.teacher.model, pair.teacher.tokenizer)
+        | {"name": args.teacher_model_name_or_path},
+        "reading": {name: getattr(args, name) for name in names},
+        "data": {"dataset": args.dataset_name, "coverage": paired / counts["rows"], **counts},
+        "settings": resolved_settings(args),
+        "cka": {f"{s}={t}": value for (s, t), value in fitter.cka().items()},
+    }

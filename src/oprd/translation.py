@@ -1,0 +1,109 @@
+"""What the teacher reads of the student's rollouts: prompts in a template, responses in its own tokens."""
+
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from transformers import PreTrainedTokenizerBase
+
+from oprd.alignment import AlignedResponse, Aligner, same_vocabulary
+from oprd.errors import UserError
+from oprd.rollouts import Prompt, left_pad, render_prompt
+
+logger = logging.getLogger(__name__)
+
+FEW_PAIRS = 0.5  # share of paired rows below which the user should know
+
+
+class Translation:
+    """From the student's rollouts to the teacher's, with the rows of both that have read the same text.
+
+    `template`: `student`, the teacher reads the prompt as the student does; `own`, as its own chat template
+    renders it. `tokenization` counts for another vocabulary alone: `own`, template and responses are the
+    teacher's; `student`, it is fed the student's ids, whatever they mean to it. Raises `UserError` where a
+    tokenizer lacks what this needs.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        teacher_tokenizer: PreTrainedTokenizerBase | None,
+        template: str = "student",
+        tokenization: str = "own",
+        template_kwargs: Any = None,
+    ) -> None:
+        if template == "own" and teacher_tokenizer is None:
+            raise UserError("teacher_chat_template: own needs a tokenizer: name the teacher or its folder")
+        other = teacher_tokenizer is not None and not same_vocabulary(tokenizer, teacher_tokenizer)
+        self.aligner = Aligner(tokenizer, teacher_tokenizer) if other and tokenization == "own" else None
+        self.own_template = template == "own" or self.aligner is not None
+        self.tokenizer: Any = teacher_tokenizer if self.own_template else tokenizer
+        self.template_kwargs = dict(template_kwargs or {})
+        self._warned = False
+
+    @property
+    def is_identity(self) -> bool:
+        """Whether the teacher reads exactly what the student reads."""
+        return not (self.own_template or self.template_kwargs)
+
+    def prompts(self, prompts: Sequence[Prompt], **template_kwargs: Any) -> dict[str, Tensor]:
+        """`teacher_prompt_ids` and `teacher_prompt_mask`, left-padded."""
+        if self.own_template and not self.tokenizer.chat_template and not isinstance(prompts[0], str):
+            raise UserError(
+                "the prompts are messages, and the teacher's tokenizer has no chat template: give the "
+                "prompts as plain text, or use a teacher with a chat_template"
+            )
+        kwargs = self.template_kwargs | template_kwargs
+        ids = [render_prompt(self.tokenizer, prompt, kwargs) for prompt in prompts]
+        return dict(
+            zip(("teacher_prompt_ids", "teacher_prompt_mask"), left_pad(ids, self._pad_id), strict=True)
+        )
+
+    def responses(
+        self, ids: Int[Tensor, "B T"], mask: Int[Tensor, "B T"]
+    ) -> tuple[dict[str, Tensor], list[AlignedResponse]]:
+        """`teacher_completion_ids`, their mask, and `teacher_rows`, unless one vocabulary makes them equal.
+
+        `teacher_rows[b, t]` is the teacher's row that has read what the student's row t has, −1 without one.
+        """
+        if self.aligner is None:
+            return {}, []
+        lengths = mask.sum(-1).tolist()
+        aligned = [self.aligner.align(row[:n]) for row, n in zip(ids.tolist(), lengths, strict=True)]
+        teacher_rows = torch.full(ids.shape, -1)
+        for i, response in enumerate(aligned):
+            if response.rows:
+                student, teacher = torch.tensor(response.rows).T
+                teacher_rows[i, student] = teacher
+        read = [torch.tensor(response.teacher_ids, dtype=torch.long) for response in aligned]
+        tensors = {
+            "teacher_completion_ids": pad_sequence(read, batch_first=True, padding_value=self._pad_id),
+            "teacher_completion_mask": pad_sequence([torch.ones_like(x) for x in read], batch_first=True),
+            "teacher_rows": teacher_rows,
+        }
+        self._check_coverage(aligned)
+        return {name: tensor.to(ids.device) for name, tensor in tensors.items()}, aligned
+
+    @property
+    def _pad_id(self) -> int:
+        return self.tokenizer.pad_token_id or 0
+
+    def _check_coverage(self, aligned: Sequence[AlignedResponse]) -> None:
+        """Refuse rollouts whose first rows alone are paired; warn, once, when few are."""
+        rows, paired = sum(a.num_rows for a in aligned), sum(len(a.rows) for a in aligned)
+        if rows > len(aligned) and all(len(a.rows) < 2 for a in aligned):
+            raise UserError(
+                f"of {rows} rows of {len(aligned)} responses none but the first is paired: student and "
+                "teacher never agree on the text (coverage 0); check the tokenizers and the rollouts"
+            )
+        if paired < FEW_PAIRS * rows and not self._warned:
+            self._warned = True
+            logger.warning(
+                "only %.0f%% of the student's rows have a partner among the teacher's: the tokenizers cut "
+                "the text very differently, or the student writes invalid UTF-8",
+                100 * paired / rows,
+            )

@@ -5,7 +5,7 @@ import re
 from codecs import utf_8_decode
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from functools import wraps
+from functools import partial, wraps
 from itertools import accumulate, product
 from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
@@ -193,14 +193,15 @@ def _read_decoder(backend: dict[str, Any]) -> tuple[Callable[[str], bytes] | Non
     decoder, model = backend["decoder"] or {}, backend["model"]
     renames, kinds, drops = {}, set(), False
     for step in decoder.get("decoders", [decoder]):
+        fused = "Fuse" in kinds
         match step:
-            case {"type": "ByteLevel" | "ByteFallback" | "Fuse"}:
+            case {"type": "ByteLevel" | "ByteFallback" | "Fuse"} if not fused:
                 pass
-            case {"type": "Replace", "pattern": {"String": old}, "content": new} if "Fuse" not in kinds:
+            case {"type": "Replace", "pattern": {"String": old}, "content": new} if not fused:
                 renames[old] = new
-            case {"type": "Metaspace", "replacement": old, "prepend_scheme": when} if "Fuse" not in kinds:
+            case {"type": "Metaspace", "replacement": old, "prepend_scheme": when} if not fused:
                 renames[old], drops = " ", when != "never"
-            case {"type": "Strip", "content": " ", "start": 1, "stop": 0} if "Fuse" in kinds:
+            case {"type": "Strip", "content": " ", "start": 1, "stop": 0} if fused:
                 drops = True
             case _:
                 return None, False
@@ -236,6 +237,10 @@ class _Response:
         self.last = {(stop, name): n for stop, n, name in controls}
         self.ahead = controls[::-1]
 
+    def to_control(self) -> int:
+        """The bytes of text before the next control token or the end."""
+        return (self.ahead[-1][0] if self.ahead else len(self.text)) - self.at
+
     def read(self, count: int) -> bytes:
         """The next bytes of text; control tokens among them spell nothing."""
         self.at += count
@@ -245,7 +250,7 @@ class _Response:
 
     def here(self) -> bytes:
         """The name of the control token that comes before any more text, if one does."""
-        return self.ahead[-1][2] if self.ahead and self.ahead[-1][0] == self.at else b""
+        return self.ahead[-1][2] if self.ahead and not self.to_control() else b""
 
     def foresees(self, name: bytes) -> bool:
         """Whether `name` comes next, control tokens before it left out."""
@@ -260,26 +265,28 @@ class _Response:
 
 def _settle_controls(student: _Response, teacher: _Response) -> None:
     """Let control tokens spell their names where the other response spells the same at that point."""
-    both = student, teacher
     while student.ahead or teacher.ahead:
-        count = min((r.ahead[-1][0] if r.ahead else len(r.text)) - r.at for r in both)
+        count = min(student.to_control(), teacher.to_control())
         if student.read(count) != teacher.read(count):
             return
-        names = student.here(), teacher.here()
-        foreseen = [
-            bool(names[0]) and teacher.foresees(names[0]),
-            bool(names[1]) and student.foresees(names[1]),
-        ]
-        if not any(names):
+        ours, theirs = student.here(), teacher.here()
+        ours_comes, theirs_comes = teacher.foresees(ours), student.foresees(theirs)
+        if not ours and not theirs:
             return
-        if all(names):
-            for response, expected in zip(both, foreseen, strict=True):
-                if names[0] == names[1] or all(foreseen) or not expected:
-                    response.skip(names[0] == names[1])
-        else:
-            one, other = both if names[0] else both[::-1]
-            one.skip(any(foreseen))
-            other.read(len(names[0] or names[1]) if any(foreseen) else 0)
+        if ours == theirs:
+            student.skip(spelled=True)
+            teacher.skip(spelled=True)
+        elif not theirs:
+            student.skip(ours_comes)
+            teacher.read(len(ours) * ours_comes)
+        elif not ours:
+            teacher.skip(theirs_comes)
+            student.read(len(theirs) * theirs_comes)
+        else:  # the one whose name is still to come waits for it; if both are, they are in another order
+            if theirs_comes or not ours_comes:
+                student.skip(spelled=False)
+            if ours_comes or not theirs_comes:
+                teacher.skip(spelled=False)
 
 
 def _most_pairs(
@@ -288,10 +295,8 @@ def _most_pairs(
     """The pairs as decoded, unless there are more with a space at the start dropped or kept."""
     usual = student.drops_space[0], teacher.drops_space[0]
     choices = sorted(product(student.drops_space, teacher.drops_space), key=lambda c: (c != usual, sum(c)))
-    found = (
-        _pairs(_Response(student, student_ids, s), _Response(teacher, teacher_ids, t)) for s, t in choices
-    )
-    return max(found, key=len)
+    ours, theirs = partial(_Response, student, student_ids), partial(_Response, teacher, teacher_ids)
+    return max((_pairs(ours(drops), theirs(also)) for drops, also in choices), key=len)
 
 
 def _pairs(student: _Response, teacher: _Response) -> Pairs:

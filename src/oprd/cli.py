@@ -48,7 +48,13 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     demo = commands.add_parser("demo", help="distil the bundled student, with both baselines, in minutes")
-    demo.add_argument("--output", type=Path, default=Path("runs/demo"))
+    demo.add_argument(
+        "--pair",
+        choices=["same", "bridge", "tokenizer"],
+        default="same",
+        help="teacher: of the student's architecture, deeper and wider, or of another tokenizer too",
+    )
+    demo.add_argument("--output", type=Path, help="default: runs/demo, runs/demo-bridge, …")
     demo.add_argument("--steps", type=_positive, default=220, help="optimiser steps per arm")
     demo.add_argument(
         "--problems", type=_positive, default=128, help="held-out problems for the final evaluation"
@@ -99,8 +105,10 @@ class _Parser(argparse.ArgumentParser):
 def _demo(args: argparse.Namespace, _: list[str]) -> None:
     from oprd.demo import print_summary, run_demo
 
-    summary = run_demo(args.output, args.steps, args.problems, args.samples, args.seed)
-    print_summary(summary, args.output)
+    default = Path("runs/demo" if args.pair == "same" else f"runs/demo-{args.pair}")
+    output = args.output or default
+    summary = run_demo(output, args.steps, args.problems, args.samples, args.seed, args.pair)
+    print_summary(summary, output)
 
 
 def _train(args: argparse.Namespace, flags: list[str]) -> None:

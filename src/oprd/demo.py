@@ -1,10 +1,10 @@
-"""`oprd demo`: the bundled student distilled by OPRD and by both output-space baselines, side by side.
+"""`oprd demo`: the bundled student distilled from a bundled teacher by several methods, side by side.
 
-Every arm starts from the same student with the same prompts, steps and seeds; learning rates were
-tuned per arm over one grid (docs/log.md).
+Every arm starts from the same student with the same prompts, steps and seeds.
 """
 
 import json
+import re
 import statistics
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,9 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from oprd.bridge.recipe import BridgeArguments
+from oprd.bridge.run import fit_bridge
+from oprd.demo_pairs import BRIDGE, LABELS, PAIRS, SHARED, STUDENT, TASK, Pair
 from oprd.errors import UserError
 from oprd.evaluation.run import EvalSettings, evaluate
 from oprd.models import load_model, load_tokenizer, resolve_model
@@ -22,63 +25,37 @@ from oprd.rollouts import Sampling
 from oprd.train import RunArguments, train
 from oprd.trainer import OPRDConfig
 
-STUDENT, TEACHER, TASK = "tiny:student", "tiny:teacher", "tiny"
-
-SHARED: dict[str, Any] = {
-    "teacher_model_name_or_path": TEACHER,
-    "positions": "all",
-    "num_generations": 1,
-    "per_device_train_batch_size": 32,
-    "gradient_accumulation_steps": 1,
-    "max_completion_length": 64,
-    "bf16": False,
-    "gradient_checkpointing": False,
-    "dataloader_pin_memory": False,
-    "report_to": "none",
-    "save_strategy": "no",
-    "diagnostics_steps": 5,
-}
-ARMS: dict[str, dict[str, Any]] = {
-    "oprd": {"representation_loss": "relative_mse", "layers": "all", "learning_rate": 2e-3},
-    "opd_sampled_token": {
-        "representation_weight": "0",
-        "output_loss": "sampled_token",
-        "learning_rate": 2e-4,
-    },
-    "opd_top_k": {"representation_weight": "0", "output_loss": "top_k", "learning_rate": 2e-4},
-}
-LABELS = {
-    "student": "student, untouched",
-    "teacher": "teacher",
-    "oprd": "OPRD",
-    "opd_sampled_token": "OPD, sampled token",
-    "opd_top_k": "OPD, top-16",
-}
 UPDATE_PARTS = ("time/teacher_seconds", "time/student_seconds", "time/optimizer_seconds")
 
 
-def run_demo(output: Path, steps: int, problems: int, samples: int, seed: int) -> dict[str, Any]:
-    """Train and evaluate every arm below `output`; returns and writes `summary.json`, plots included.
+def run_demo(
+    output: Path, steps: int, problems: int, samples: int, seed: int, pair_name: str = "same"
+) -> dict[str, Any]:
+    """Train and evaluate every arm of a pair below `output`; returns and writes `summary.json`, with plots.
 
     Arms that a stopped demo finished are not repeated. Raises `UserError` for a folder of a demo with
     other settings.
     """
-    settings = {"steps": steps, "problems": problems, "samples": samples, "seed": seed, "arms": ARMS}
+    pair = PAIRS[pair_name]
+    settings = {"pair": pair_name, "steps": steps, "problems": problems, "samples": samples, "seed": seed}
+    settings |= {"arms": pair.arms, "bridges": pair.bridges}
     _claim(output, settings)
-    folders = {"student": resolve_model(STUDENT), "teacher": resolve_model(TEACHER)}
-    for arm in ARMS:
-        folders[arm] = str(train(*_arm(arm, output / arm, steps, seed), label=LABELS[arm]))
+    for name, keys in pair.bridges.items():
+        fit_bridge(_bridge(pair, keys, output / name, seed))
+    folders = {"student": resolve_model(STUDENT), "teacher": resolve_model(pair.teacher)}
+    for arm in pair.arms:
+        folders[arm] = str(train(*_arm(pair, arm, output, steps, seed), label=LABELS[arm]))
     arms = {
         arm: _evaluate(arm, folder, output, problems, samples, seed) | _cost(output / arm)
         for arm, folder in folders.items()
     }
     student, teacher = arms["student"]["avg_at_k"], arms["teacher"]["avg_at_k"]
     gap = teacher - student
-    closed = {arm: (arms[arm]["avg_at_k"] - student) / gap if gap else None for arm in ARMS}
+    closed = {arm: (arms[arm]["avg_at_k"] - student) / gap if gap else None for arm in pair.arms}
     summary = {"arms": arms, "gap_closed": closed, "settings": settings}
     (output / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
     levels = {LABELS[arm]: arms[arm]["avg_at_k"] for arm in ("student", "teacher")}
-    plot_runs({LABELS[arm]: output / arm for arm in ARMS}, output, levels)
+    plot_runs({LABELS[arm]: output / arm for arm in pair.arms}, output, levels)
     return summary
 
 
@@ -107,7 +84,19 @@ def print_summary(summary: dict[str, Any], output: Path) -> None:
     print(f"summary, plots and runs: {output}")
 
 
-def _arm(arm: str, folder: Path, steps: int, seed: int) -> tuple[RunArguments, OPRDConfig]:
+def _bridge(pair: Pair, keys: dict[str, Any], folder: Path, seed: int) -> BridgeArguments:
+    return BridgeArguments(
+        model_name_or_path=STUDENT,
+        teacher_model_name_or_path=pair.teacher,
+        dataset_name=TASK,
+        output_dir=str(folder),
+        seed=seed,
+        **BRIDGE,
+        **keys,
+    )
+
+
+def _arm(pair: Pair, arm: str, output: Path, steps: int, seed: int) -> tuple[RunArguments, OPRDConfig]:
     run = RunArguments(
         model_name_or_path=STUDENT,
         dataset_name=TASK,
@@ -116,7 +105,22 @@ def _arm(arm: str, folder: Path, steps: int, seed: int) -> tuple[RunArguments, O
         accuracy_problems=64,
         accuracy_samples=2,
     )
-    return run, OPRDConfig(output_dir=str(folder), max_steps=steps, seed=seed, **SHARED, **ARMS[arm])
+    keys = SHARED | {"teacher_model_name_or_path": pair.teacher} | pair.arms[arm]
+    if "bridge" in keys:
+        keys |= {"bridge": str(output / keys["bridge"])}
+    for name in ("representation_weight", "output_weight"):
+        if name in keys:
+            keys[name] = at_share(keys[name], steps)
+    return run, OPRDConfig(output_dir=str(output / arm), max_steps=steps, seed=seed, **keys)
+
+
+def at_share(schedule: str, steps: int) -> str:
+    """A schedule whose steps may be written as shares of the run: `60%` is its step, `60%+` the next."""
+
+    def step(match: re.Match[str]) -> str:
+        return str(max(1, steps * int(match[1]) // 100) + bool(match[2]))
+
+    return re.sub(r"(\d+)%(\+?)", step, schedule)
 
 
 def _evaluate(

@@ -8,7 +8,8 @@ from oprd.bridge.artifact import Bridge
 
 logger = logging.getLogger(__name__)
 
-WINDOW = 10  # steps that the running mean covers
+WINDOW = 10  # measured steps that the running mean covers
+MARGIN = 0.01  # of cosine, which the noise of ten steps stays within
 
 
 class DriftMonitor:
@@ -28,7 +29,8 @@ class DriftMonitor:
             return {}
         self._recent.append(values["representation/cosine"])
         mean = sum(self._recent) / len(self._recent)
-        was_below, self._below = self._below, mean < self.level
+        was_below = self._below
+        self._below = len(self._recent) == WINDOW and mean < self.level - MARGIN
         if self._below and not was_below:
             logger.warning(
                 "step %d: through the bridge, fresh rollouts have cosine %.3f, below the %.3f of held-out "

@@ -62,9 +62,10 @@ class BridgeArguments:
         for name in ("num_prompts", "num_generations", "batch_size", "max_rank"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} must be 1 or more, got {getattr(self, name)}")
-        for name in ("chat_template_kwargs", "teacher_chat_template_kwargs"):
-            if isinstance(getattr(self, name), str):
-                setattr(self, name, json.loads(getattr(self, name)))
+        self.template_kwargs = _json_object("chat_template_kwargs", self.chat_template_kwargs)
+        self.teacher_template_kwargs = _json_object(
+            "teacher_chat_template_kwargs", self.teacher_chat_template_kwargs
+        )
         self.affine = str(self.affine).lower()
         if self.affine not in (forms := {"auto": None, "true": True, "false": False}):
             raise UserError(f"affine: {self.affine!r} is not one of auto, true, false")
@@ -80,6 +81,17 @@ class BridgeArguments:
     def chosen_rank(self) -> Rank:
         """`rank` as the fitter takes it."""
         return "auto" if self.rank == "auto" else int(self.rank)
+
+
+def _json_object(name: str, value: dict | str | None) -> dict[str, Any]:
+    """A mapping from a recipe, or from the JSON of a flag."""
+    try:
+        parsed = json.loads(value) if isinstance(value, str) else value or {}
+    except json.JSONDecodeError as error:
+        raise UserError(f"{name}: {value!r} is not JSON ({error})") from error
+    if not isinstance(parsed, dict):
+        raise UserError(f"{name}: {value!r} is not a mapping of arguments")
+    return parsed
 
 
 def parse_bridge_recipe(path: str | Path, flags: Sequence[str] = ()) -> BridgeArguments:

@@ -92,7 +92,7 @@ class ModelPair:
             teacher.tokenizer,
             args.teacher_chat_template,
             args.teacher_tokenization,
-            args.teacher_chat_template_kwargs,
+            args.teacher_template_kwargs,
         )
         return cls(load_model(located, dtype=args.dtype).to(device), tokenizer, teacher, translation)
 
@@ -147,7 +147,7 @@ def _prompts(args: BridgeArguments, pair: ModelPair) -> Dataset:
 
 
 def _render(prompt: Any, pair: ModelPair, args: BridgeArguments) -> list[int]:
-    return render_prompt(pair.tokenizer, prompt, args.chat_template_kwargs)
+    return render_prompt(pair.tokenizer, prompt, args.template_kwargs)
 
 
 def _batches(

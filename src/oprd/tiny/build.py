@@ -41,7 +41,7 @@ class TinySettings:
 # One run each: the first makes the student and its teacher, the others a teacher for either bridge.
 RUNS = (
     TinySettings(),
-    TinySettings(teacher="bridge-teacher", student=None, num_layers=6, width=160, seed=1),
+    TinySettings(teacher="bridge-teacher", student=None, num_layers=6, width=160, steps=1200, seed=1),
     TinySettings(
         teacher="tokenizer-teacher",
         student=None,
@@ -49,6 +49,7 @@ RUNS = (
         vocab_size=512,
         num_layers=6,
         width=160,
+        steps=2400,
         seed=2,
     ),
 )

@@ -1,0 +1,67 @@
+"""The bundled pairs that `oprd demo` shows, and the arms it compares on each.
+
+Learning rates were tuned per arm over one grid (docs/log.md).
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+Keys = dict[str, Any]
+
+STUDENT, TASK = "tiny:student", "tiny"
+
+SHARED: Keys = {
+    "positions": "all",
+    "num_generations": 1,
+    "per_device_train_batch_size": 32,
+    "gradient_accumulation_steps": 1,
+    "max_completion_length": 64,
+    "bf16": False,
+    "gradient_checkpointing": False,
+    "dataloader_pin_memory": False,
+    "report_to": "none",
+    "save_strategy": "no",
+    "diagnostics_steps": 5,
+}
+BRIDGE: Keys = {
+    "num_prompts": 512,
+    "max_completion_length": 64,
+    "batch_size": 64,
+    "dtype": "float32",
+}
+LABELS = {
+    "student": "student, untouched",
+    "teacher": "teacher",
+    "oprd": "OPRD",
+    "opd_sampled_token": "OPD, sampled token",
+    "opd_top_k": "OPD, top-16",
+    "bridge": "OPRD through a bridge",
+    "bridge_then_opd": "bridge, then OPD",
+    "bridge_authors": "bridge, student ids fed to the teacher",
+}
+SAMPLED_TOKEN: Keys = {"representation_weight": "0", "output_loss": "sampled_token", "learning_rate": 2e-4}
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A teacher for the bundled student, the bridges to fit, and the runs to compare.
+
+    An arm names its bridge by its key in `bridges`, and a step of its schedules may be a share of the run:
+    `0=1,60%=1,60%+=0` is on until 60% of the steps are done.
+    """
+
+    teacher: str
+    arms: dict[str, Keys]
+    bridges: dict[str, Keys] = field(default_factory=dict)
+
+
+PAIRS = {
+    "same": Pair(
+        "tiny:teacher",
+        {
+            "oprd": {"representation_loss": "relative_mse", "layers": "all", "learning_rate": 2e-3},
+            "opd_sampled_token": SAMPLED_TOKEN,
+            "opd_top_k": {"representation_weight": "0", "output_loss": "top_k", "learning_rate": 2e-4},
+        },
+    ),
+}

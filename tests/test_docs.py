@@ -47,5 +47,7 @@ def test_every_key_of_ours_is_documented():
     from oprd.train import RunArguments
 
     text = (ROOT / "docs" / "recipes.md").read_text()
-    names = [field.name for kind in (ObjectiveSettings, RunArguments, BridgeArguments) for field in fields(kind)]
+    names = [
+        field.name for kind in (ObjectiveSettings, RunArguments, BridgeArguments) for field in fields(kind)
+    ]
     assert [name for name in names if f"`{name}`" not in text] == []

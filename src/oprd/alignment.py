@@ -154,14 +154,15 @@ def _encode(tokenizer: Tokenizer, text: str) -> list[int]:
 
 @dataclass(frozen=True)
 class _Spelling:
-    """Bytes of text tokens and names of control tokens by id, and which ids end a response."""
+    """Bytes of text tokens and names of control tokens by id, and which ids end a response.
+
+    `drops_space`: whether decoding drops a space at the start, then the other way if encoding may add one.
+    """
 
     text: dict[int, bytes]
     controls: dict[int, bytes]
     ends: set[int | None]
-    drops_space: tuple[
-        bool, ...
-    ]  # as decoding treats a space at the start, then the other way if that is open
+    drops_space: tuple[bool, ...]
 
 
 @_per_tokenizer

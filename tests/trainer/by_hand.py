@@ -103,6 +103,39 @@ def representation_loss(
     return torch.stack(per_layer).mean()
 
 
+def bridge_loss(
+    student,
+    teacher,
+    given,
+    pairs,
+    tensors,
+    loss="normalized_mse",
+    positions="all",
+    reduction="rollout",
+    read=(),
+) -> Tensor:
+    """Eq. 14–15; `tensors` as stored in the bridge's file, by name and student layer.
+
+    `read` where the teacher reads other tokens: for every rollout its prompt, its completion and
+    `{student row: teacher row}` of the rows that are compared.
+    """
+    per_layer = []
+    for i_s, i_t in pairs:
+        p_s, b, p_t, mean = (tensors[f"{n}.{i_s}"].double() for n in ("student", "offset", "teacher", "mean"))
+        values = []
+        for i, (prompt, completion, supervised) in enumerate(given):
+            same = {row: row for row in range(len(completion))}
+            other_prompt, other_completion, partner = read[i] if read else (prompt, completion, same)
+            s = states_and_logits(student, prompt, completion)[0][i_s] @ p_s.T + b
+            with torch.no_grad():
+                t = (states_and_logits(teacher, other_prompt, other_completion)[0][i_t] - mean) @ p_t.T
+            paired = [own and row in partner for row, own in enumerate(supervised)]
+            rows = chosen(paired, positions)
+            values.append([representation_row(loss, s[row], t[partner[row]]) for row in rows])
+        per_layer.append(reduce(values, reduction))
+    return torch.stack(per_layer).mean()
+
+
 def output_loss(
     student, teacher, given, kind: dict, positions="all", reduction="rollout", teacher_prompts=None
 ) -> Tensor:

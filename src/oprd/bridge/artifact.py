@@ -106,7 +106,7 @@ class Bridge:
         Raises `UserError` for a layer without a projector and for a pair that the stored map denies.
         """
         stored = dict(self.layer_map.pairs)
-        if spec.strip() == "all":
+        if str(spec).strip() == "all":
             return self.layer_map
         asked = LayerMap.parse(spec, num_student, num_teacher)
         for student, teacher in asked.pairs:
@@ -134,8 +134,11 @@ class Bridge:
         pairs = {str(student): teacher for student, teacher in self.layer_map.pairs}
         header = {"format": FORMAT, "layer_map": json.dumps(pairs), "oprd": json.dumps(self.metadata)}
         partial = file.with_name(f"{file.name}.{os.getpid()}.partial")
-        save_file(tensors, partial, metadata=header)
-        partial.replace(file)
+        try:
+            save_file(tensors, partial, metadata=header)
+            partial.replace(file)
+        finally:
+            partial.unlink(missing_ok=True)
         return file
 
     @classmethod
@@ -154,11 +157,13 @@ class Bridge:
                 if header.get("format") != FORMAT:
                     raise UserError(f"{file} is not a bridge of oprd: fit one with oprd bridge")
                 pairs, metadata = json.loads(header["layer_map"]), json.loads(header["oprd"])
+                if not isinstance(pairs, dict) or not pairs:
+                    raise KeyError("its layer map names no layers")
                 projectors = {
-                    int(s): Projector(t, *(stored.get_tensor(f"{name}.{s}") for name in TENSORS))
+                    int(s): Projector(int(t), *(stored.get_tensor(f"{name}.{s}") for name in TENSORS))
                     for s, t in pairs.items()
                 }
-        except (SafetensorError, OSError, KeyError, ValueError) as error:
+        except (SafetensorError, OSError, KeyError, ValueError, TypeError) as error:
             if isinstance(error, UserError):
                 raise
             raise UserError(f"{file} is damaged ({error}): fit the bridge again") from error
@@ -178,8 +183,8 @@ class Bridge:
 
 def _check(file: Path, layer: int, projector: Projector) -> None:
     shapes = [tuple(getattr(projector, name).shape) for name in TENSORS]
-    rank = projector.rank
-    if shapes[1] != (rank,) or shapes[2][:1] != (rank,) or shapes[2][1:] != shapes[3] or not rank:
+    (rank, student), (*_, teacher) = (*shapes[0], 0, 0)[:2], (0, *shapes[2])
+    if not rank or shapes != [(rank, student), (rank,), (rank, teacher), (teacher,)]:
         raise UserError(f"{file} is damaged (shapes {shapes} at layer {layer}): fit the bridge again")
     if not all(getattr(projector, name).isfinite().all() for name in TENSORS):
         raise UserError(f"{file} holds values that are not finite at student layer {layer}: fit it again")
@@ -187,8 +192,9 @@ def _check(file: Path, layer: int, projector: Projector) -> None:
 
 def _file(path: str | Path) -> Path:
     path = Path(path).expanduser()
-    is_folder = path.is_dir() or not (path.suffix or path.exists())
-    return path / BRIDGE_FILE if is_folder else path
+    # A folder may be called qwen3-1.7B, which is no file type.
+    is_file = path.is_file() or (path.suffix[1:].isalpha() and not path.is_dir())
+    return path if is_file else path / BRIDGE_FILE
 
 
 def _wide(h: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
+from operator import index
 from typing import Any
 
 import torch
@@ -65,11 +66,8 @@ class BridgeFitter:
         """
         rows = self._checked(student, teacher)
         count = len(next(iter(rows.values())))
-        ids = torch.arange(self.num_rows, self.num_rows + count) if rollout_ids is None else rollout_ids
-        ids = torch.as_tensor(ids)
-        if ids.shape != (count,):
-            raise UserError(f"rollout_ids has shape {tuple(ids.shape)} for {count} rows: give one id per row")
-        hashes = rollout_hash(ids)
+        hashes = rollout_hash(self._ids(rollout_ids, count))
+        self._claim_widths({key: x.shape[1] for key, x in rows.items()})
         held_out = is_held_out(hashes, self.holdout)
         self._training.update(_pick(rows, ~held_out), _device(rows))
         self._held_out.update(_pick(rows, held_out), _device(rows))
@@ -80,6 +78,10 @@ class BridgeFitter:
         """Add the rows that another fitter of the same layers has seen."""
         if other.pairs != self.pairs:
             raise UserError("fitters of different layers cannot be merged")
+        if other.holdout != self.holdout:
+            raise UserError(
+                "fitters with another share held out cannot be merged: rollouts would be on both sides"
+            )
         self._claim_widths(other._widths)
         self._training.merge(other._training)
         self._held_out.merge(other._held_out)
@@ -107,8 +109,7 @@ class BridgeFitter:
         With `auto` a layer may be dropped (rank 0), with a warning. `settings` and `layer_map` fit the
         same rows in another way than the fitter's own. Raises `UserError` for too few rows.
         """
-        if rank != "auto" and (not isinstance(rank, int) or rank < 1):
-            raise UserError(f"rank is a whole number from 1 on, or auto; got {rank!r}")
+        rank = _checked_rank(rank)
         settings, pairs = settings or self.settings, (layer_map or self.layer_map).pairs
         if rank != "auto":
             settings = replace(settings, max_rank=max(settings.max_rank, rank))
@@ -147,7 +148,10 @@ class BridgeFitter:
         ]
         chosen = best_monotone(scores)
         teachers = [self.teacher_layers[j] for j in chosen]
-        return LayerMap(tuple(zip(self.student_layers, teachers, strict=True)))
+        pairs = tuple(zip(self.student_layers, teachers, strict=True))
+        if not set(pairs) <= set(self.pairs):
+            raise UserError("no map of these layers keeps their order: make the fitter with all_pairs=True")
+        return LayerMap(pairs)
 
     def cka(self) -> dict[tuple[int, int], float]:
         """Linear CKA of every pair of student and teacher layer that is accumulated."""
@@ -188,18 +192,33 @@ class BridgeFitter:
                 raise UserError(
                     f"the {model}'s layer {layer} has states that are not finite: check the model"
                 )
-        self._claim_widths({key: x.shape[1] for key, x in rows.items()})
         return rows
+
+    def _ids(self, rollout_ids: Sequence[int] | Tensor | None, count: int) -> Tensor:
+        if rollout_ids is None:
+            return torch.arange(self.num_rows, self.num_rows + count)
+        try:
+            ids = torch.as_tensor(rollout_ids)
+        except (ValueError, TypeError):
+            ids = torch.empty(0, dtype=torch.float32)
+        if ids.is_floating_point() and count:
+            raise UserError("rollout_ids must be whole numbers, one for each row")
+        if ids.shape != (count,):
+            raise UserError(f"rollout_ids has shape {tuple(ids.shape)} for {count} rows: give one id per row")
+        return ids
 
     def _claim_widths(self, widths: Mapping[Key, int]) -> None:
         for (model, layer), width in widths.items():
-            known = self._widths.setdefault((model, layer), width)
+            known = self._widths.get((model, layer), width)
             if known != width:
                 raise UserError(f"the {model}'s layer {layer} was {known} wide before and is now {width}")
+        self._widths.update(widths)
 
     def _check_rows(self) -> None:
-        needed = max(self._widths.values(), default=0) + 1
-        if self.num_rows < needed or not self.num_rows:
+        if not self.num_rows:
+            raise UserError("the bridge has seen 0 rows: give it both models' states of the same text")
+        needed = max(self._widths.values()) + 1
+        if self.num_rows < needed:
             raise UserError(
                 f"the bridge has seen {self.num_rows} rows, and states {needed - 1} wide need at least "
                 f"{needed}: give it more or longer rollouts"
@@ -211,14 +230,23 @@ class BridgeFitter:
             raise UserError(f"layers {student}={teacher} were not accumulated: pair them, or set all_pairs")
         training, held_out = (self._joint(m, *keys) for m in (self._training, self._held_out))
         sample = [self._sample.rows.get(key, torch.empty(0, self._widths[key])) for key in keys]
-        return PairRows(training, held_out, training + held_out, *sample)
+        return PairRows(training, held_out, (training + held_out).without_rounding(), *sample)
 
     def _joint(self, moments: Moments, student: Key, teacher: Key) -> Joint:
         if not moments.count:
             return Joint.empty(self._widths[student], self._widths[teacher])
         means = moments.mean[student], moments.mean[teacher]
         products = ((student, student), (teacher, teacher), (student, teacher))
-        return Joint(moments.count, *means, *(moments.scatter[pair] for pair in products))
+        joint = Joint(moments.count, *means, *(moments.scatter[pair] for pair in products))
+        return joint.without_rounding()
+
+
+def _checked_rank(rank: Any) -> Rank:
+    if isinstance(rank, str) and rank == "auto":
+        return "auto"
+    if isinstance(rank, bool) or not hasattr(rank, "__index__") or index(rank) < 1:
+        raise UserError(f"rank is a whole number from 1 on, or auto; got {rank!r}")
+    return index(rank)
 
 
 def best_monotone(scores: Sequence[Sequence[float]]) -> list[int]:

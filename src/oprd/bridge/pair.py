@@ -29,6 +29,8 @@ Method = Literal["pca", "rrr", "cca"]
 Directions = Literal["leading", "predictable"]
 Rank = int | Literal["auto"]
 
+TIE = 1e-6  # relative difference of held-out errors that decides nothing
+
 
 @dataclass(frozen=True)
 class FitSettings:
@@ -76,8 +78,8 @@ class PairRows:
             self.training.scaled(student, teacher),
             self.held_out.scaled(student, teacher),
             self.both.scaled(student, teacher),
-            self.student_sample * student.to(self.student_sample),
-            self.teacher_sample * teacher.to(self.teacher_sample),
+            self.student_sample.double() * student.cpu(),
+            self.teacher_sample.double() * teacher.cpu(),
         )
 
 
@@ -101,15 +103,7 @@ def fit_pair(
     rows: PairRows, teacher_layer: int, rank: Rank, settings: FitSettings
 ) -> tuple[Projector, LayerReport]:
     """The projector of one pair of layers, possibly of rank 0, and its report."""
-    ones = torch.ones_like(rows.both.student_mean), torch.ones_like(rows.both.teacher_mean)
-    scales = ones
-    if settings.standardize:
-        both = rows.both
-        scales = (
-            inverse_deviations(both.student, both.count),
-            inverse_deviations(both.teacher, both.count),
-        )
-        rows = rows.scaled(*scales)
+    rows, scales = _standardized(rows, settings)
     target = Target(_directions(rows, settings.method), rows.both.teacher_mean)
     measured = measure(rows, target, settings) if rows.can_measure else None
     chosen = _choose(measured, len(target.directions), rank, settings)
@@ -126,22 +120,35 @@ def fit_pair(
     return projector, _report(rows, teacher_layer, measured, target, chosen, affine, settings)
 
 
+def _standardized(rows: PairRows, settings: FitSettings) -> tuple[PairRows, tuple[Tensor, Tensor]]:
+    """The rows as they are fitted, and the scale of every dimension."""
+    both = rows.both
+    if not settings.standardize:
+        return rows, (torch.ones_like(both.student_mean), torch.ones_like(both.teacher_mean))
+    scales = inverse_deviations(both.student, both.count), inverse_deviations(both.teacher, both.count)
+    return rows.scaled(*scales), scales
+
+
 def measure(rows: PairRows, target: Target, settings: FitSettings) -> Measured:
     """P_S fitted on the training rows for every direction, with or without offset, tried on held-out rows."""
-    forms = (False, True) if settings.affine is None else (settings.affine,)
-    tried = []
-    for affine in forms:
+    tried = {}
+    for affine in (True, False) if settings.affine is None else (settings.affine,):
         predictor = least_squares(rows.training, target, affine)
         errors = direction_errors(rows.held_out, predictor, target)
-        tried.append(Measured(target, predictor, affine, *errors))
-    return min(tried, key=lambda form: float(form.error[: settings.max_rank].sum()))
+        tried[affine] = Measured(target, predictor, affine, *errors)
+    if len(tried) == 1:
+        return tried.popitem()[1]
+    plain_is_better = tried[False].error.sum() < tried[True].error.sum() * (1 - TIE)
+    return tried[not plain_is_better]
 
 
 def alignment(rows: PairRows, settings: FitSettings) -> float:
     """How well a pair fits: the predicted share of the held-out variance in the first directions."""
+    rows, _ = _standardized(rows, settings)
     measured = measure(rows, Target(_directions(rows, settings.method), rows.both.teacher_mean), settings)
     square = measured.square[: settings.max_rank]
-    return float((square * measured.share[: settings.max_rank].clamp(0, 1)).sum() / square.sum())
+    predicted = (square * measured.share[: settings.max_rank].clamp(0, 1)).sum()
+    return float(predicted / square.sum()) if square.sum() > 0 else 0.0
 
 
 def _directions(rows: PairRows, method: Method) -> Float[Tensor, "R T"]:
@@ -174,7 +181,9 @@ def _choose(
         return torch.arange(rank)
     gain = measured.square * (2 * measured.share.clamp(0, 1) - 1)
     best = gain.argsort(descending=True, stable=True)
-    best = best[gain[best] >= 0][:cap] if rank == "auto" else best[:rank]
+    if rank == "auto":
+        best = best[(gain[best] >= 0) & (measured.square[best] > 0)]
+    best = best[: cap if rank == "auto" else rank]
     return best.sort().values.cpu()
 
 
@@ -190,7 +199,8 @@ def _report(
     explained = None
     if settings.method != "cca":  # whose directions are not orthonormal
         variance = (target.directions @ rows.both.teacher * target.directions).sum(1)
-        explained = _curve(variance.cumsum(0) / variance.sum(), settings.max_rank)
+        total = variance.sum()
+        explained = _curve(variance.cumsum(0) / torch.where(total > 0, total, 1), settings.max_rank)
     report = LayerReport(
         teacher_layer=teacher_layer,
         rank=len(chosen),
@@ -211,7 +221,7 @@ def _held_out_curves(
 ) -> dict[str, Any]:
     """Curves over ranks up to `max_rank`, and the cosine of the chosen directions."""
     cap = min(settings.max_rank, len(measured.square))
-    before = random_predictor(cap, len(rows.both.student_mean))
+    before = random_predictor(len(measured.square), len(rows.both.student_mean)).first(cap)
     target = Target(measured.target.directions[:cap], measured.target.mean)
     ranks = torch.arange(1, cap + 1)
     samples = rows.student_sample, rows.teacher_sample

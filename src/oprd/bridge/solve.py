@@ -11,6 +11,7 @@ from torch import Tensor
 
 ILL_CONDITIONED = 1e-12  # smallest pivot of the unit-diagonal Gram matrix that needs no ridge
 RIDGE = 1e-9  # of the unit diagonal
+CONSTANT = 1e-24  # variance over squared mean, below which a dimension is constant but for rounding
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,21 @@ class Joint:
             self.cross + other.cross + weight * torch.outer(student, teacher),
         )
 
+    def without_rounding(self) -> "Joint":
+        """The same moments with exact zeros for dimensions that never vary, where sums leave a rounding."""
+        student, teacher = (
+            scatter.diagonal() > CONSTANT * self.count * mean.square()
+            for scatter, mean in ((self.student, self.student_mean), (self.teacher, self.teacher_mean))
+        )
+        return Joint(
+            self.count,
+            self.student_mean,
+            self.teacher_mean,
+            self.student * student[:, None] * student,
+            self.teacher * teacher[:, None] * teacher,
+            self.cross * student[:, None] * teacher,
+        )
+
     def scaled(self, student: Float[Tensor, " S"], teacher: Float[Tensor, " T"]) -> "Joint":
         """The moments of the rows after multiplying every dimension by its scale."""
         return Joint(
@@ -74,6 +90,10 @@ class Predictor:
     matrix: Float[Tensor, "R S"]
     offset: Float[Tensor, " R"]
 
+    def first(self, rank: int) -> "Predictor":
+        """That of the first directions."""
+        return Predictor(self.matrix[:rank], self.offset[:rank])
+
 
 def inverse_deviations(scatter: Float[Tensor, "D D"], count: int) -> Float[Tensor, " D"]:
     """1/σ of every dimension; 1 where it never varies."""
@@ -93,9 +113,11 @@ def shared_directions(joint: Joint) -> Float[Tensor, "T T"]:
 
 def canonical_directions(joint: Joint) -> Float[Tensor, "R T"]:
     """Canonical correlation analysis: teacher directions of unit variance, by falling correlation."""
-    values, vectors = torch.linalg.eigh(joint.teacher / max(joint.count - 1, 1))
+    scale = inverse_deviations(joint.teacher, joint.count)
+    correlation = joint.teacher * scale[:, None] * scale / max(joint.count - 1, 1)
+    values, vectors = torch.linalg.eigh(correlation)
     kept = values > RIDGE * values[-1].clamp(min=0)
-    whitening = vectors[:, kept] * values[kept].rsqrt()
+    whitening = scale[:, None] * vectors[:, kept] * values[kept].rsqrt()
     explained = whitening.T @ joint.cross.T @ _solve(joint.student, joint.cross @ whitening)
     rows = _eigenvectors(explained) @ whitening.T
     return _signed(rows)

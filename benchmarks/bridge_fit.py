@@ -1,6 +1,6 @@
 """How much faster is the exact fit of a bridge than the paper's training, and is its held-out error no worse?
 
-    OMP_NUM_THREADS=1 python benchmarks/bridge_fit.py --output benchmarks/bridge_fit.csv
+    python benchmarks/bridge_fit.py --output benchmarks/bridge_fit.csv
 
 Arms, on the same rollouts and the same batches (generation is not timed):
 exact     one forward of both models feeds `BridgeFitter`, one `fit` gives every rank (no bias, as Eq. 13).
@@ -13,14 +13,14 @@ default   `exact` with the fitter's own defaults: a tenth held out, both forms m
 
 Learning rate and β₂ (cosine decay) are chosen per rank by the error on the very held-out rollouts that are
 reported, which favours the baselines; tuning is not timed. AdamW treats every row of P_S alone and PCA bases
-nest, so one run at the highest rank tunes all ranks. `lstsq` is the exact solution for the baselines' own PCA.
-Every rank's training is timed next to runs of the other arms; times are medians, summed over ranks.
+nest, so one run at the highest rank tunes all ranks. `lstsq` is the exact solution for the baselines' PCA,
+which has seen fewer rows than that of `exact`, so that their targets differ a little. The training of every
+rank is timed next to runs of the other arms; times are medians over these, summed over ranks.
 """
 
 import argparse
 import csv
 import itertools
-import os
 import statistics
 import time
 from collections import defaultdict
@@ -44,7 +44,8 @@ from oprd.reading import Reading, Want, read_states
 from oprd.rollouts import Sampling, generate, left_pad, render_prompt
 from oprd.selection import LayerMap
 
-RATES = (0.03, 0.1, 0.3, 1.0)
+RANKS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+RATES = (0.03, 0.1, 0.3, 1.0, 3.0)
 BETAS = (0.95, 0.999)
 PCA_ROWS = 16_384
 Batch = tuple[Reading, Tensor]  # what both models read, and which response rows are kept
@@ -92,7 +93,7 @@ class Basis:
 
     @classmethod
     def of(cls, teacher: Tensor) -> "Basis":
-        """PCA of the first `PCA_ROWS` rows of [L, N, D]; prompts are in random order, so they are a sample."""
+        """PCA of the first `PCA_ROWS` rows of [L, N, D]; the prompts are shuffled."""
         rows = teacher[:, :PCA_ROWS].double()
         mean = rows.mean(1, keepdim=True)
         vectors = torch.linalg.eigh((rows - mean).mT @ (rows - mean)).eigenvectors
@@ -139,7 +140,7 @@ def load(student: str, teacher: str, dataset: str, rollouts: int, length: int, b
 def exact(
     pair: Pair, states: Iterable[States], rank: int, affine: bool | None = False, holdout: float = 0.0
 ) -> tuple[Bridge, BridgeFitter]:
-    """Our fit: stream states through the fitter, solve once."""
+    """Our fit: stream states through the fitter, solve once (held out are rows here, not rollouts)."""
     fitter = BridgeFitter(pair.layer_map, holdout=holdout, affine=affine, max_rank=rank)
     for student, teacher in states:
         fitter.update(student, teacher)
@@ -214,11 +215,11 @@ def run(
     max_completion_length: int = 64,
     batch_size: int = 16,
     epochs: int = 20,
-    ranks: Sequence[int] = (1, 2, 4, 8, 16, 32, 64, 128, 256),
+    ranks: Sequence[int] = RANKS,
     repeats: int = 1,
     seed: int = 42,
 ) -> list[dict[str, Any]]:
-    """Tune, time and measure all arms; one record per arm and rank, `seconds` being those of the whole arm."""
+    """Tune, time and measure all arms; one record per arm and rank, with the seconds of the whole arm."""
     pair, batches, held_out = load(
         student, teacher, dataset, rollouts, max_completion_length, batch_size, seed
     )
@@ -240,16 +241,17 @@ def run(
     for setting in itertools.product(RATES, BETAS):
         matrix = adamw(cached.__getitem__, count, {most: setting}, start, epochs, seed)[most]
         errors = {r: error(test_student @ matrix[..., :r], test_wanted[..., :r]) for r in ranks}
-        print(f"tuning: lr {setting[0]:<5} β₂ {setting[1]:<6}", *(f"{e:.4f}" for e in errors.values()))
+        values = " ".join(f"{value:.5f}" for value in errors.values())
+        print(f"tuning: lr {setting[0]:<5} β₂ {setting[1]:<6} {values}", flush=True)
         for rank, value in errors.items():
             tuned[rank] = min(tuned.get(rank, (value, setting)), (value, setting))
     chosen = {rank: setting for rank, (_, setting) in tuned.items()}
 
     seconds: dict[Any, list[float]] = defaultdict(list)
 
-    def timed(key: Any, action: Callable[[], Any]) -> Any:
+    def timed(key: Any, action: Callable[..., Any], *args: Any) -> Any:
         begin = _now()
-        result = action()
+        result = action(*args)
         seconds[key].append(_now() - begin)
         return result
 
@@ -260,23 +262,20 @@ def run(
 
         return source
 
-    paper, from_cache = {}, {}
+    paper, from_cache, together = {}, {}, {}
     for _ in range(repeats):
         for rank in ranks:
-            one = {rank: chosen[rank]}
-            bridge, fitter = timed("exact", lambda: exact(pair, map(pair.read, batches), most))
-            timed("default", lambda: exact(pair, map(pair.read, batches), most, None, holdout=0.1))
-            timed("fitter alone", lambda: exact(pair, states, most))
-            cached, _ = timed("cache", lambda: cache(pair, batches, most))
-            from_cache |= timed(
-                ("cached", rank), lambda: adamw(cached.__getitem__, count, one, start, epochs, seed)
-            )
-            own = timed("basis", lambda: paper_basis(pair, batches))
-            paper |= timed(
-                ("paper", rank), lambda: adamw(read_again(own, rank), count, one, start, epochs, seed)
-            )
-            print(f"rank {rank}: " + ", ".join(f"{key} {values[-1]:.2f} s" for key, values in seconds.items()))
-        together = timed("joint", lambda: adamw(read_again(own, most), count, chosen, start, epochs, seed))
+            one, rest = {rank: chosen[rank]}, (start, epochs, seed)
+            bridge, fitter = timed("exact", exact, pair, map(pair.read, batches), most)
+            timed("default", exact, pair, map(pair.read, batches), most, None, 0.1)
+            timed("fitter", exact, pair, states, most)
+            cached, _ = timed("cache", cache, pair, batches, most)
+            from_cache |= timed(("cached", rank), adamw, cached.__getitem__, count, one, *rest)
+            basis = timed("basis", paper_basis, pair, batches)
+            paper |= timed(("paper", rank), adamw, read_again(basis, rank), count, one, *rest)
+            last = {key if isinstance(key, str) else key[0]: times[-1] for key, times in seconds.items()}
+            print(f"rank {rank:3d}:", *(f"{key} {value:.2f} s" for key, value in last.items()), flush=True)
+        together = timed("joint", adamw, read_again(basis, most), count, chosen, start, epochs, seed)
 
     median = {key: statistics.median(values) for key, values in seconds.items()}
     total = {
@@ -335,7 +334,7 @@ def _summary(
     for arm, first in (("paper", "basis"), ("cached", "cache")):  # one run sliced, or a rank that is known
         ratio = (median[first] + median[arm, most]) / total["exact"]
         lines.append(f"{arm}, rank {most} only / exact: {ratio:.1f}x")
-    lines.append(f"of exact, the fitter takes {median['fitter alone']:.2f} s, the forwards the rest")
+    lines.append(f"of exact, the fitter takes {median['fitter']:.2f} s, the forwards the rest")
     return "\n".join(lines)
 
 
@@ -363,13 +362,14 @@ if __name__ == "__main__":
     parser.add_argument("--max-completion-length", type=int, default=64)
     parser.add_argument("--batch-size", type=int, default=16, help="rollouts per batch, in all arms")
     parser.add_argument("--epochs", type=int, default=20)
-    parser.add_argument("--ranks", type=int, nargs="+", default=[2**i for i in range(9)], help="up to the width")
+    parser.add_argument("--ranks", type=int, nargs="+", default=RANKS, help="those up to the width count")
     parser.add_argument("--repeats", type=int, default=1, help="of everything that is timed")
     parser.add_argument("--seed", type=int, default=42)
+    parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--output", type=Path, help="CSV file")
     arguments = vars(parser.parse_args())
     output = arguments.pop("output")
-    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+    torch.set_num_threads(arguments.pop("threads"))
     results = run(**arguments)
     if output:
         with output.open("w", newline="") as file:

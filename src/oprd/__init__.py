@@ -3,6 +3,7 @@
 from typing import Any
 
 from oprd import losses, output_space
+from oprd.alignment import align_tokens
 from oprd.bridge import Bridge, BridgeFitter
 from oprd.capture import capture
 from oprd.errors import UserError
@@ -17,6 +18,7 @@ __all__ = [
     "OPRDTrainer",
     "Positions",
     "UserError",
+    "align_tokens",
     "capture",
     "losses",
     "output_space",

@@ -1,29 +1,20 @@
 """Which positions of a student's and a teacher's response have read the same bytes, under two tokenizers."""
 
-import json
-import re
 from codecs import utf_8_decode
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import partial, wraps
+from functools import partial
 from itertools import accumulate, product
-from typing import Any, TypeVar
-from weakref import WeakKeyDictionary
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase as Tokenizer
-from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from oprd.errors import UserError
+from oprd.spelling import Spelling, encode, end_of_turn, same_vocabulary, spelling
 
 Ids = Iterable[int]
 Pairs = list[tuple[int, int]]
-Value = TypeVar("Value")
 
 NOTHING = -1  # an id that is no token
-REPLY = "the-reply"
-BYTE_OF = {character: byte for byte, character in bytes_to_unicode().items()}
-BYTE_FALLBACK = re.compile("<0x([0-9A-Fa-f]{2})>")
 
 
 def align_tokens(
@@ -39,7 +30,7 @@ def align_tokens(
     student_ids, teacher_ids = _as_list(student_ids), _as_list(teacher_ids)
     if student_ids == teacher_ids and same_vocabulary(student_tokenizer, teacher_tokenizer):
         return [(i, i) for i in range(len(student_ids))]
-    student, teacher = _spelling(student_tokenizer, "student"), _spelling(teacher_tokenizer, "teacher")
+    student, teacher = spelling(student_tokenizer, "student"), spelling(teacher_tokenizer, "teacher")
     return _most_pairs(student, student_ids, teacher, teacher_ids)
 
 
@@ -72,7 +63,7 @@ class Aligner:
         self.same_vocabulary = same_vocabulary(student_tokenizer, teacher_tokenizer)
         if not self.same_vocabulary:
             for tokenizer, role in (student_tokenizer, "student"), (teacher_tokenizer, "teacher"):
-                _spelling(tokenizer, role)
+                spelling(tokenizer, role)
 
     def align(self, student_ids: Ids) -> AlignedResponse:
         """The student's own ids under one vocabulary, else the teacher's tokenization of the same text.
@@ -82,17 +73,17 @@ class Aligner:
         ids = _as_list(student_ids)
         if self.same_vocabulary:
             return AlignedResponse(ids, [(t, t) for t in range(len(ids))], len(ids), invalid_utf8=False)
-        student = _spelling(self.student_tokenizer, "student")
+        student = spelling(self.student_tokenizer, "student")
         plain = [NOTHING if i in student.controls else i for i in ids]
         if ids and ids[-1] in student.ends:
             plain[-1] = ids[-1]
         response = _Response(student, plain, student.drops_space[0])
         text, valid = _decode(response.text, response.ended)
-        teacher_ids = _encode(self.teacher_tokenizer, text) if text else []
+        teacher_ids = encode(self.teacher_tokenizer, text) if text else []
         end = end_of_turn(self.teacher_tokenizer)
         if response.ended and valid == len(response.text) and end is not None:
             teacher_ids.append(end)
-        pairs = _most_pairs(student, plain, _spelling(self.teacher_tokenizer, "teacher"), teacher_ids)
+        pairs = _most_pairs(student, plain, spelling(self.teacher_tokenizer, "teacher"), teacher_ids)
         rows = row_pairs(pairs, len(ids), len(teacher_ids))
         return AlignedResponse(teacher_ids, rows, len(ids), invalid_utf8=valid < len(response.text))
 
@@ -101,140 +92,19 @@ def _as_list(ids: Ids) -> list[int]:
     return [int(i) for i in (ids.tolist() if hasattr(ids, "tolist") else ids)]
 
 
-def _per_tokenizer(build: Callable[..., Value]) -> Callable[..., Value]:
-    """Keep what `build` returns while the tokenizer lives with its size, EOS and chat template."""
-    kept: WeakKeyDictionary[Tokenizer, tuple[Any, Value]] = WeakKeyDictionary()
-
-    @wraps(build)
-    def cached(tokenizer: Tokenizer, *args: Any) -> Value:
-        stamp = len(tokenizer), tokenizer.eos_token_id, tokenizer.chat_template
-        if tokenizer not in kept or kept[tokenizer][0] != stamp:
-            kept[tokenizer] = stamp, build(tokenizer, *args)
-        return kept[tokenizer][1]
-
-    return cached
-
-
-def same_vocabulary(student_tokenizer: Tokenizer, teacher_tokenizer: Tokenizer) -> bool:
-    """Whether ids mean the same tokens; added ones, which chat variants of a family rename, do not count."""
-    if student_tokenizer is teacher_tokenizer:
-        return True
-    return _base_vocabulary(student_tokenizer) == _base_vocabulary(teacher_tokenizer)
-
-
-@_per_tokenizer
-def _base_vocabulary(tokenizer: Tokenizer) -> dict[str, int]:
-    added = set(tokenizer.get_added_vocab())
-    return {token: index for token, index in tokenizer.get_vocab().items() if token not in added}
-
-
-@_per_tokenizer
-def end_of_turn(tokenizer: Tokenizer) -> int | None:
-    """The special token that the chat template writes first after an assistant's words, else the EOS."""
-    messages = [{"role": "user", "content": "question"}, {"role": "assistant", "content": REPLY}]
-    try:
-        tail = tokenizer.apply_chat_template(messages, tokenize=False).rsplit(REPLY, 1)[1]
-    except Exception:  # no template, or one that refuses this chat or rewrites it
-        return tokenizer.eos_token_id
-    added = tokenizer.added_tokens_decoder.items()
-    found = [(tail.find(t.content), -len(t.content), i) for i, t in added if t.special and t.content in tail]
-    return min(found)[2] if found else tokenizer.eos_token_id
-
-
-def _encode(tokenizer: Tokenizer, text: str) -> list[int]:
-    """Token ids of plain text, in which the name of a special token is text as well."""
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    before = getattr(backend, "encode_special_tokens", None)
-    try:
-        return tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True, verbose=False)
-    finally:
-        if backend is not None:  # transformers leaves it switched on
-            backend.encode_special_tokens = before
-
-
-@dataclass(frozen=True)
-class _Spelling:
-    """Bytes of text tokens and names of control tokens by id, and which ids end a response.
-
-    `drops_space`: whether decoding drops a space at the start, then the other way if encoding may add one.
-    """
-
-    text: dict[int, bytes]
-    controls: dict[int, bytes]
-    ends: set[int | None]
-    drops_space: tuple[bool, ...]
-
-
-@_per_tokenizer
-def _spelling(tokenizer: Tokenizer, role: str) -> _Spelling:
-    added, drops = tokenizer.added_tokens_decoder, False
-    spell: Callable[[Any], bytes] | None
-    if hasattr(tokenizer, "backend_tokenizer"):
-        tokens = {i: token for token, i in tokenizer.get_vocab().items() if i not in added}
-        spell, drops = _read_decoder(json.loads(tokenizer.backend_tokenizer.to_str()))
-    else:
-        tokens = {i: tokenizer.convert_ids_to_tokens(i) for i in range(len(tokenizer)) if i not in added}
-        spell = bytes if all(isinstance(token, bytes) for token in tokens.values()) else None
-    if spell is None:
-        name = getattr(tokenizer, "name_or_path", "") or type(tokenizer).__name__
-        raise UserError(
-            f"the {role}'s tokenizer {name!r} does not give its tokens' bytes back, so responses cannot be "
-            "aligned: use models with byte-level or SentencePiece BPE tokenizers, or with one vocabulary"
-        )
-    text = {i: spell(token) for i, token in tokens.items()}
-    text |= {i: token.content.encode() for i, token in added.items() if not token.special}
-    controls = {i: token.content.encode() for i, token in added.items() if token.special}
-    start = b"".join(text.get(i, b"") for i in _encode(tokenizer, "a"))
-    ends = {tokenizer.eos_token_id, end_of_turn(tokenizer)} - {None}
-    return _Spelling(text, controls, ends, (drops, not drops) if drops or start[:1] == b" " else (drops,))
-
-
-def _read_decoder(backend: dict[str, Any]) -> tuple[Callable[[str], bytes] | None, bool]:
-    """How the decoder spells a token (None: of no known kind) and whether it drops a space at the start."""
-    decoder, model = backend["decoder"] or {}, backend["model"]
-    renames, kinds, drops = {}, set(), False
-    for step in decoder.get("decoders", [decoder]):
-        fused = "Fuse" in kinds
-        match step:
-            case {"type": "ByteLevel" | "ByteFallback" | "Fuse"} if not fused:
-                pass
-            case {"type": "Replace", "pattern": {"String": old}, "content": new} if not fused:
-                renames[old] = new
-            case {"type": "Metaspace", "replacement": old, "prepend_scheme": when} if not fused:
-                renames[old], drops = " ", when != "never"
-            case {"type": "Strip", "content": " ", "start": 1, "stop": 0} if fused:
-                drops = True
-            case _:
-                return None, False
-        kinds.add(step["type"])
-    if kinds <= {"Fuse"} or model.get("continuing_subword_prefix") or model.get("end_of_word_suffix"):
-        return None, False
-
-    def spell(token: str) -> bytes:
-        if "ByteFallback" in kinds and (byte := BYTE_FALLBACK.fullmatch(token)):
-            return bytes([int(byte[1], 16)])
-        for old, new in renames.items():
-            token = token.replace(old, new)
-        if "ByteLevel" in kinds and all(character in BYTE_OF for character in token):
-            return bytes(BYTE_OF[character] for character in token)
-        return token.encode()
-
-    return spell, drops
-
-
 class _Response:
     """What a response spells before its end token, and a walk along its text and control tokens."""
 
-    def __init__(self, spelling: _Spelling, ids: list[int], drops_space: bool) -> None:
-        self.ended = bool(ids) and ids[-1] in spelling.ends
+    def __init__(self, spelled_by: Spelling, ids: list[int], drops_space: bool) -> None:
+        self.ended = bool(ids) and ids[-1] in spelled_by.ends
         ids = ids[: len(ids) - self.ended]
-        self.spelled = [spelling.text.get(i, b"") for i in ids]
+        self.spelled = [spelled_by.text.get(i, b"") for i in ids]
         first = next((n for n, piece in enumerate(self.spelled) if piece), None)
         if drops_space and first is not None:
             self.spelled[first] = self.spelled[first].removeprefix(b" ")
         self.text, self.at = b"".join(self.spelled), 0
         stops = zip(accumulate(map(len, self.spelled)), range(len(ids)), ids, strict=True)
-        controls = [(stop, n, spelling.controls[i]) for stop, n, i in stops if i in spelling.controls]
+        controls = [(stop, n, spelled_by.controls[i]) for stop, n, i in stops if i in spelled_by.controls]
         self.last = {(stop, name): n for stop, n, name in controls}
         self.ahead = controls[::-1]
 
@@ -291,7 +161,7 @@ def _settle_controls(student: _Response, teacher: _Response) -> None:
 
 
 def _most_pairs(
-    student: _Spelling, student_ids: list[int], teacher: _Spelling, teacher_ids: list[int]
+    student: Spelling, student_ids: list[int], teacher: Spelling, teacher_ids: list[int]
 ) -> Pairs:
     """The pairs as decoded, unless there are more with a space at the start dropped or kept."""
     usual = student.drops_space[0], teacher.drops_space[0]

@@ -104,7 +104,9 @@ class Basis:
         return (teacher - self.mean) @ self.directions[..., :rank]
 
 
-def load(student: str, teacher: str, dataset: str, rollouts: int, length: int, batch: int, seed: int):
+def load(
+    student: str, teacher: str, dataset: str, rollouts: int, length: int, batch: int, seed: int
+) -> tuple[Pair, list[Batch], list[Batch]]:
     """The pair, batches to fit on and batches of the last tenth of the rollouts, held out from all arms."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     names = [resolve_model(name) for name in (student, teacher)]

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from oprd.demo import ARMS, SHARED
+from oprd.bridge.recipe import parse_bridge_recipe
+from oprd.demo_pairs import BRIDGE, PAIRS, SHARED
 from oprd.train import parse_training_recipe
 
 ROOT = Path(__file__).parents[1]
@@ -27,7 +28,10 @@ def test_the_plain_loop_learns():
 
 @pytest.mark.parametrize("path", sorted((ROOT / "recipes").rglob("*.yaml")), ids=lambda path: path.stem)
 def test_every_recipe_is_valid(path):
-    run, config = parse_training_recipe(path)
+    if "num_prompts" in yaml.safe_load(path.read_text()):
+        config = run = parse_bridge_recipe(path)
+    else:
+        run, config = parse_training_recipe(path)
     assert run.model_name_or_path and config.teacher_model_name_or_path
     assert config.output_dir.startswith("runs/")
 
@@ -43,11 +47,16 @@ def test_the_paper_recipe_has_the_papers_settings():
 
 
 @pytest.mark.parametrize(
-    ("file", "arm"), [("vanilla", "oprd"), ("sampled_token", "opd_sampled_token"), ("top_k", "opd_top_k")]
+    ("file", "pair", "arm"),
+    [
+        ("vanilla", "same", "oprd"),
+        ("sampled_token", "same", "opd_sampled_token"),
+        ("top_k", "same", "opd_top_k"),
+    ],
 )
-def test_tiny_recipes_are_the_arms_of_the_demo(file, arm):
+def test_tiny_recipes_are_the_arms_of_the_demo(file, pair, arm):
     recipe = yaml.safe_load((ROOT / "recipes" / "tiny" / f"{file}.yaml").read_text())
-    expected = SHARED | ARMS[arm]
+    expected = SHARED | PAIRS[pair].arms[arm]
     same = recipe.keys() & expected.keys() - {"save_strategy", "report_to", "diagnostics_steps"}
     assert {key: str(recipe[key]) for key in same} == {key: str(expected[key]) for key in same}
     assert {"learning_rate", "positions", "per_device_train_batch_size"} <= same

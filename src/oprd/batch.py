@@ -15,6 +15,8 @@ from oprd.settings import ObjectiveSettings
 
 Inputs = dict[str, Any]
 
+TERMS = ("representation", "output", "anchor")
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -25,11 +27,12 @@ class Batch:
     tokens: Int[Tensor, "B T"]
     representation_weights: Float[Tensor, "B T"]
     output_weights: Float[Tensor, "B T"]
+    anchor_weights: Float[Tensor, "B T"] | None = None
     teacher_rows: Int[Tensor, "B T"] | None = None
 
     @classmethod
     def of(cls, inputs: Inputs) -> "Batch":
-        """Read TRL's `prompt_*` and `completion_*`, both `*_weights` and, where given, `teacher_*`."""
+        """Read TRL's `prompt_*` and `completion_*`, all `*_weights` and, where given, `teacher_*`."""
         completion = inputs["completion_ids"], inputs["completion_mask"]
         student = Reading.of(inputs["prompt_ids"], inputs["prompt_mask"], *completion)
         teacher = student
@@ -38,8 +41,15 @@ class Batch:
             if "teacher_completion_ids" in inputs:
                 read = inputs["teacher_completion_ids"], inputs["teacher_completion_mask"]
             teacher = Reading.of(inputs["teacher_prompt_ids"], inputs["teacher_prompt_mask"], *read)
-        weights = inputs["representation_weights"], inputs["output_weights"]
-        return cls(student, teacher, inputs["completion_ids"], *weights, inputs.get("teacher_rows"))
+        return cls(
+            student,
+            teacher,
+            inputs["completion_ids"],
+            inputs["representation_weights"],
+            inputs["output_weights"],
+            inputs.get("anchor_weights"),
+            inputs.get("teacher_rows"),
+        )
 
     def on_teacher(self, mask: Bool[Tensor, "B T"]) -> Bool[Tensor, "B T2"]:
         """The teacher's rows that have read what the student's rows of `mask` have; as many, in one order."""
@@ -64,16 +74,16 @@ def weigh_rows(
     settings: ObjectiveSettings,
     sum_over_ranks: Callable[[Tensor], Tensor],
 ) -> dict[str, Float[Tensor, "B T"]]:
-    """The weight of every response row in either term, for the rollouts of a whole accumulation window.
+    """The weight of every response row in each term, for the rollouts of a whole accumulation window.
 
-    Padding, tool output, rows without a partner among the teacher's and, if so set, truncated rollouts are
-    not supervised: they neither weigh nor count for `last=k`.
+    Padding, tool output and, if so set, truncated rollouts are not supervised, nor is in the representation
+    term a row without a partner among the teacher's: they neither weigh nor count for `last=k`.
     """
     supervised = inputs["completion_mask"] * inputs.get("tool_mask", 1) > 0
     if settings.mask_truncated_completions:
         supervised = supervised & ~truncated[:, None]
     weights = {}
-    for term, spec in (("representation", settings.positions), ("output", settings.output_positions)):
+    for term, spec in zip(TERMS, (settings.positions, settings.output_positions, "all"), strict=True):
         paired = (
             inputs["teacher_rows"] >= 0 if term == "representation" and "teacher_rows" in inputs else True
         )

@@ -15,6 +15,16 @@ TEACHER_TEMPLATES = ("student", "own")
 TEACHER_TOKENIZATIONS = ("own", "student")
 
 
+STRINGS = (
+    "layers",
+    "positions",
+    "output_positions",
+    "representation_weight",
+    "output_weight",
+    "anchor_weight",
+)
+
+
 def _key(default: Any, text: str) -> Any:
     return field(default=default, metadata={"help": text})
 
@@ -33,6 +43,9 @@ class ObjectiveSettings:
         None, " | ".join(REPRESENTATION_LOSSES) + "; default mse, with a bridge normalized_mse."
     )
     representation_weight: str = _key("1.0", "μ of Eq. 7: a number, or a schedule such as 0=1.0,400=0.")
+    anchor_weight: str = _key(
+        "0", "Holds what a bridge leaves open at the initial student; number or schedule."
+    )
     output_loss: str = _key("none", " | ".join(OUTPUT_LOSSES) + ".")
     output_weight: str = _key("1.0", "Weight of the output loss: a number or a schedule.")
     output_top_k: int = _key(16, "Support size k of the top-k losses.")
@@ -63,7 +76,7 @@ class ObjectiveSettings:
         """Normalise specs to strings, fill in defaults and refuse what no run could mean."""
         if self.representation_loss is None:
             self.representation_loss = "normalized_mse" if self.bridge else "mse"
-        for name in ("layers", "positions", "representation_weight", "output_weight", "output_positions"):
+        for name in STRINGS:
             setattr(self, name, str(getattr(self, name)))
         _one_of("representation_loss", self.representation_loss, REPRESENTATION_LOSSES)
         _one_of("output_loss", self.output_loss, OUTPUT_LOSSES)
@@ -83,15 +96,31 @@ class ObjectiveSettings:
                 _at_least(name, getattr(self, name), 1)
         if self.bridge_rank is not None and self.bridge is None:
             raise UserError("bridge_rank is set, but there is no bridge: name one, or leave bridge_rank out")
+        if self.anchor_schedule.ever_active and self.bridge is None:
+            raise UserError("anchor_weight holds what a bridge leaves open, and there is no bridge: drop it")
         Positions.parse(self.positions)
         Positions.parse(self.output_positions)
         self._check_weights()
         self._check_output()
 
     @property
+    def schedules(self) -> dict[str, Schedule]:
+        """The weight of every term over steps."""
+        return {
+            "representation": self.representation_schedule,
+            "output": self.output_schedule,
+            "anchor": self.anchor_schedule,
+        }
+
+    @property
     def representation_schedule(self) -> Schedule:
         """μ of Eq. 7 over steps."""
         return Schedule.parse(self.representation_weight, "representation_weight")
+
+    @property
+    def anchor_schedule(self) -> Schedule:
+        """Weight of the anchor over steps."""
+        return Schedule.parse(self.anchor_weight, "anchor_weight")
 
     @property
     def output_schedule(self) -> Schedule:

@@ -18,7 +18,7 @@ from trl import DistillationConfig, DistillationTrainer
 from trl.trainer.utils import RepeatSampler
 
 from oprd.alignment import AlignedResponse
-from oprd.batch import Batch, truncated_rollouts, weigh_rows
+from oprd.batch import TERMS, Batch, truncated_rollouts, weigh_rows
 from oprd.bridge.drift import DriftMonitor
 from oprd.card import model_card
 from oprd.errors import UserError
@@ -97,8 +97,7 @@ class OPRDTrainer(DistillationTrainer):
             raise UserError(f"train_dataset must be a datasets.Dataset, got {type(train_dataset).__name__}")
         if teacher_model is model and not isinstance(model, str):
             teacher_model = copy.deepcopy(model)  # the teacher is frozen, the student is not
-        schedules = (args.representation_schedule, args.output_schedule)
-        if any(schedule.ever_active and not schedule.always_active for schedule in schedules):
+        if any(term.ever_active and not term.always_active for term in args.schedules.values()):
             # What only one term reaches goes unused while that term is off, and DDP has to look for it.
             args.ddp_find_unused_parameters = True
         super().__init__(
@@ -247,7 +246,7 @@ class OPRDTrainer(DistillationTrainer):
             paired, rows = sum(len(a.rows) for a in aligned), sum(a.num_rows for a in aligned)
             averages.add("rollout/coverage", paired, rows)
             averages.add("rollout/invalid_utf8", sum(a.invalid_utf8 for a in aligned))
-        for term in ("representation", "output"):
+        for term in TERMS[:2]:
             averages.add(f"rollout/{term}_rows", (batch[f"{term}_weights"] > 0).sum())
 
     def _observe(self, batch: dict[str, Any]) -> None:

@@ -4,22 +4,24 @@ Knows models and tensors, not trainers: `Update` is what a trainer calls between
 """
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from oprd import output_space
 from oprd.alignment import same_vocabulary
-from oprd.batch import Batch
-from oprd.capture import backbone, blocks, num_layers
+from oprd.anchor import Anchor
+from oprd.batch import TERMS, Batch
+from oprd.capture import backbone, num_layers
 from oprd.comparison import Comparison, States
 from oprd.diagnostics import add_output_statistics, add_representation_cosine
 from oprd.errors import UserError
+from oprd.freezing import freeze_unreached
 from oprd.head import Head
 from oprd.losses import REPRESENTATION_LOSSES
 from oprd.meters import Averages, Stopwatch
@@ -49,6 +51,7 @@ class Update:
     student: PreTrainedModel
     teacher: Teacher
     vocabulary: int | None
+    anchor: Anchor | None
     averages: Averages
     stopwatch: Stopwatch
 
@@ -70,7 +73,11 @@ class Update:
         if vocabulary and settings.output_loss.startswith("top_k") and settings.output_top_k > vocabulary:
             k = settings.output_top_k
             raise UserError(f"output_top_k is {k}, but the vocabulary has {vocabulary} tokens: lower it")
-        update = cls(settings, comparison, student, teacher, vocabulary, Averages(), Stopwatch(device))
+        anchor = None
+        if settings.anchor_schedule.ever_active and comparison.bridge is not None:
+            anchor = Anchor.of(student, comparison.bridge, comparison.layer_map.student_layers)
+        meters = Averages(), Stopwatch(device)
+        update = cls(settings, comparison, student, teacher, vocabulary, anchor, *meters)
         if settings.output_schedule.ever_active:
             _ = update.heads
         elif student.get_output_embeddings().weight is student.get_input_embeddings().weight:
@@ -86,35 +93,30 @@ class Update:
         return Head.of(self.student, self.vocabulary), Head.of(self.teacher.model, self.vocabulary)
 
     def loss(self, batch: Batch, step: int) -> Tensor:
-        """μ · representation + w · output (Eq. 7) of one micro-batch at update `step`, 0-based.
+        """μ · representation + w · output (Eq. 7) + a · anchor of one micro-batch at update `step`, 0-based.
 
         A term of weight zero costs nothing, and a step without any changes nothing. Raises `NonFiniteLoss`.
         """
-        representation = self.settings.representation_schedule(step)
-        output = self.settings.output_schedule(step)
-        student, teacher = self._read(batch, representation=representation > 0, output=output > 0)
+        weights = {term: schedule(step) for term, schedule in self.settings.schedules.items()}
+        student, teacher = self._read(batch, [term for term in TERMS if weights[term] > 0])
         total = torch.zeros((), device=batch.tokens.device, requires_grad=True)
-        if representation > 0:
-            total = total + representation * self._representation(batch, student[0], teacher[0]).mean()
-        if output > 0:
-            total = total + output * self._output(batch, student[-1], teacher[-1])
+        for term, states in student.items():
+            total = total + weights[term] * self._term(term, batch, states, teacher.get(term, {}))
         self.averages.add("loss/total", total)
         return total
 
     @torch.no_grad()
     def observe(self, batch: Batch, step: int) -> None:
         """Measure on `batch` what `loss` does not show at this step: cosines, entropies, top-k overlap."""
-        representation = self.settings.representation_schedule(step) == 0 and self._comparable
-        output = self.settings.output_schedule(step) == 0 and self.vocabulary is not None
-        if not (representation or output):
-            return
-        student, teacher = self._read(batch, representation, output)
-        if representation:
+        off = [term for term, schedule in self.settings.schedules.items() if schedule(step) == 0]
+        possible = {"representation": self._comparable, "output": self.vocabulary is not None}
+        student, teacher = self._read(batch, [term for term in off if possible.get(term)])
+        if "representation" in student:
             weights = batch.representation_weights[batch.representation_weights > 0]
-            wanted = self.comparison.by_student_layer(teacher[0])
-            add_representation_cosine(self.averages, student[0], wanted, weights)
-        if output:
-            self._observe_output(student[-1], teacher[-1])
+            wanted = self.comparison.by_student_layer(teacher["representation"])
+            add_representation_cosine(self.averages, student["representation"], wanted, weights)
+        if "output" in student:
+            self._observe_output(student["output"], teacher["output"])
 
     @property
     def layer_map(self) -> LayerMap:
@@ -126,26 +128,55 @@ class Update:
         width = backbone(self.student).config.get_text_config().hidden_size
         return self.comparison.bridge is not None or width == self.teacher.width
 
-    def _read(
-        self, batch: Batch, representation: bool, output: bool
-    ) -> tuple[list[dict[int, Tensor]], list[dict[int, Tensor]]]:
-        """Both models' states for the terms asked for: the representation's first, the output's last."""
-        student_wants, teacher_wants = [], []
-        if representation:
-            mask, norm, here = batch.representation_weights > 0, self.settings.final_norm, self.comparison
-            student_wants.append(Want(here.layer_map.student_layers, mask, norm, here.student))
-            teacher_wants.append(
-                Want(here.layer_map.teacher_layers, batch.on_teacher(mask), norm, here.teacher)
-            )
-        if output:
-            mask = batch.output_weights > 0
-            student_wants.append(Want((num_layers(self.student),), mask))
-            teacher_wants.append(Want((self.teacher.num_layers,), batch.on_teacher(mask)))
+    def _read(self, batch: Batch, terms: Sequence[str]) -> tuple[dict[str, States], dict[str, States]]:
+        """The student's states by term, and what they are held to: the teacher's, or its own former ones."""
+        here, norm = self.comparison, self.settings.final_norm
+        layers = here.layer_map
+        masks = {term: getattr(batch, f"{term}_weights") > 0 for term in terms}
+        student_wants, teacher_wants = {}, {}
+        for term, mask in masks.items():
+            if term == "representation":
+                student_wants[term] = Want(layers.student_layers, mask, norm, here.student)
+                read = batch.on_teacher(mask)
+                teacher_wants[term] = Want(layers.teacher_layers, read, norm, here.teacher)
+            elif term == "output":
+                student_wants[term] = Want((num_layers(self.student),), mask)
+                teacher_wants[term] = Want((self.teacher.num_layers,), batch.on_teacher(mask))
+            else:
+                student_wants[term] = Want(layers.student_layers, mask, norm)
         if not student_wants:
-            return [], []
-        with self.stopwatch.part("teacher"):
-            teacher_states = self.teacher.read(batch.teacher, teacher_wants)
-        return read_states(self.student, batch.student, student_wants), teacher_states
+            return {}, {}
+        wanted = {}
+        if teacher_wants:
+            with self.stopwatch.part("teacher"):
+                states = self.teacher.read(batch.teacher, list(teacher_wants.values()))
+            wanted = dict(zip(teacher_wants, states, strict=True))
+        if self.anchor is not None and "anchor" in student_wants:
+            wanted["anchor"] = self.anchor.read(batch.student, student_wants["anchor"])
+        states = read_states(self.student, batch.student, list(student_wants.values()))
+        return dict(zip(student_wants, states, strict=True)), wanted
+
+    def _term(self, term: str, batch: Batch, student: States, wanted: States) -> Tensor:
+        if term == "representation":
+            return self._representation(batch, student, wanted).mean()
+        if term == "output":
+            return self._output(batch, student, wanted)
+        return self._anchored(batch, student, wanted)
+
+    def _anchored(self, batch: Batch, student: States, reference: States) -> Tensor:
+        assert self.anchor is not None and batch.anchor_weights is not None
+        mask = batch.anchor_weights > 0
+        paired = (batch.representation_weights > 0)[mask]
+        weights = batch.anchor_weights[mask]
+        per_layer = [
+            (self.anchor.rows(layer, rows, reference[layer], paired) * weights.to(rows)).sum()
+            for layer, rows in student.items()
+        ]
+        value = torch.stack(per_layer).mean()
+        if not torch.isfinite(value):
+            raise NonFiniteLoss("the anchor is not finite", list(range(len(mask))))
+        self.averages.add("loss/anchor", value)
+        return value
 
     def _representation(self, batch: Batch, student: States, teacher: States) -> Float[Tensor, " L"]:
         teacher = self.comparison.by_student_layer(teacher)
@@ -216,29 +247,3 @@ def _vocabulary(
 def _where(values: Tensor, mask: Tensor) -> list[int]:
     """The rollouts whose supervised rows have a value that is not finite."""
     return sorted(set(mask.nonzero()[:, 0][~torch.isfinite(values)].tolist()))
-
-
-def freeze_unreached(student: nn.Module, settings: ObjectiveSettings, layer_map: LayerMap) -> list[str]:
-    """Freeze what no term of the run can train, so that nothing is kept or decayed for it.
-
-    Without an output loss that is the LM head, if untied, and everything above the deepest layer.
-    Returns what was frozen, in words.
-    """
-    if settings.output_schedule.ever_active:
-        return []
-    frozen = []
-    model: Any = student
-    head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
-    if head.weight is not embeddings.weight:
-        head.requires_grad_(False)
-        frozen.append("the LM head")
-    deepest, depth = max(layer_map.student_layers), num_layers(student)
-    if deepest < depth:
-        blocks(student)[deepest:].requires_grad_(False)
-        frozen.append(f"layers {deepest + 1} to {depth}")
-    if deepest < depth or not settings.final_norm:
-        children = list(backbone(student).children())
-        for above in children[children.index(blocks(student)) + 1 :]:
-            above.requires_grad_(False)
-        frozen.append("the final norm")
-    return frozen

@@ -5,6 +5,7 @@ Independent of the code under test: plain sums in Python over rows in float64, d
 
 import torch
 from torch import Tensor
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 
 def rollouts(batch: dict) -> list[tuple[list[int], list[int], list[bool]]]:
@@ -134,6 +135,35 @@ def bridge_loss(
             values.append([representation_row(loss, s[row], t[partner[row]]) for row in rows])
         per_layer.append(reduce(values, reduction))
     return torch.stack(per_layer).mean()
+
+
+BYTE_OF = {character: byte for byte, character in bytes_to_unicode().items()}
+
+
+def spelled(tokenizer, ids: list[int]) -> list[bytes]:
+    """What every prefix of `ids`, but for an EOS at its end, spells under a byte-level tokenizer."""
+    prefix, result = b"", []
+    for token in tokenizer.convert_ids_to_tokens(ids):
+        if token != tokenizer.eos_token:
+            prefix += bytes(BYTE_OF[character] for character in token)
+            result.append(prefix)
+    return result
+
+
+def translated(tokenizer, teacher_tokenizer, completion: list[int]) -> tuple[list[int], dict[int, int]]:
+    """The teacher's tokens of what valid text a completion holds, and its row for each paired student row."""
+    ours = spelled(tokenizer, completion)
+    text, whole = ours[-1] if ours else b"", True
+    try:
+        text.decode()
+    except UnicodeDecodeError as error:
+        text, whole = text[: error.start], False
+    ids = teacher_tokenizer(text.decode(), add_special_tokens=False)["input_ids"]
+    theirs = spelled(teacher_tokenizer, ids)
+    if whole and completion[-1] == tokenizer.eos_token_id:
+        ids = [*ids, teacher_tokenizer.eos_token_id]
+    read = [(0, 0)] + [(ours.index(prefix) + 1, j + 1) for j, prefix in enumerate(theirs) if prefix in ours]
+    return ids, {i: j for i, j in read if i < len(completion) and j < len(ids)}
 
 
 def output_loss(

@@ -18,7 +18,7 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from oprd.batch import Batch
+from oprd.batch import TERMS, Batch
 from oprd.bridge.artifact import BRIDGE_FILE
 from oprd.bridge.fitter import BridgeFitter
 from oprd.bridge.identity import identity
@@ -175,7 +175,7 @@ def _update(
     if "teacher_rows" in inputs:
         supervised &= inputs["teacher_rows"] >= 0
     mask = Positions.parse(args.positions).mask(supervised)
-    batch = Batch.of(inputs | {"representation_weights": mask.float(), "output_weights": mask.float()})
+    batch = Batch.of(inputs | {f"{term}_weights": mask.float() for term in TERMS})
     wants = [
         Want(fitter.student_layers, mask, args.final_norm),
         Want(fitter.teacher_layers, batch.on_teacher(mask), args.final_norm),

@@ -336,6 +336,8 @@ def _summary(
     for arm, first in (("paper", "basis"), ("cached", "cache")):  # one run sliced, or a rank that is known
         ratio = (median[first] + median[arm, most]) / total["exact"]
         lines.append(f"{arm}, rank {most} only / exact: {ratio:.1f}x")
+    sgd = sum(median["cached", rank] for rank in ranks)
+    lines.append(f"on cached states alone, SGD / fitter: {sgd / median['fitter']:.1f}x")
     lines.append(f"of exact, the fitter takes {median['fitter']:.2f} s, the forwards the rest")
     return "\n".join(lines)
 

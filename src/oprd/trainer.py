@@ -22,9 +22,9 @@ from oprd.batch import TERMS, Batch, truncated_rollouts, weigh_rows
 from oprd.bridge.drift import DriftMonitor
 from oprd.card import model_card
 from oprd.errors import UserError
+from oprd.intake import usable_prompts
 from oprd.meters import MemoryMeter
 from oprd.models import resolve_model
-from oprd.prompts import drop_long_prompts
 from oprd.recorder import Recorder
 from oprd.rollouts import render_prompt
 from oprd.settings import ObjectiveSettings
@@ -110,7 +110,9 @@ class OPRDTrainer(DistillationTrainer):
         if self._is_vlm:
             raise UserError("the student is a vision-language model; oprd distils text-only models so far")
         self._check_batch(args)
-        self.train_dataset = self._usable(train_dataset, args)
+        self.train_dataset = usable_prompts(
+            train_dataset, self._render, args.max_prompt_length, self._prompts_per_step
+        )
         self.teacher = self._load_teacher(teacher_model, args)
         self.translation = self._translate(args)
         self.update = Update.bind(args, self.model, self._tokenizer, self.teacher, self.accelerator.device)
@@ -151,28 +153,6 @@ class OPRDTrainer(DistillationTrainer):
                 f"{args.num_generations} does not divide: change one of them"
             )
 
-    def _usable(self, dataset: Dataset, args: OPRDConfig) -> Dataset:
-        """Drop prompts over the limit; refuse prompts that cannot be rendered and datasets too small."""
-        if "prompt" not in dataset.column_names:
-            raise UserError(f"the dataset has no column 'prompt'; it has {', '.join(dataset.column_names)}")
-        if not len(dataset):
-            raise UserError("the dataset is empty: there is no prompt to roll out")
-
-        def render(prompt: Any) -> list[int]:
-            return render_prompt(self._tokenizer, prompt, self.chat_template_kwargs)
-
-        render(dataset[0]["prompt"])
-        kept, dropped = drop_long_prompts(dataset, render, args.max_prompt_length)
-        if dropped:
-            limit = args.max_prompt_length
-            logger.warning("dropped %d of %d prompts of more than %d tokens", dropped, len(dataset), limit)
-        if len(kept) < self._prompts_per_step:
-            raise UserError(
-                f"a step takes {self._prompts_per_step} prompts, and the dataset has {len(kept)}: make the "
-                "batch smaller"
-            )
-        return kept
-
     @property
     def _completions_per_step(self) -> int:
         per_process = self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps
@@ -181,6 +161,9 @@ class OPRDTrainer(DistillationTrainer):
     @property
     def _prompts_per_step(self) -> int:
         return self._completions_per_step // self.args.num_generations
+
+    def _render(self, prompt: Any) -> list[int]:
+        return render_prompt(self._tokenizer, prompt, self.chat_template_kwargs)
 
     def _add_recorder(self) -> None:
         self.memory = MemoryMeter(self.accelerator.device)

@@ -188,7 +188,7 @@ class BridgeFitter:
                     f"the rows of the {model}'s layer {layer} have shape {tuple(x.shape)}, but all layers "
                     f"must have the same rows, here [{count}, width]"
                 )
-            if not x.isfinite().all():
+            if not (x.sum(dtype=torch.float32).isfinite() or x.isfinite().all()):
                 raise UserError(
                     f"the {model}'s layer {layer} has states that are not finite: check the model"
                 )
@@ -269,6 +269,8 @@ def best_monotone(scores: Sequence[Sequence[float]]) -> list[int]:
 
 
 def _pick(rows: Mapping[Key, Tensor], mask: Tensor) -> dict[Key, Tensor]:
+    if mask.all():
+        return dict(rows)
     return {key: x[mask.to(x.device)] for key, x in rows.items()}
 
 

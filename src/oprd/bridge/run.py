@@ -26,8 +26,9 @@ from oprd.bridge.recipe import BridgeArguments
 from oprd.bridge.report import plot_bridge
 from oprd.capture import num_layers
 from oprd.errors import UserError
+from oprd.intake import usable_prompts
 from oprd.models import load_model, load_tokenizer, resolve_model
-from oprd.prompts import drop_long_prompts, load_prompts
+from oprd.prompts import load_prompts
 from oprd.reading import Want, read_states
 from oprd.rollouts import Rollout, generate, left_pad, render_prompt
 from oprd.run import check_folder, resolved_settings, write_resolved
@@ -139,9 +140,7 @@ def accumulate(
 
 def _prompts(args: BridgeArguments, pair: ModelPair) -> Dataset:
     prompts = load_prompts(args.dataset_name, args.dataset_train_split, args.dataset_config)
-    prompts, dropped = drop_long_prompts(prompts, lambda p: _render(p, pair, args), args.max_prompt_length)
-    if dropped:
-        logger.warning("dropped %d prompts of more than %d tokens", dropped, args.max_prompt_length)
+    prompts = usable_prompts(prompts, lambda prompt: _render(prompt, pair, args), args.max_prompt_length)
     pair.translation.prompts(prompts[:1]["prompt"])
     return prompts.shuffle(seed=args.seed).select(range(min(args.num_prompts, len(prompts))))
 

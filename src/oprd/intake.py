@@ -1,0 +1,38 @@
+"""The prompts that a run can use: rendered once, not too long, enough of them."""
+
+import logging
+from collections.abc import Callable
+
+from datasets import Dataset
+
+from oprd.errors import UserError
+from oprd.prompts import Prompt, drop_long_prompts
+
+logger = logging.getLogger(__name__)
+
+
+def usable_prompts(
+    dataset: Dataset,
+    render: Callable[[Prompt], list[int]],
+    max_prompt_length: int | None,
+    needed: int = 1,
+) -> Dataset:
+    """The rows whose prompts keep to the limit; longer ones are dropped, with a warning.
+
+    Raises `UserError` for a dataset without prompts, a prompt that cannot be rendered, or fewer than
+    `needed` rows, which is what a step takes.
+    """
+    if "prompt" not in dataset.column_names:
+        raise UserError(f"the dataset has no column 'prompt'; it has {', '.join(dataset.column_names)}")
+    if not len(dataset):
+        raise UserError("the dataset is empty: there is no prompt to roll out")
+    render(dataset[0]["prompt"])
+    kept, dropped = drop_long_prompts(dataset, render, max_prompt_length)
+    if dropped:
+        total = len(dataset)
+        logger.warning("dropped %d of %d prompts of more than %d tokens", dropped, total, max_prompt_length)
+    if len(kept) < needed:
+        raise UserError(
+            f"a step takes {needed} prompts, and the dataset has {len(kept)}: make the batch smaller"
+        )
+    return kept

@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from oprd.bridge.recipe import parse_bridge_recipe
-from oprd.demo_pairs import BRIDGE, PAIRS, SHARED
+from oprd.demo_pairs import PAIRS, SHARED
 from oprd.train import parse_training_recipe
 
 ROOT = Path(__file__).parents[1]

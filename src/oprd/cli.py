@@ -34,7 +34,8 @@ def run(argv: Sequence[str]) -> int:
         print(f"oprd: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("oprd: stopped; the same command resumes", file=sys.stderr)
+        again = "starts over" if argv[:1] == ["bridge"] else "resumes"
+        print(f"oprd: stopped; the same command {again}", file=sys.stderr)
         return 130
     except Exception as error:
         traceback.print_exc()

@@ -75,9 +75,10 @@ class Comparison:
 def _check_reading(bridge: Bridge, settings: ObjectiveSettings) -> None:
     """Refuse states other than those the bridge was fitted on."""
     fitted = bridge.metadata.get("reading", {})
-    for key in ("final_norm", "teacher_chat_template", "teacher_tokenization"):
-        if key in fitted and fitted[key] != getattr(settings, key):
+    for key, value in fitted.items():
+        found = getattr(settings, key, None)
+        if value != (found or {} if isinstance(value, dict) else found):
             raise UserError(
-                f"the bridge was fitted with {key}: {fitted[key]}, the recipe has {getattr(settings, key)}: "
-                "use the same, or fit the bridge again"
+                f"the bridge was fitted with {key}: {value}, the recipe has {found}: use the same, or "
+                "fit the bridge again"
             )

@@ -55,6 +55,16 @@ class Pair:
     bridges: dict[str, Keys] = field(default_factory=dict)
 
 
+THROUGH: Keys = {"bridge": "fit", "learning_rate": 1e-3}
+THEN_OPD: Keys = {
+    "representation_weight": "0=1,60%=1,60%+=0",
+    "output_loss": "sampled_token",
+    "output_weight": "0=0,60%=0,60%+=1",
+}
+# Rank 64 of what both models share, and an anchor: across tokenizers a quarter of the rows has no partner.
+ACROSS: Keys = {"method": "rrr", "rank": "64"}
+ANCHORED: Keys = {"anchor_weight": "1"}
+
 PAIRS = {
     "same": Pair(
         "tiny:teacher",
@@ -63,5 +73,18 @@ PAIRS = {
             "opd_sampled_token": SAMPLED_TOKEN,
             "opd_top_k": {"representation_weight": "0", "output_loss": "top_k", "learning_rate": 2e-4},
         },
+    ),
+    "bridge": Pair(
+        "tiny:bridge-teacher",
+        {"bridge": THROUGH, "bridge_then_opd": THROUGH | THEN_OPD, "opd_sampled_token": SAMPLED_TOKEN},
+        bridges={"fit": {}},
+    ),
+    "tokenizer": Pair(
+        "tiny:tokenizer-teacher",
+        {
+            "bridge": THROUGH | ANCHORED,
+            "bridge_authors": THROUGH | {"bridge": "fit_authors", "teacher_tokenization": "student"},
+        },
+        bridges={"fit": ACROSS, "fit_authors": {"rank": "64", "teacher_tokenization": "student"}},
     ),
 }

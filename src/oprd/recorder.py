@@ -24,7 +24,8 @@ class Recorder(TrainerCallback):
     """Collects what a step measured, hands it to the trackers and appends it to `metrics.jsonl`.
 
     `reduce` sums a tensor over ranks; `publish` passes a step's numbers on to the trainer's log.
-    `observers` may add numbers of their own, given the step that has just ended, from 1, and its numbers.
+    `observers` may add numbers of their own, given the step that has just ended, from 1, and its numbers;
+    `resumers` are given the lines of the steps that a resumed run has behind it.
     """
 
     def __init__(
@@ -39,6 +40,7 @@ class Recorder(TrainerCallback):
         self.grad_norm = 0.0
         self.label = "distil"
         self.observers: list[Callable[[int, dict[str, float]], dict[str, float]]] = []
+        self.resumers: list[Callable[[list[dict[str, float]]], None]] = []
         self._reduce, self._publish = reduce, publish
         self._learning_rate = 0.0
         self._bar: tqdm | None = None
@@ -47,6 +49,9 @@ class Recorder(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
+        past = read_metrics(Path(args.output_dir) / METRICS_FILE) if state.global_step else []
+        for take_up in self.resumers:
+            take_up([record for record in past if record["step"] <= state.global_step])
         if not state.is_world_process_zero:
             return
         keep_steps(Path(args.output_dir) / METRICS_FILE, state.global_step)

@@ -61,6 +61,15 @@ class Teacher:
         """Depth L_T."""
         return num_layers(self.model)
 
+    def check_ids(self, student: PreTrainedModel) -> None:
+        """Raise `UserError` if the student may sample ids that this teacher has no embedding for."""
+        ours, theirs = (m.get_input_embeddings().weight.shape[0] for m in (student, self.model))
+        if ours > theirs:
+            raise UserError(
+                f"teacher_tokenization: student feeds the teacher the student's {ours} ids, and its "
+                f"vocabulary has {theirs}: use teacher_tokenization: own"
+            )
+
     @torch.no_grad()
     def read(self, reading: Reading, wants: Sequence[Want]) -> list[dict[int, Tensor]]:
         """`read_states` in the teacher's own dtype and on its own device, whatever the student's autocast."""

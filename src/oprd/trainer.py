@@ -139,6 +139,8 @@ class OPRDTrainer(DistillationTrainer):
             args.teacher_tokenization,
             args.teacher_chat_template_kwargs,
         )
+        if translation.feeds_foreign_ids:
+            self.teacher.check_ids(self.model)
         if translation.aligner is not None and self.tools:
             raise UserError("tools need a teacher of the student's tokenizer: its turns cannot be translated")
         if not translation.is_identity:
@@ -177,6 +179,7 @@ class OPRDTrainer(DistillationTrainer):
         if comparison.bridge is not None:
             monitor = DriftMonitor(comparison.bridge, comparison.layer_map.student_layers)
             self.recorder.observers.append(monitor.observe)
+            self.recorder.resumers.append(monitor.resume)
 
     def _sum_over_ranks(self, values: Tensor) -> Tensor:
         return self.accelerator.reduce(values.to(self.accelerator.device), reduction="sum")

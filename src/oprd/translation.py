@@ -39,11 +39,12 @@ class Translation:
         if template == "own" and teacher_tokenizer is None:
             raise UserError("teacher_chat_template: own needs a tokenizer: name the teacher or its folder")
         other = teacher_tokenizer is not None and not same_vocabulary(tokenizer, teacher_tokenizer)
+        self.feeds_foreign_ids = other and tokenization == "student"
         self.aligner = Aligner(tokenizer, teacher_tokenizer) if other and tokenization == "own" else None
         self.own_template = template == "own" or self.aligner is not None
         self.tokenizer: Any = teacher_tokenizer if self.own_template else tokenizer
         self.template_kwargs = dict(template_kwargs or {})
-        self._warned = False
+        self._is_first, self._warned = True, False
 
     @property
     def is_identity(self) -> bool:
@@ -93,9 +94,10 @@ class Translation:
         return self.tokenizer.pad_token_id or 0
 
     def _check_coverage(self, aligned: Sequence[AlignedResponse]) -> None:
-        """Refuse rollouts whose first rows alone are paired; warn, once, when few are."""
+        """Refuse first rollouts of which the first rows alone are paired; warn, once, when few are."""
         rows, paired = sum(a.num_rows for a in aligned), sum(len(a.rows) for a in aligned)
-        if rows > len(aligned) and all(len(a.rows) < 2 for a in aligned):
+        is_first, self._is_first = self._is_first, False
+        if is_first and rows > len(aligned) and all(len(a.rows) < 2 for a in aligned):
             raise UserError(
                 f"of {rows} rows of {len(aligned)} responses none but the first is paired: student and "
                 "teacher never agree on the text (coverage 0); check the tokenizers and the rollouts"

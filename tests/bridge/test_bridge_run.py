@@ -190,7 +190,8 @@ def test_metadata(fitted, counts):
     assert (stored["student"]["num_layers"], stored["student"]["width"]) == (4, 128)
     assert (stored["teacher"]["num_layers"], stored["teacher"]["width"]) == (6, 160)
     reading = {"final_norm": True, "teacher_chat_template": "student", "teacher_tokenization": "own"}
-    assert stored["reading"] == reading
+    kwargs = {"chat_template_kwargs": {}, "teacher_chat_template_kwargs": {}}
+    assert stored["reading"] == reading | kwargs
     assert stored["settings"].items() >= (RECIPE | {"rank": "4", "output_dir": str(fitted)}).items()
     assert stored["settings"] == yaml.safe_load((fitted / "resolved.yaml").read_text())["settings"]
     assert (stored["rank"], stored["num_rows"]) == (4, counts["rows"])
@@ -331,17 +332,17 @@ def refused(run, tmp_path, capsys):
         ({"rank": -3}, "rank: '-3' is neither"),
         ({"rank": "many"}, "rank: 'many' is neither"),
         ({"rank": 2.5}, "rank: '2.5' is neither"),
-        ({"rank": 161}, "rank 161 is asked of a bridge, but the teacher's states have 160 directions"),
+        ({"rank": 161}, "rank 161 is asked of a teacher 160 wide"),
         ({"max_rank": 0}, "max_rank must be 1 or more"),
         ({"affine": "perhaps"}, "affine: 'perhaps' is not one of auto, true, false"),
         ({"method": "lda"}, "lda"),
         ({"directions": "best"}, "directions"),
         ({"layers": "5"}, "the student has layers 1 to 4, and layer 5 is not one of them"),
         ({"layers": "1=7"}, "the teacher has layers 1 to 6"),
-        ({"layers": "best", "all_pairs_gib": 0.001}, "layers: best compares all layers, which takes 0.0 GiB"),
-        ({"holdout": 1.0}, "holdout is a share"),
-        ({"holdout": 0, "rank": "auto"}, "there are no held-out rows"),
-        ({"holdout": 0, "layers": "best"}, "needs held-out rollouts"),
+        ({"layers": "best", "all_pairs_gib": 0.001}, "layers: best compares all layers, which takes 0.00"),
+        ({"holdout": 1.0}, "holdout: 1.0"),
+        ({"holdout": 0, "rank": "auto"}, "no rollouts to choose by"),
+        ({"holdout": 0, "layers": "best"}, "no rollouts to choose by"),
         ({"positions": "middle"}, "positions 'middle'"),
         ({"temperature": -1}, "temperature is -1"),
         ({"top_p": 0}, "top_p is 0"),

@@ -8,6 +8,7 @@ import by_hand
 import pytest
 import torch
 import yaml
+from datasets import Dataset
 from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 from test_invariance import close, pieces, scripted
@@ -41,28 +42,31 @@ def teacher(make_folder):
     return make_folder(2, num_hidden_layers=5, hidden_size=48)
 
 
+def save_random_bridge(folder, student, teacher, pairs=PAIRS, rank=RANK, **metadata):
+    """The file of a made-up bridge that names the models of two folders as those it was fitted on."""
+    generator = torch.Generator().manual_seed(5)
+    models = [AutoModelForCausalLM.from_pretrained(name) for name in (student, teacher)]
+    s, t = (model.config.hidden_size for model in models)
+    shapes = (rank, s), (rank,), (rank, t), (t,)
+    projectors = {
+        layer: Projector(other, *(torch.randn(shape, generator=generator) for shape in shapes))
+        for layer, other in pairs
+    }
+    tokenizers = [AutoTokenizer.from_pretrained(name) for name in (student, teacher)]
+    origin = {
+        "student": identity(models[0], tokenizers[0]),
+        "teacher": identity(models[1], tokenizers[1]),
+        "reading": READING,
+        "layers": {str(layer): {"cosine_at_rank": LEVEL} for layer, _ in pairs},
+    }
+    return str(Bridge(projectors, origin | metadata).save(folder))
+
+
 @pytest.fixture(scope="session")
-def random_bridge(tmp_path_factory, student, teacher, tokenizer):
-    """`random_bridge(pairs=PAIRS, rank=RANK, student=…, teacher=…, **metadata)`: file of a made-up bridge."""
-
-    def make(pairs=PAIRS, rank=RANK, student=student, teacher=teacher, **metadata):
-        generator = torch.Generator().manual_seed(5)
-        models = [AutoModelForCausalLM.from_pretrained(name) for name in (student, teacher)]
-        s, t = (model.config.hidden_size for model in models)
-        projectors = {
-            layer: Projector(other, *(torch.randn(*size, generator=generator) for size in shapes))
-            for layer, other in pairs
-            for shapes in [((rank, s), (rank,), (rank, t), (t,))]
-        }
-        origin = {
-            "student": identity(models[0], tokenizer),
-            "teacher": identity(models[1], tokenizer),
-            "reading": READING,
-            "layers": {str(layer): {"cosine_at_rank": LEVEL} for layer, _ in pairs},
-        }
-        return str(Bridge(projectors, origin | metadata).save(tmp_path_factory.mktemp("bridge")))
-
-    return make
+def random_bridge(tmp_path_factory, student, teacher):
+    """`random_bridge(**changes)`: `save_random_bridge` for student and teacher, unless changed."""
+    models = {"student": student, "teacher": teacher}
+    return lambda **changes: save_random_bridge(tmp_path_factory.mktemp("bridge"), **(models | changes))
 
 
 @pytest.fixture(scope="session")
@@ -123,7 +127,7 @@ def test_gradient_checkpointing(make_trainer, roll_out, gradient, bridge, reentr
 )
 def test_layers_of_the_bridge(make_trainer, roll_out, gradient, random_bridge, layers, pairs):
     """A subset takes the stored teacher layers, which here differ from Eq. 11 (2 would go with 3)."""
-    path = random_bridge(SHARED)
+    path = random_bridge(pairs=SHARED)
     trainer = make_trainer(bridge=path, layers=layers)
     assert trainer.update.layer_map.pairs == pairs
     batch = roll_out(trainer)
@@ -138,7 +142,7 @@ def test_a_lower_rank_is_a_slice(make_trainer, roll_out, gradient, bridge, rank)
 
 
 def test_before_the_final_norm(make_trainer, roll_out, random_bridge):
-    path = random_bridge(((3, 5),), reading=READING | {"final_norm": False})
+    path = random_bridge(pairs=((3, 5),), reading=READING | {"final_norm": False})
     trainer = make_trainer(bridge=path, final_norm=False)
     batch = roll_out(trainer)
     bare = [trainer.model, trainer.teacher.model]
@@ -151,7 +155,7 @@ def test_before_the_final_norm(make_trainer, roll_out, random_bridge):
 def test_equal_widths_do_not_disable_the_bridge(make_trainer, make_folder, roll_out, gradient, random_bridge):
     twin = make_folder(2, num_hidden_layers=3)
     pairs = ((1, 1), (2, 2), (3, 3))
-    path = random_bridge(pairs, teacher=twin)
+    path = random_bridge(pairs=pairs, teacher=twin)
     trainer = make_trainer(teacher=twin, bridge=path)
     batch = roll_out(trainer)
     expected = expected_loss(trainer, batch, path, pairs)
@@ -233,12 +237,51 @@ def test_adapters(make_trainer, roll_out, gradient, bridge, student, tokenizer):
     assert trainer.state.global_step == 2
 
 
+@pytest.mark.parametrize("place", ["cpu", "disk"])
+def test_an_offloaded_teacher(make_trainer, roll_out, gradient, bridge, tmp_path, place):
+    """Weights that accelerate keeps on the disk are as good as others."""
+    plain = make_trainer(bridge=bridge)
+    batch = roll_out(plain)
+    devices = {"model.embed_tokens": "cpu", "model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": place}
+    devices |= {f"model.layers.{i}": place if i % 2 else "cpu" for i in range(5)}
+    kwargs = {"device_map": devices, "offload_folder": str(tmp_path / "offload")}
+    placed = make_trainer(bridge=bridge, teacher_model_init_kwargs=kwargs)
+    assert gradient(placed, batch)[0] == pytest.approx(gradient(plain, batch)[0], rel=1e-6)
+
+
+def test_evaluation(make_trainer, bridge):
+    data = Dataset.from_dict({"prompt": prompt_texts(8)})
+    trainer = make_trainer(
+        bridge=bridge,
+        dataset=data,
+        per_device_eval_batch_size=4,
+        extra={"eval_dataset": data.select(range(4))},
+        script=scripted,
+    )
+    metrics = trainer.evaluate()
+    prompts = [trainer._tokenizer(text)["input_ids"] for text in prompt_texts(4)]
+    given = [(prompt, scripted(prompt), [True] * len(scripted(prompt))) for prompt in prompts]
+    models = trainer.model, trainer.teacher.model
+    expected = by_hand.bridge_loss(*models, given, PAIRS, load_file(bridge))
+    assert metrics["eval_loss"] == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_states_that_are_not_finite(make_trainer, roll_out, random_bridge):
+    """Layers are the student's, although the teacher's layer 2 is what broke."""
+    trainer = make_trainer(bridge=random_bridge(pairs=SHARED[:2]))
+    trainer.teacher.model.model.layers[1].mlp.down_proj.weight.data[0, 0] = float("nan")
+    with pytest.raises(RuntimeError, match=r"step 1: .*not finite at layers \[1, 2\], in rollouts of .*What"):
+        trainer.compute_loss(trainer.model, roll_out(trainer))
+
+
 # What must not change it, and what it must not run
 
 
 @pytest.mark.parametrize("splits", [[[0], [1], [2], [3], [4], [5]], [[5, 3, 1, 4, 2, 0]]], ids=str)
 def test_micro_batches_and_order(make_trainer, roll_out, gradient, random_bridge, splits):
-    trainer = make_trainer(script=scripted, bridge=random_bridge(SHARED), mask_truncated_completions=True)
+    trainer = make_trainer(
+        script=scripted, bridge=random_bridge(pairs=SHARED), mask_truncated_completions=True
+    )
     batch = roll_out(trainer)
     assert 0 in batch["representation_weights"].count_nonzero(-1)
     close(gradient(trainer, batch), gradient(trainer, *pieces(batch, splits)))
@@ -256,7 +299,7 @@ def test_no_head_runs(make_trainer, bridge, checkpointing):
 
 def test_only_projected_rows_are_kept(make_trainer, roll_out, random_bridge):
     """r numbers per row and pair leave either model, also where two pairs share a teacher layer."""
-    trainer = make_trainer(bridge=random_bridge(SHARED), bridge_rank=3, positions="last=2")
+    trainer = make_trainer(bridge=random_bridge(pairs=SHARED), bridge_rank=3, positions="last=2")
     batch = roll_out(trainer)
     read, kept = trainer.teacher.read, []
 
@@ -393,7 +436,7 @@ def test_settings_that_the_bridge_denies(refused, changes, says):
 
 
 def test_a_layer_without_a_projector(refused, random_bridge):
-    path = random_bridge(((1, 1), (3, 5)))
+    path = random_bridge(pairs=((1, 1), (3, 5)))
     assert "no projector for student layer 2; it has 1, 3" in refused(bridge=path, layers="2")
 
 
@@ -436,7 +479,7 @@ def test_swapped_roles(refused, make_folder, random_bridge, student, teacher):
     names = {"model_name_or_path": teacher, "teacher_model_name_or_path": student}
     assert "32 wide, of a student, but this student has 5 layers 48 wide" in refused(**names)
     twin = make_folder(2, num_hidden_layers=3)
-    path = random_bridge(((1, 1), (2, 2)), teacher=twin)
+    path = random_bridge(pairs=((1, 1), (2, 2)), teacher=twin)
     line = refused(model_name_or_path=twin, teacher_model_name_or_path=student, bridge=path)
     assert "fitted for the student" in line and "weights" in line
 
@@ -472,7 +515,7 @@ def test_a_bridge_of_another_run_in_the_folder(recipe, random_bridge, tmp_path, 
     run = tmp_path / "run"
     assert cli.run(["train", recipe(run, max_steps=1)]) == 0
     before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
-    for changes in ({"bridge": random_bridge(SHARED)}, {"bridge_rank": 2}):
+    for changes in ({"bridge": random_bridge(pairs=SHARED)}, {"bridge_rank": 2}):
         assert cli.run(["train", recipe(run, max_steps=1, **changes)]) == 2
         assert f"holds a run with {next(iter(changes))}" in capsys.readouterr().err
     assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == before

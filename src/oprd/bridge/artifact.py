@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from oprd.errors import UserError
@@ -90,7 +90,12 @@ class Bridge:
                     f"rank {rank} is asked of the bridge, but it stores {stored} directions for student "
                     f"layer {layer}: ask for less, or fit it again with a higher rank"
                 )
-        return Bridge({s: p.first(rank) for s, p in self.projectors.items()}, self.metadata)
+        cut = {s: p.first(rank) for s, p in self.projectors.items()}
+        reports = dict(self.metadata.get("layers", {}))
+        for layer, stored in self.ranks.items():
+            if str(layer) in reports and rank < stored:
+                reports[str(layer)] = _at_rank(reports[str(layer)], rank)
+        return Bridge(cut, self.metadata | ({"layers": reports} if reports else {}))
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> "Bridge":
         """The same bridge with its tensors on `device`."""
@@ -135,7 +140,7 @@ class Bridge:
         header = {"format": FORMAT, "layer_map": json.dumps(pairs), "oprd": json.dumps(self.metadata)}
         partial = file.with_name(f"{file.name}.{os.getpid()}.partial")
         try:
-            save_file(tensors, partial, metadata=header)
+            partial.write_bytes(save(tensors, metadata=header))
             partial.replace(file)
         finally:
             partial.unlink(missing_ok=True)
@@ -179,6 +184,14 @@ class Bridge:
                 f"{', '.join(map(str, sorted(self.projectors)))}"
             )
         return self.projectors[layer]
+
+
+def _at_rank(report: dict[str, Any], rank: int) -> dict[str, Any]:
+    """A layer's report with the cosine of its first directions, where these are the leading ones."""
+    leading = list(range(rank))
+    directions, curve = report.get("directions", leading)[:rank], report.get("cosine") or []
+    cosine = curve[rank - 1] if directions == leading and rank <= len(curve) else None
+    return report | {"rank": rank, "directions": directions, "cosine_at_rank": cosine}
 
 
 def _check(file: Path, layer: int, projector: Projector) -> None:

@@ -23,14 +23,24 @@ class DriftMonitor:
         self._recent: deque[float] = deque(maxlen=WINDOW)
         self._below = False
 
+    def resume(self, records: Sequence[dict[str, float]]) -> None:
+        """Take up the window where a stopped run left it, from its lines of `metrics.jsonl`."""
+        known = [record["representation/cosine"] for record in records if "representation/cosine" in record]
+        self._recent.extend(known)
+        self._below = self._is_below()
+
+    def _is_below(self) -> bool:
+        if self.level is None or len(self._recent) < WINDOW:
+            return False
+        return sum(self._recent) / WINDOW < self.level - MARGIN
+
     def observe(self, step: int, values: dict[str, float]) -> dict[str, float]:
         """The running mean and the held-out level, if this step has a cosine; warns when it falls below."""
         if self.level is None or "representation/cosine" not in values:
             return {}
         self._recent.append(values["representation/cosine"])
         mean = sum(self._recent) / len(self._recent)
-        was_below = self._below
-        self._below = len(self._recent) == WINDOW and mean < self.level - MARGIN
+        was_below, self._below = self._below, self._is_below()
         if self._below and not was_below:
             logger.warning(
                 "step %d: through the bridge, fresh rollouts have cosine %.3f, below the %.3f of held-out "

@@ -2,9 +2,11 @@
 
 import hashlib
 import json
+from collections.abc import Iterator
 from typing import Any
 
 import torch
+from accelerate.utils import align_module_device
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -12,9 +14,18 @@ from oprd.bridge.artifact import Bridge
 from oprd.capture import num_layers
 from oprd.errors import UserError
 
+ADAPTER_PARTS = ("modules_to_save.", "trainable_tokens_")
+ADAPTER_WRAPPERS = (".base_layer.", ".original_module.", ".token_adapter.")
 SAMPLE = 1024  # values of every weight that enter a fingerprint
 # How a checkpoint was written or is run, not what it is.
-VOLATILE_KEYS = {"_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache"}
+VOLATILE_KEYS = {
+    "_name_or_path",
+    "architectures",
+    "transformers_version",
+    "dtype",
+    "torch_dtype",
+    "use_cache",
+}
 
 
 def identity(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> dict[str, Any]:
@@ -67,9 +78,9 @@ def weights_fingerprint(model: PreTrainedModel) -> str:
     base = _base(model)
     config = {key: value for key, value in base.config.to_dict().items() if key not in VOLATILE_KEYS}
     digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
-    for name, weight in _own_weights(model):
-        digest.update(f"{name}{tuple(weight.shape)}".encode())
-        digest.update(_sampled(weight).numpy().tobytes())
+    for name, shape, values in _samples(model):
+        digest.update(f"{name}{shape}".encode())
+        digest.update(values.numpy().tobytes())
     return digest.hexdigest()[:16]
 
 
@@ -81,17 +92,24 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase | None) -> str | No
     return hashlib.sha256(json.dumps(vocabulary).encode()).hexdigest()[:16]
 
 
-def _own_weights(model: Any) -> list[tuple[str, Tensor]]:
-    """The model's parameters under their own names, without those that an adapter added."""
-    added = (
-        getattr(getattr(model, "base_model", None), "prefix", None) if hasattr(model, "peft_config") else None
-    )
-    weights = []
-    for name, weight in _base(model).named_parameters():
-        if "modules_to_save." in name or (added and added in name):
+def _samples(model: Any) -> Iterator[tuple[str, tuple[int, ...], Tensor]]:
+    """Name, shape and sampled values of the model's own parameters, wherever accelerate has put them."""
+    base = _base(model)
+    skipped = (*ADAPTER_PARTS, model.base_model.prefix) if hasattr(model, "peft_config") else ()
+    tied = base.get_output_embeddings() if base.config.get_text_config().tie_word_embeddings else None
+    found = {}
+    for prefix, module in base.named_modules():
+        if module is tied:
             continue
-        weights.append((name.replace(".base_layer.", ".").replace(".original_module.", "."), weight))
-    return sorted(weights, key=lambda item: item[0])
+        with align_module_device(module):
+            for leaf, weight in module.named_parameters(recurse=False):
+                name = f"{prefix}.{leaf}"
+                if any(part in name for part in skipped):
+                    continue
+                for wrapper in ADAPTER_WRAPPERS:
+                    name = name.replace(wrapper, ".")
+                found[name] = tuple(weight.shape), _sampled(weight)
+    yield from ((name, *found[name]) for name in sorted(found))
 
 
 def _sampled(weight: Tensor) -> Tensor:

@@ -11,6 +11,9 @@ from oprd.errors import UserError
 from oprd.recipe import parse_recipe
 from oprd.rollouts import Sampling
 from oprd.selection import Positions
+from oprd.settings import TEACHER_TEMPLATES, TEACHER_TOKENIZATIONS
+
+DTYPES = ("auto", "float32", "bfloat16")
 
 
 def _key(default: Any, text: str) -> Any:
@@ -52,25 +55,38 @@ class BridgeArguments:
     chat_template_kwargs: dict | str | None = _key(None, "Arguments of the student's chat template.")
     teacher_chat_template_kwargs: dict | str | None = _key(None, "Arguments of the teacher's.")
     all_pairs_gib: float = _key(4.0, "Memory for comparing all layers of both models (CKA, layers: best).")
-    dtype: str = _key("auto", "Of both models: auto | float32 | bfloat16 | float16.")
+    dtype: str = _key("auto", "Of both models: auto (the checkpoints') | float32 | bfloat16.")
     seed: int = _key(42, "Seed of prompts and sampling.")
 
     def __post_init__(self) -> None:
         for name in ("model_name_or_path", "teacher_model_name_or_path", "dataset_name", "output_dir"):
             if not getattr(self, name):
                 raise UserError(f"the bridge recipe names no {name}: add it to the recipe or as a flag")
-        for name in ("num_prompts", "num_generations", "batch_size", "max_rank"):
+        for name in ("num_prompts", "num_generations", "batch_size", "max_rank", "max_completion_length"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} must be 1 or more, got {getattr(self, name)}")
         self.template_kwargs = _json_object("chat_template_kwargs", self.chat_template_kwargs)
         self.teacher_template_kwargs = _json_object(
             "teacher_chat_template_kwargs", self.teacher_chat_template_kwargs
         )
+        for name, allowed in (
+            ("teacher_chat_template", TEACHER_TEMPLATES),
+            ("teacher_tokenization", TEACHER_TOKENIZATIONS),
+            ("dtype", DTYPES),
+        ):
+            if getattr(self, name) not in allowed:
+                raise UserError(f"{name}: {getattr(self, name)!r} is not one of {', '.join(allowed)}")
         self.affine = str(self.affine).lower()
         if self.affine not in (forms := {"auto": None, "true": True, "false": False}):
             raise UserError(f"affine: {self.affine!r} is not one of auto, true, false")
         if not (self.rank == "auto" or (self.rank.isdecimal() and int(self.rank) > 0)):
             raise UserError(f"rank: {self.rank!r} is neither auto nor a whole number from 1 on")
+        chooses = self.rank == "auto" or self.layers == "best" or self.directions == "predictable"
+        if not 0 <= self.holdout < 1 or (self.holdout == 0 and chooses):
+            raise UserError(
+                f"holdout: {self.holdout} leaves no rollouts to choose by: raise it, "
+                "or set rank, layers and directions"
+            )
         self.sampling = Sampling(self.max_completion_length, self.temperature, self.top_p, self.top_k)
         self.fit_settings = FitSettings(
             self.max_rank, self.method, forms[self.affine], self.standardize, self.directions

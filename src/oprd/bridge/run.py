@@ -31,7 +31,7 @@ from oprd.models import load_model, load_tokenizer, resolve_model
 from oprd.prompts import load_prompts
 from oprd.reading import Want, read_states
 from oprd.rollouts import Rollout, generate, left_pad, render_prompt
-from oprd.run import check_folder, resolved_settings, write_resolved
+from oprd.run import RESOLVED_FILE, check_folder, resolved_settings, write_resolved
 from oprd.selection import LayerMap, Positions
 from oprd.teacher import Teacher
 from oprd.translation import Translation
@@ -39,6 +39,7 @@ from oprd.translation import Translation
 logger = logging.getLogger(__name__)
 
 REPORT_FILE = "report.json"
+READING_KEYS = ("final_norm", "teacher_chat_template", "teacher_tokenization")
 GIB = 2**30
 
 
@@ -50,6 +51,8 @@ def fit_bridge(args: BridgeArguments) -> Path:
     folder, settings = Path(args.output_dir), resolved_settings(args)
     check_folder(folder, settings)
     if (folder / BRIDGE_FILE).exists():
+        if not (folder / RESOLVED_FILE).exists():
+            raise UserError(f"{folder} holds a bridge of unknown origin: choose another output_dir")
         logger.warning("%s holds this bridge: nothing to do", folder)
         return folder
     pair = ModelPair.load(args)
@@ -95,7 +98,10 @@ class ModelPair:
             args.teacher_tokenization,
             args.teacher_template_kwargs,
         )
-        return cls(load_model(located, dtype=args.dtype).to(device), tokenizer, teacher, translation)
+        student = load_model(located, dtype=args.dtype).to(device)
+        if translation.feeds_foreign_ids:
+            teacher.check_ids(student)
+        return cls(student, tokenizer, teacher, translation)
 
     def fitter(self, args: BridgeArguments) -> tuple[BridgeFitter, LayerMap | None]:
         """A fitter for the layers asked for, and their map unless the rows are to choose it."""
@@ -104,15 +110,17 @@ class ModelPair:
         layer_map = LayerMap.parse("all" if best else args.layers, *depths)
         teacher_layers = range(1, depths[1] + 1)
         widths = self.student.config.get_text_config().hidden_size, self.teacher.width
+        if args.chosen_rank != "auto" and args.chosen_rank > widths[1]:
+            raise UserError(f"rank {args.chosen_rank} is asked of a teacher {widths[1]} wide: lower it")
         crossed = len(layer_map.pairs) * depths[1] * math.prod(widths) * 8 * 2 / GIB
         affordable = crossed <= args.all_pairs_gib
         if best and not affordable:
             raise UserError(
-                f"layers: best compares all layers, which takes {crossed:.1f} GiB of sums, and all_pairs_gib "
+                f"layers: best compares all layers, which takes {crossed:.3g} GiB of sums, and all_pairs_gib "
                 f"is {args.all_pairs_gib:g}: raise it, or name the layers"
             )
         if not affordable:
-            logger.info("CKA of paired layers only: all layers would take %.1f GiB (all_pairs_gib)", crossed)
+            logger.info("CKA of paired layers only: all layers would take %.3g GiB (all_pairs_gib)", crossed)
         fitter = BridgeFitter(
             layer_map,
             holdout=args.holdout,
@@ -142,6 +150,8 @@ def _prompts(args: BridgeArguments, pair: ModelPair) -> Dataset:
     prompts = load_prompts(args.dataset_name, args.dataset_train_split, args.dataset_config)
     prompts = usable_prompts(prompts, lambda prompt: _render(prompt, pair, args), args.max_prompt_length)
     pair.translation.prompts(prompts[:1]["prompt"])
+    if len(prompts) < args.num_prompts:
+        logger.warning("the dataset has %d prompts, fewer than num_prompts: all are used", len(prompts))
     return prompts.shuffle(seed=args.seed).select(range(min(args.num_prompts, len(prompts))))
 
 
@@ -217,13 +227,14 @@ def _origin(
     args: BridgeArguments, pair: ModelPair, counts: Counter[str], fitter: BridgeFitter
 ) -> dict[str, Any]:
     """Where a bridge comes from: models, text, settings, and how alike all layers are."""
-    names = ("final_norm", "teacher_chat_template", "teacher_tokenization")
     paired = counts["paired_rows"] if "paired_rows" in counts else counts["rows"]
     return {
         "student": identity(pair.student, pair.tokenizer) | {"name": args.model_name_or_path},
         "teacher": identity(pair.teacher.model, pair.teacher.tokenizer)
         | {"name": args.teacher_model_name_or_path},
-        "reading": {name: getattr(args, name) for name in names},
+        "reading": {name: getattr(args, name) for name in READING_KEYS}
+        | {"chat_template_kwargs": args.template_kwargs}
+        | {"teacher_chat_template_kwargs": args.teacher_template_kwargs},
         "data": {"dataset": args.dataset_name, "coverage": paired / counts["rows"], **counts},
         "settings": resolved_settings(args),
         "cka": {f"{s}={t}": value for (s, t), value in fitter.cka().items()},

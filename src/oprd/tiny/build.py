@@ -49,7 +49,7 @@ RUNS = (
         vocab_size=512,
         num_layers=6,
         width=160,
-        steps=2400,
+        steps=5000,
         seed=2,
     ),
 )

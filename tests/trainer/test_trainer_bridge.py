@@ -15,16 +15,18 @@ from test_invariance import close, pieces, scripted
 from test_trainer_costs import Calls, refuse, refuse_updates
 from test_trainer_loss import agree
 from test_trainer_run import lasting, same_weights
-from tiny_pair import QUICK, prompt_texts
+from tiny_pair import QUICK, perturb, prompt_texts
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from oprd import cli
 from oprd.bridge import Bridge, BridgeFitter
 from oprd.bridge.artifact import Projector
 from oprd.bridge.identity import identity
+from oprd.errors import UserError
 from oprd.losses import REPRESENTATION_LOSSES
 from oprd.selection import LayerMap
 from oprd.train import parse_training_recipe, train
+from oprd.trainer import OPRDConfig
 
 PAIRS = ((1, 1), (2, 3), (3, 5))
 SHARED = ((1, 2), (2, 2), (3, 5))  # two student layers look at one teacher layer
@@ -519,3 +521,71 @@ def test_a_bridge_of_another_run_in_the_folder(recipe, random_bridge, tmp_path, 
         assert cli.run(["train", recipe(run, max_steps=1, **changes)]) == 2
         assert f"holds a run with {next(iter(changes))}" in capsys.readouterr().err
     assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == before
+
+
+# The anchor
+
+
+def states_of(model, batch):
+    """All layers' states of every rollout, detached."""
+    with torch.no_grad():
+        given = by_hand.rollouts(batch)
+        return [by_hand.states_and_logits(model, prompt, completion)[0] for prompt, completion, _ in given]
+
+
+def expected_anchor(model, before, batch, path, positions):
+    """By hand: ‖d‖² / ‖h_ref‖², where d lacks what the bridge sees of the rows it compares."""
+    tensors, per_layer = load_file(path), []
+    for layer, _ in PAIRS:
+        rows = tensors[f"student.{layer}"].double()
+        seen = torch.linalg.pinv(rows) @ rows
+        values = []
+        for then, (prompt, completion, supervised) in zip(before, by_hand.rollouts(batch), strict=True):
+            moved = by_hand.states_and_logits(model, prompt, completion)[0][layer] - then[layer]
+            compared = by_hand.chosen(supervised, positions)
+            left = [d - d @ seen if row in compared else d for row, d in enumerate(moved)]
+            norms = then[layer].square().sum(-1)
+            values.append([d.square().sum() / norm for d, norm in zip(left, norms, strict=False)])
+        per_layer.append(by_hand.reduce(values, "rollout"))
+    return torch.stack(per_layer).mean()
+
+
+@pytest.mark.parametrize("positions", ["all", "last=3"])
+def test_anchor_holds_what_the_bridge_leaves_open(make_trainer, roll_out, gradient, bridge, positions):
+    trainer = make_trainer(script=scripted, bridge=bridge, positions=positions, anchor_weight="0.5")
+    batch = roll_out(trainer)
+    before = states_of(trainer.model, batch)
+    perturb(trainer.model, seed=4)
+    total = expected_loss(trainer, batch, bridge, positions=positions)
+    agree(
+        trainer,
+        gradient,
+        batch,
+        total + 0.5 * expected_anchor(trainer.model, before, batch, bridge, positions),
+    )
+
+
+def test_anchor_of_an_unmoved_student_is_exactly_zero(make_trainer, roll_out, gradient, bridge):
+    trainer = make_trainer(script=scripted, bridge=bridge, representation_weight="0=0,1=1", anchor_weight="1")
+    value, given = gradient(trainer, roll_out(trainer))
+    assert value == 0 and given.abs().max() == 0
+
+
+def test_anchor_of_adapters_is_the_model_below_them(make_trainer, roll_out, gradient, bridge):
+    lora = LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "up_proj"], init_lora_weights=False)
+    keys = {"representation_weight": "0=0,1=1", "anchor_weight": "1", "positions": "last=3"}
+    trainer = make_trainer(bridge=bridge, extra={"peft_config": lora}, **keys)
+    batch = roll_out(trainer)
+    value, _ = gradient(trainer, batch)
+    assert trainer.update.anchor.reference is trainer.model
+    model = trainer.model.get_base_model().eval()
+    trainer.model.base_model.disable_adapter_layers()
+    before = states_of(model, batch)
+    trainer.model.base_model.enable_adapter_layers()
+    expected = expected_anchor(model, before, batch, bridge, "last=3")
+    assert value == pytest.approx(expected.item(), rel=1e-5) and value > 0
+
+
+def test_anchor_needs_a_bridge():
+    with pytest.raises(UserError, match="anchor_weight holds what a bridge leaves open"):
+        OPRDConfig(anchor_weight="1")

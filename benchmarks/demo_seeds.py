@@ -9,7 +9,7 @@ import statistics
 import sys
 from pathlib import Path
 
-from oprd.demo import LABELS
+from oprd.demo_pairs import LABELS
 
 
 def table(folders: list[Path]) -> str:
@@ -18,12 +18,12 @@ def table(folders: list[Path]) -> str:
     samples = summaries[0]["settings"]["samples"]
     heads = ("arm", f"Avg@{samples}", "gap closed", f"Best@{samples}", "Dist-4g", "Avg Len", "s/update")
     lines = [f"| {' | '.join(heads)} | transient MB |", "|---" * 8 + "|"]
-    for arm, label in LABELS.items():
+    for arm in summaries[0]["arms"]:
         values = [summary["arms"][arm] for summary in summaries]
         accuracy = [100 * value["avg_at_k"] for value in values]
         closed = [summary["gap_closed"].get(arm) for summary in summaries]
         cells = [
-            label,
+            LABELS[arm],
             f"{statistics.mean(accuracy):.1f} ({min(accuracy):.1f}–{max(accuracy):.1f})",
             f"{100 * statistics.mean(closed):.1f} %" if closed[0] is not None else "",
             f"{100 * _mean(values, 'best_at_k'):.1f}",

@@ -42,7 +42,7 @@ def test_links_inside_the_repository_resolve(document):
 def test_every_key_of_ours_is_documented():
     from dataclasses import fields
 
-    from oprd.bridge.recipe import BridgeArguments
+    from oprd.bridge_recipe import BridgeArguments
     from oprd.settings import ObjectiveSettings
     from oprd.train import RunArguments
 

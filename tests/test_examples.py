@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from oprd.bridge.recipe import parse_bridge_recipe
+from oprd.bridge_recipe import parse_bridge_recipe
 from oprd.demo_pairs import PAIRS, SHARED
 from oprd.train import parse_training_recipe
 

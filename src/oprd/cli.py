@@ -120,8 +120,8 @@ def _train(args: argparse.Namespace, flags: list[str]) -> None:
 
 
 def _bridge(args: argparse.Namespace, flags: list[str]) -> None:
-    from oprd.bridge.recipe import parse_bridge_recipe
-    from oprd.bridge.run import fit_bridge
+    from oprd.bridge_recipe import parse_bridge_recipe
+    from oprd.bridge_run import fit_bridge
 
     folder = fit_bridge(parse_bridge_recipe(args.recipe, flags))
     print(f"bridge and report: {folder}")

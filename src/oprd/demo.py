@@ -12,8 +12,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from oprd.bridge.recipe import BridgeArguments
-from oprd.bridge.run import fit_bridge
+from oprd.bridge_recipe import BridgeArguments
+from oprd.bridge_run import fit_bridge
 from oprd.demo_pairs import BRIDGE, LABELS, PAIRS, SHARED, STUDENT, TASK, Pair
 from oprd.errors import UserError
 from oprd.evaluation.run import EvalSettings, evaluate

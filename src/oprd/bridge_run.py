@@ -22,8 +22,8 @@ from oprd.batch import TERMS, Batch
 from oprd.bridge.artifact import BRIDGE_FILE
 from oprd.bridge.fitter import BridgeFitter
 from oprd.bridge.identity import identity
-from oprd.bridge.recipe import BridgeArguments
 from oprd.bridge.report import plot_bridge
+from oprd.bridge_recipe import BridgeArguments
 from oprd.capture import num_layers
 from oprd.errors import UserError
 from oprd.intake import usable_prompts

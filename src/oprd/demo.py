@@ -115,7 +115,7 @@ def _arm(pair: Pair, arm: str, output: Path, steps: int, seed: int) -> tuple[Run
 
 
 def at_share(schedule: str, steps: int) -> str:
-    """A schedule whose steps may be written as shares of the run: `60%` is its step, `60%+` the next."""
+    """A schedule whose steps may be written as shares of the run: `75%` is its step, `75%+` the next."""
 
     def step(match: re.Match[str]) -> str:
         return str(max(1, steps * int(match[1]) // 100) + bool(match[2]))

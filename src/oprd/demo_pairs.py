@@ -47,7 +47,7 @@ class Pair:
     """A teacher for the bundled student, the bridges to fit, and the runs to compare.
 
     An arm names its bridge by its key in `bridges`, and a step of its schedules may be a share of the run:
-    `0=1,60%=1,60%+=0` is on until 60% of the steps are done.
+    `0=1,75%=1,75%+=0` is on until 75% of the steps are done.
     """
 
     teacher: str
@@ -56,10 +56,11 @@ class Pair:
 
 
 THROUGH: Keys = {"bridge": "fit", "learning_rate": 1e-3}
+# The output weight keeps the gradient's norm where it was: Adam remembers it across the switch.
 THEN_OPD: Keys = {
-    "representation_weight": "0=1,60%=1,60%+=0",
+    "representation_weight": "0=1,75%=1,75%+=0",
     "output_loss": "sampled_token",
-    "output_weight": "0=0,60%=0,60%+=1",
+    "output_weight": "0=0,75%=0,75%+=0.01",
 }
 # Rank 64 of what both models share, and an anchor: across tokenizers a quarter of the rows has no partner.
 ACROSS: Keys = {"method": "rrr", "rank": "64"}

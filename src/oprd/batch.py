@@ -1,5 +1,6 @@
 """From TRL's padded rollouts to what an update reads: which rows are supervised and how much each weighs."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -68,18 +69,26 @@ def truncated_rollouts(inputs: Inputs, eos_token_ids: Sequence[int]) -> Bool[Ten
     return ~torch.isin(token, torch.tensor(list(eos_token_ids), device=token.device))
 
 
+def readable(ids: Int[Tensor, "B T"], vocabulary: int | None) -> Bool[Tensor, "B T"]:
+    """The tokens before the first that lies beyond `vocabulary`, as a padded embedding may have."""
+    return (ids < (vocabulary or math.inf)).long().cumprod(-1).bool()
+
+
 def weigh_rows(
     inputs: Inputs,
     truncated: Bool[Tensor, " B"],
     settings: ObjectiveSettings,
     sum_over_ranks: Callable[[Tensor], Tensor],
+    vocabulary: int | None = None,
 ) -> dict[str, Float[Tensor, "B T"]]:
     """The weight of every response row in each term, for the rollouts of a whole accumulation window.
 
-    Padding, tool output and, if so set, truncated rollouts are not supervised, nor is in the representation
+    Padding, tool output, what comes after an id beyond the shared `vocabulary` (None: of no concern) and, if
+    so set, truncated rollouts are not supervised, nor is in the representation
     term a row without a partner among the teacher's: they neither weigh nor count for `last=k`.
     """
     supervised = inputs["completion_mask"] * inputs.get("tool_mask", 1) > 0
+    supervised &= readable(inputs["completion_ids"], vocabulary)
     if settings.mask_truncated_completions:
         supervised = supervised & ~truncated[:, None]
     weights = {}

@@ -18,7 +18,7 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from oprd.batch import TERMS, Batch
+from oprd.batch import TERMS, Batch, readable
 from oprd.bridge.artifact import BRIDGE_FILE
 from oprd.bridge.fitter import BridgeFitter
 from oprd.bridge.identity import identity
@@ -183,6 +183,8 @@ def _update(
     supervised = inputs["completion_mask"].bool()
     if "teacher_rows" in inputs:
         supervised &= inputs["teacher_rows"] >= 0
+    else:
+        supervised &= readable(inputs["completion_ids"], pair.teacher.vocabulary)
     mask = Positions.parse(args.positions).mask(supervised)
     batch = Batch.of(inputs | {f"{term}_weights": mask.float() for term in TERMS})
     wants = [

@@ -61,9 +61,14 @@ class Teacher:
         """Depth L_T."""
         return num_layers(self.model)
 
+    @property
+    def vocabulary(self) -> int:
+        """Rows of the input embedding, padding included."""
+        return self.model.get_input_embeddings().weight.shape[0]
+
     def check_ids(self, student: PreTrainedModel) -> None:
         """Raise `UserError` if the student may sample ids that this teacher has no embedding for."""
-        ours, theirs = (m.get_input_embeddings().weight.shape[0] for m in (student, self.model))
+        ours, theirs = student.get_input_embeddings().weight.shape[0], self.vocabulary
         if ours > theirs:
             raise UserError(
                 f"teacher_tokenization: student feeds the teacher the student's {ours} ids, and its "
@@ -76,6 +81,9 @@ class Teacher:
         device = self.model.get_input_embeddings().weight.device
         if device.type == "meta":  # offloaded: accelerate's hooks bring weights and inputs together
             device = reading.input_ids.device
+        # No supervised row reads an id that only the student's padded embedding has.
+        ids = reading.input_ids.clamp(max=self.vocabulary - 1)
+        reading = replace(reading, input_ids=ids)
         moved = [replace(want, mask=want.mask.to(device)) for want in wants]
         with torch.autocast(reading.input_ids.device.type, enabled=False):
             return read_states(self.model, reading.to(device), moved)

@@ -219,7 +219,10 @@ class OPRDTrainer(DistillationTrainer):
 
     def _row_weights(self, batch: dict[str, Any]) -> dict[str, Tensor]:
         truncated = truncated_rollouts(batch, self.eos_token_ids)
-        return weigh_rows(batch, truncated, self.args, lambda units: self.accelerator.gather(units).sum())
+        vocabulary = self.update.vocabulary
+        return weigh_rows(
+            batch, truncated, self.args, lambda units: self.accelerator.gather(units).sum(), vocabulary
+        )
 
     def _describe(self, batch: dict[str, Any], aligned: list[AlignedResponse]) -> None:
         averages, lengths = self.update.averages, batch["completion_mask"].sum(-1).float()

@@ -149,6 +149,23 @@ def test_vocabularies_padded_to_other_sizes_share_their_prefix(
     assert trainer.compute_loss(trainer.model, roll_out(trainer)).isfinite()
 
 
+def test_ids_that_only_the_students_padding_has(make_trainer, make_folder, roll_out, gradient, tokenizer):
+    """Rows from the first such id on are left out, and what it is changes nothing."""
+    size = len(tokenizer)
+    student = make_folder(1, vocab_size=size + 80)
+    for keys in ({"output_loss": "sampled_token"}, {"output_loss": "none"}):
+        trainer = make_trainer(student=student, **keys)
+        batch = roll_out(trainer)
+        after = (batch["completion_ids"] >= size).long().cummax(-1).values.bool()
+        written = batch["completion_mask"].bool()
+        assert (after & written).any() and (~after & written).any()
+        for term in ("representation", "output"):
+            assert ((batch[f"{term}_weights"] > 0) == (written & ~after)).all()
+        other = batch | {"completion_ids": batch["completion_ids"].masked_fill(after, 5)}
+        (value, given), (same, also) = gradient(trainer, batch), gradient(trainer, other)
+        assert value == pytest.approx(same, rel=1e-6) and torch.allclose(given, also, atol=1e-7)
+
+
 # Refused
 
 

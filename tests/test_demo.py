@@ -5,6 +5,7 @@ import json
 import pytest
 
 from oprd import cli
+from oprd.demo import at_share
 
 ARMS = ["student", "teacher", "oprd", "opd_sampled_token", "opd_top_k"]
 FIELDS = {
@@ -67,3 +68,37 @@ def test_again_repeats_nothing_and_other_settings_are_refused(demo, capsys):
     capsys.readouterr()
     assert cli.run([*argv, "--seed", "1"]) == 2
     assert "other settings" in capsys.readouterr().err
+
+
+BRIDGED = {
+    "bridge": ["student", "teacher", "bridge", "bridge_then_opd", "opd_sampled_token"],
+    "tokenizer": ["student", "teacher", "bridge", "bridge_authors"],
+}
+
+
+@pytest.mark.parametrize("pair", BRIDGED)
+def test_pairs_that_need_a_bridge(pair, tmp_path):
+    output = tmp_path / "out"
+    argv = ["demo", "--pair", pair, "--output", str(output)]
+    assert cli.run([*argv, "--steps", "4", "--problems", "4", "--samples", "2"]) == 0
+    summary = json.loads((output / "summary.json").read_text())
+    assert list(summary["arms"]) == BRIDGED[pair] and summary["settings"]["pair"] == pair
+    assert (output / "fit" / "bridge.safetensors").exists() and (output / "fit" / "ranks.png").exists()
+    for arm in BRIDGED[pair][2:]:
+        records = [json.loads(line) for line in (output / arm / "metrics.jsonl").read_text().splitlines()]
+        assert ("loss/representation" in records[0]) == (arm != "opd_sampled_token")
+        assert ("loss/output" in records[-1]) == (arm in ("bridge_then_opd", "opd_sampled_token"))
+        assert ("rollout/coverage" in records[0]) == (pair == "tokenizer" and arm == "bridge")
+    assert (output / "accuracy.png").stat().st_size > 5000
+
+
+@pytest.mark.parametrize(
+    ("schedule", "steps", "written"),
+    [
+        ("0=1,75%=1,75%+=0", 220, "0=1,165=1,166=0"),
+        ("0=1,75%=1,75%+=0", 1, "0=1,1=1,2=0"),
+        ("0.5", 9, "0.5"),
+    ],
+)
+def test_schedules_by_share(schedule, steps, written):
+    assert at_share(schedule, steps) == written

@@ -6,11 +6,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from oprd.alignment import same_vocabulary
 from oprd.errors import UserError
 from oprd.evaluation.grade import grade
+from oprd.evaluation.run import EvalSettings, evaluate
 from oprd.models import TINY_MODELS, load_model, load_tokenizer, resolve_model
+from oprd.prompts import load_prompts
+from oprd.rollouts import Sampling
 from oprd.tiny import task
-from oprd.tiny.build import TinySettings, build, greedy_accuracy
+from oprd.tiny.build import RUNS, TinySettings, build, greedy_accuracy
 
 MODELS = ("student", "teacher")
 
@@ -98,3 +102,32 @@ def test_a_run_that_never_reaches_the_student_says_so(tmp_path):
 def test_unknown_bundled_model():
     with pytest.raises(UserError, match="tiny:student, tiny:teacher"):
         resolve_model("tiny:nobody")
+
+
+@pytest.mark.parametrize("name", ["bridge-teacher", "tokenizer-teacher"])
+def test_other_teachers_are_small_deeper_wider_and_right(name):
+    folder = TINY_MODELS / name
+    assert sum(file.stat().st_size for file in folder.iterdir()) < 8e6
+    assert {tensor.dtype for tensor in load_file(folder / "model.safetensors").values()} == {torch.bfloat16}
+    model, tokenizer = load_model(str(folder), dtype="float32"), load_tokenizer(str(folder))
+    assert model.config.num_hidden_layers > 4 and model.config.hidden_size > 128
+    rows = load_prompts("tiny", "eval").select(range(128, 192))
+    settings = EvalSettings(samples=2, sampling=Sampling(max_new_tokens=64), batch_size=128)
+    assert evaluate(model, tokenizer, rows, settings, progress=False)["avg_at_k"] >= 0.97
+
+
+def test_one_teacher_shares_the_students_tokenizer_and_the_other_does_not():
+    names = ("student", "bridge-teacher", "tokenizer-teacher")
+    student, same, other = (load_tokenizer(resolve_model(f"tiny:{name}")) for name in names)
+    assert same.get_vocab() == student.get_vocab() and same.chat_template == student.chat_template
+    assert not same_vocabulary(student, other)
+    assert student.tokenize("1+1234=1235") == ["1", "+", *"1234", "=", *"1235"]
+    assert other.tokenize("1+1234=1235") == ["1", "+", "12", "34", "=", "12", "35"]
+    chat = task.question((1, 22, 3, 4))
+    text = other.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
+    assert text == "<|user|>Compute 1+22+3+4.<|end|><|assistant|>" and other.eos_token == "<|end|>"
+
+
+def test_every_bundled_model_has_a_run():
+    built = {name for settings in RUNS for name in (settings.student, settings.teacher) if name}
+    assert built == {folder.name for folder in TINY_MODELS.iterdir()}

@@ -77,7 +77,11 @@ PAIRS = {
     ),
     "bridge": Pair(
         "tiny:bridge-teacher",
-        {"bridge": THROUGH, "bridge_then_opd": THROUGH | THEN_OPD, "opd_sampled_token": SAMPLED_TOKEN},
+        {
+            "bridge": THROUGH,
+            "bridge_then_opd": THROUGH | THEN_OPD,
+            "opd_sampled_token": SAMPLED_TOKEN | {"learning_rate": 1e-4},
+        },
         bridges={"fit": {}},
     ),
     "tokenizer": Pair(

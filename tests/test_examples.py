@@ -7,7 +7,8 @@ import pytest
 import yaml
 
 from oprd.bridge_recipe import parse_bridge_recipe
-from oprd.demo_pairs import PAIRS, SHARED
+from oprd.demo import at_share
+from oprd.demo_pairs import BRIDGE, PAIRS, SHARED
 from oprd.train import parse_training_recipe
 
 ROOT = Path(__file__).parents[1]
@@ -52,14 +53,27 @@ def test_the_paper_recipe_has_the_papers_settings():
         ("vanilla", "same", "oprd"),
         ("sampled_token", "same", "opd_sampled_token"),
         ("top_k", "same", "opd_top_k"),
+        ("through_bridge", "bridge", "bridge"),
+        ("bridge_then_opd", "bridge", "bridge_then_opd"),
     ],
 )
 def test_tiny_recipes_are_the_arms_of_the_demo(file, pair, arm):
     recipe = yaml.safe_load((ROOT / "recipes" / "tiny" / f"{file}.yaml").read_text())
-    expected = SHARED | PAIRS[pair].arms[arm]
-    same = recipe.keys() & expected.keys() - {"save_strategy", "report_to", "diagnostics_steps"}
+    expected = SHARED | PAIRS[pair].arms[arm] | {"teacher_model_name_or_path": PAIRS[pair].teacher}
+    for name in ("representation_weight", "output_weight"):
+        if name in expected:
+            expected[name] = at_share(expected[name], recipe["max_steps"])
+    same = recipe.keys() & expected.keys() - {"save_strategy", "report_to", "diagnostics_steps", "bridge"}
     assert {key: str(recipe[key]) for key in same} == {key: str(expected[key]) for key in same}
     assert {"learning_rate", "positions", "per_device_train_batch_size"} <= same
+    assert same >= PAIRS[pair].arms[arm].keys() - {"bridge"}
+
+
+@pytest.mark.parametrize(("file", "pair"), [("bridge", "bridge"), ("tokenizer_bridge", "tokenizer")])
+def test_tiny_bridges_are_those_of_the_demo(file, pair):
+    recipe = yaml.safe_load((ROOT / "recipes" / "tiny" / f"{file}.yaml").read_text())
+    expected = BRIDGE | PAIRS[pair].bridges["fit"] | {"teacher_model_name_or_path": PAIRS[pair].teacher}
+    assert {key: str(recipe[key]) for key in expected} == {key: str(v) for key, v in expected.items()}
 
 
 @pytest.mark.skipif(not REAL_PROMPTS.exists(), reason="the real prompts are not part of the project")

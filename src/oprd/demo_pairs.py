@@ -65,6 +65,7 @@ THEN_OPD: Keys = {
 # Rank 64 of what both models share, and an anchor: across tokenizers a quarter of the rows has no partner.
 ACROSS: Keys = {"method": "rrr", "rank": "64"}
 ANCHORED: Keys = {"anchor_weight": "1"}
+FED_IDS: Keys = {"teacher_tokenization": "student"}
 
 PAIRS = {
     "same": Pair(
@@ -88,8 +89,8 @@ PAIRS = {
         "tiny:tokenizer-teacher",
         {
             "bridge": THROUGH | ANCHORED,
-            "bridge_authors": THROUGH | {"bridge": "fit_authors", "teacher_tokenization": "student"},
+            "bridge_authors": THROUGH | ANCHORED | FED_IDS | {"bridge": "fit_authors"},
         },
-        bridges={"fit": ACROSS, "fit_authors": {"rank": "64", "teacher_tokenization": "student"}},
+        bridges={"fit": ACROSS, "fit_authors": ACROSS | FED_IDS},
     ),
 }

@@ -84,19 +84,17 @@ def weigh_rows(
     """The weight of every response row in each term, for the rollouts of a whole accumulation window.
 
     Padding, tool output, what comes after an id beyond the shared `vocabulary` (None: of no concern) and, if
-    so set, truncated rollouts are not supervised, nor is in the representation
-    term a row without a partner among the teacher's: they neither weigh nor count for `last=k`.
+    so set, truncated rollouts are not supervised, nor is in the representation term a row without a partner
+    among the teacher's: they neither weigh nor count for `last=k`.
     """
     supervised = inputs["completion_mask"] * inputs.get("tool_mask", 1) > 0
     supervised &= readable(inputs["completion_ids"], vocabulary)
     if settings.mask_truncated_completions:
         supervised = supervised & ~truncated[:, None]
+    paired = {"representation": inputs["teacher_rows"] >= 0} if "teacher_rows" in inputs else {}
     weights = {}
     for term, spec in zip(TERMS, (settings.positions, settings.output_positions, "all"), strict=True):
-        paired = (
-            inputs["teacher_rows"] >= 0 if term == "representation" and "teacher_rows" in inputs else True
-        )
-        mask = Positions.parse(spec).mask(supervised & paired)
+        mask = Positions.parse(spec).mask(supervised & paired.get(term, True))
         total = sum_over_ranks(num_units(mask, settings.reduction))
         weights[f"{term}_weights"] = row_weights(mask, settings.reduction, total)
     return weights

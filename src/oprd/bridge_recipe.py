@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,74 +11,65 @@ from oprd.errors import UserError
 from oprd.recipe import parse_recipe
 from oprd.rollouts import Sampling
 from oprd.selection import Positions
-from oprd.settings import TEACHER_TEMPLATES, TEACHER_TOKENIZATIONS
+from oprd.settings import TEACHER_TEMPLATES, TEACHER_TOKENIZATIONS, at_least, key, one_of
 
 DTYPES = ("auto", "float32", "bfloat16")
-
-
-def _key(default: Any, text: str) -> Any:
-    return field(default=default, metadata={"help": text})
 
 
 @dataclass
 class BridgeArguments:
     """The keys of a bridge recipe; defaults are the paper's where it names them."""
 
-    model_name_or_path: str = _key("", "Student: a Hub name, a folder or tiny:student.")
-    teacher_model_name_or_path: str = _key("", "Teacher: a Hub name, a folder or tiny:bridge-teacher.")
-    dataset_name: str = _key("", "Prompts: a Hub name, a folder, a parquet, jsonl or json file, or tiny.")
-    dataset_config: str | None = _key(None, "Configuration of a Hub dataset.")
-    dataset_train_split: str = _key("train", "Split of the dataset.")
-    output_dir: str = _key("", "Folder for the bridge and its report.")
-    layers: str = _key("all", "As in training (Eq. 11), or best: the monotone map that measures best.")
-    rank: str = _key("auto", "Directions per layer, or auto: as many as make the held-out Eq. 30 least.")
-    max_rank: int = _key(256, "Most directions that auto may choose.")
-    method: Method = _key("pca", "pca (Eq. 12) | rrr (reduced-rank regression) | cca.")
-    affine: str = _key("auto", "An offset beside P_S: auto (where it measures better) | true | false.")
-    standardize: bool = _key(False, "Divide every dimension by its deviation before the fit.")
-    directions: Directions = _key(
+    model_name_or_path: str = key("", "Student: a Hub name, a folder or tiny:student.")
+    teacher_model_name_or_path: str = key("", "Teacher: a Hub name, a folder or tiny:bridge-teacher.")
+    dataset_name: str = key("", "Prompts: a Hub name, a folder, a parquet, jsonl or json file, or tiny.")
+    dataset_config: str | None = key(None, "Configuration of a Hub dataset.")
+    dataset_train_split: str = key("train", "Split of the dataset.")
+    output_dir: str = key("", "Folder for the bridge and its report.")
+    layers: str = key("all", "As in training (Eq. 11), or best: the monotone map that measures best.")
+    rank: str = key("auto", "Directions per layer, or auto: as many as make the held-out Eq. 30 least.")
+    max_rank: int = key(256, "Most directions that auto may choose.")
+    method: Method = key("pca", "pca (Eq. 12) | rrr (reduced-rank regression) | cca.")
+    affine: str = key("auto", "An offset beside P_S: auto (where it measures better) | true | false.")
+    standardize: bool = key(False, "Divide every dimension by its deviation before the fit.")
+    directions: Directions = key(
         "leading", "leading | predictable (largest held-out gain; ρ² ≥ ½ under auto)."
     )
-    holdout: float = _key(0.1, "Share of rollouts held out to measure and choose.")
-    positions: str = _key("all", "Response rows of the fit: all | last=k | first=k.")
-    num_prompts: int = _key(2000, "Prompts to sample.")
-    num_generations: int = _key(1, "Rollouts per prompt.")
-    max_completion_length: int = _key(16384, "Longest rollout, in tokens.")
-    max_prompt_length: int | None = _key(None, "Drop (never cut) prompts of more tokens than this.")
-    temperature: float = _key(1.0, "Sampling temperature.")
-    top_p: float = _key(1.0, "Nucleus of the sampling distribution.")
-    top_k: int = _key(0, "Most likely tokens to sample from; 0 = all.")
-    batch_size: int = _key(16, "Rollouts generated and read at a time.")
-    final_norm: bool = _key(True, "Take the last layer after the final norm, as hidden_states[L].")
-    teacher_chat_template: str = _key("student", "student | own; with another tokenizer always own.")
-    teacher_tokenization: str = _key("own", "own | student (the authors' way, a baseline).")
-    chat_template_kwargs: dict | str | None = _key(None, "Arguments of the student's chat template.")
-    teacher_chat_template_kwargs: dict | str | None = _key(None, "Arguments of the teacher's.")
-    all_pairs_gib: float = _key(4.0, "Memory for comparing all layers of both models (CKA, layers: best).")
-    dtype: str = _key("auto", "Of both models: auto (the checkpoints') | float32 | bfloat16.")
-    seed: int = _key(42, "Seed of prompts and sampling.")
+    holdout: float = key(0.1, "Share of rollouts held out to measure and choose.")
+    positions: str = key("all", "Response rows of the fit: all | last=k | first=k.")
+    num_prompts: int = key(2000, "Prompts to sample.")
+    num_generations: int = key(1, "Rollouts per prompt.")
+    max_completion_length: int = key(16384, "Longest rollout, in tokens.")
+    max_prompt_length: int | None = key(None, "Drop (never cut) prompts of more tokens than this.")
+    temperature: float = key(1.0, "Sampling temperature.")
+    top_p: float = key(1.0, "Nucleus of the sampling distribution.")
+    top_k: int = key(0, "Most likely tokens to sample from; 0 = all.")
+    batch_size: int = key(16, "Rollouts generated and read at a time.")
+    final_norm: bool = key(True, "Take the last layer after the final norm, as hidden_states[L].")
+    teacher_chat_template: str = key("student", "student | own; with another tokenizer always own.")
+    teacher_tokenization: str = key("own", "own | student (the authors' way, a baseline).")
+    chat_template_kwargs: dict | str | None = key(None, "Arguments of the student's chat template.")
+    teacher_chat_template_kwargs: dict | str | None = key(None, "Arguments of the teacher's.")
+    all_pairs_gib: float = key(4.0, "Memory for comparing all layers of both models (CKA, layers: best).")
+    dtype: str = key("auto", "Of both models: auto (the checkpoints') | float32 | bfloat16.")
+    seed: int = key(42, "Seed of prompts and sampling.")
 
     def __post_init__(self) -> None:
         for name in ("model_name_or_path", "teacher_model_name_or_path", "dataset_name", "output_dir"):
             if not getattr(self, name):
                 raise UserError(f"the bridge recipe names no {name}: add it to the recipe or as a flag")
         for name in ("num_prompts", "num_generations", "batch_size", "max_rank", "max_completion_length"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} must be 1 or more, got {getattr(self, name)}")
+            at_least(name, getattr(self, name), 1)
         self.template_kwargs = _json_object("chat_template_kwargs", self.chat_template_kwargs)
         self.teacher_template_kwargs = _json_object(
             "teacher_chat_template_kwargs", self.teacher_chat_template_kwargs
         )
-        for name, allowed in (
-            ("teacher_chat_template", TEACHER_TEMPLATES),
-            ("teacher_tokenization", TEACHER_TOKENIZATIONS),
-            ("dtype", DTYPES),
-        ):
-            if getattr(self, name) not in allowed:
-                raise UserError(f"{name}: {getattr(self, name)!r} is not one of {', '.join(allowed)}")
+        one_of("teacher_chat_template", self.teacher_chat_template, TEACHER_TEMPLATES)
+        one_of("teacher_tokenization", self.teacher_tokenization, TEACHER_TOKENIZATIONS)
+        one_of("dtype", self.dtype, DTYPES)
         self.affine = str(self.affine).lower()
-        if self.affine not in (forms := {"auto": None, "true": True, "false": False}):
-            raise UserError(f"affine: {self.affine!r} is not one of auto, true, false")
+        forms = {"auto": None, "true": True, "false": False}
+        one_of("affine", self.affine, forms)
         if not (self.rank == "auto" or (self.rank.isdecimal() and int(self.rank) > 0)):
             raise UserError(f"rank: {self.rank!r} is neither auto nor a whole number from 1 on")
         chooses = self.rank == "auto" or self.layers == "best" or self.directions == "predictable"

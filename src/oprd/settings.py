@@ -25,7 +25,8 @@ STRINGS = (
 )
 
 
-def _key(default: Any, text: str) -> Any:
+def key(default: Any, text: str) -> Any:
+    """A recipe key: its default and its help."""
     return field(default=default, metadata={"help": text})
 
 
@@ -33,44 +34,44 @@ def _key(default: Any, text: str) -> Any:
 class ObjectiveSettings:
     """What is matched, where, how strongly; mixed into `OPRDConfig`."""
 
-    layers: str = _key("all", "all | last | even | odd | every=4 | 1,14,28 | 14=18,28=36 (student=teacher).")
-    positions: str = _key("last=2000", "Response rows of the representation loss: all | last=k | first=k.")
-    bridge: str | None = _key(
+    layers: str = key("all", "all | last | even | odd | every=4 | 1,14,28 | 14=18,28=36 (student=teacher).")
+    positions: str = key("last=2000", "Response rows of the representation loss: all | last=k | first=k.")
+    bridge: str | None = key(
         None, "A fitted bridge (file, or folder of oprd bridge) to compare states through."
     )
-    bridge_rank: int | None = _key(None, "Use the first so many directions of the bridge.")
-    representation_loss: str | None = _key(
+    bridge_rank: int | None = key(None, "Use the first so many directions of the bridge.")
+    representation_loss: str | None = key(
         None, " | ".join(REPRESENTATION_LOSSES) + "; default mse, with a bridge normalized_mse."
     )
-    representation_weight: str = _key("1.0", "μ of Eq. 7: a number, or a schedule such as 0=1.0,400=0.")
-    anchor_weight: str = _key(
+    representation_weight: str = key("1.0", "μ of Eq. 7: a number, or a schedule such as 0=1.0,400=0.")
+    anchor_weight: str = key(
         "0", "Holds what a bridge leaves open at the initial student; number or schedule."
     )
-    output_loss: str = _key("none", " | ".join(OUTPUT_LOSSES) + ".")
-    output_weight: str = _key("1.0", "Weight of the output loss: a number or a schedule.")
-    output_top_k: int = _key(16, "Support size k of the top-k losses.")
-    output_support: Support = _key("student", " | ".join(get_args(Support)) + ".")
-    output_positions: str = _key("all", "Response rows of the output loss: all | last=k | first=k.")
-    renormalize: bool = _key(True, "Renormalise both distributions on the top-k support (Eq. 5).")
-    divergence: Divergence = _key("reverse_kl", "Of full_vocab: " + " | ".join(get_args(Divergence)) + ".")
-    student_temperature: float = _key(1.0, "Divides the student's logits in output losses.")
-    teacher_temperature: float = _key(1.0, "Divides the teacher's logits in output losses.")
-    reduction: Reduction = _key("rollout", "rollout: mean of rollout means (Eq. 6); token: mean of all rows.")
-    num_generations: int = _key(2, "Rollouts per prompt; batch sizes count rollouts.")
-    mask_truncated_completions: bool = _key(False, "Leave rollouts cut at the length limit out of the loss.")
-    max_prompt_length: int | None = _key(None, "Drop (never cut) prompts of more tokens than this.")
-    final_norm: bool = _key(True, "Take the last layer after the final norm, as hidden_states[L].")
-    teacher_chat_template: str = _key(
+    output_loss: str = key("none", " | ".join(OUTPUT_LOSSES) + ".")
+    output_weight: str = key("1.0", "Weight of the output loss: a number or a schedule.")
+    output_top_k: int = key(16, "Support size k of the top-k losses.")
+    output_support: Support = key("student", " | ".join(get_args(Support)) + ".")
+    output_positions: str = key("all", "Response rows of the output loss: all | last=k | first=k.")
+    renormalize: bool = key(True, "Renormalise both distributions on the top-k support (Eq. 5).")
+    divergence: Divergence = key("reverse_kl", "Of full_vocab: " + " | ".join(get_args(Divergence)) + ".")
+    student_temperature: float = key(1.0, "Divides the student's logits in output losses.")
+    teacher_temperature: float = key(1.0, "Divides the teacher's logits in output losses.")
+    reduction: Reduction = key("rollout", "rollout: mean of rollout means (Eq. 6); token: mean of all rows.")
+    num_generations: int = key(2, "Rollouts per prompt; batch sizes count rollouts.")
+    mask_truncated_completions: bool = key(False, "Leave rollouts cut at the length limit out of the loss.")
+    max_prompt_length: int | None = key(None, "Drop (never cut) prompts of more tokens than this.")
+    final_norm: bool = key(True, "Take the last layer after the final norm, as hidden_states[L].")
+    teacher_chat_template: str = key(
         "student", "student: the teacher reads the student's ids; own: its template."
     )
-    teacher_tokenization: str = _key(
+    teacher_tokenization: str = key(
         "own",
         "With another tokenizer: own, the teacher reads the text; student, it is fed the student's ids "
         "(the authors' way, a baseline).",
     )
-    teacher_chat_template_kwargs: dict | str | None = _key(None, "Arguments of the teacher's chat template.")
-    output_chunk_size: int = _key(1024, "Rows of logits that exist at a time in output losses.")
-    diagnostics_steps: int = _key(0, "Every n steps, measure what the loss does not show; 0 = never.")
+    teacher_chat_template_kwargs: dict | str | None = key(None, "Arguments of the teacher's chat template.")
+    output_chunk_size: int = key(1024, "Rows of logits that exist at a time in output losses.")
+    diagnostics_steps: int = key(0, "Every n steps, measure what the loss does not show; 0 = never.")
 
     def check(self) -> None:
         """Normalise specs to strings, fill in defaults and refuse what no run could mean."""
@@ -78,22 +79,22 @@ class ObjectiveSettings:
             self.representation_loss = "normalized_mse" if self.bridge else "mse"
         for name in STRINGS:
             setattr(self, name, str(getattr(self, name)))
-        _one_of("representation_loss", self.representation_loss, REPRESENTATION_LOSSES)
-        _one_of("output_loss", self.output_loss, OUTPUT_LOSSES)
-        _one_of("output_support", self.output_support, get_args(Support))
-        _one_of("divergence", self.divergence, get_args(Divergence))
-        _one_of("reduction", self.reduction, get_args(Reduction))
-        _one_of("teacher_chat_template", self.teacher_chat_template, TEACHER_TEMPLATES)
-        _one_of("teacher_tokenization", self.teacher_tokenization, TEACHER_TOKENIZATIONS)
+        one_of("representation_loss", self.representation_loss, REPRESENTATION_LOSSES)
+        one_of("output_loss", self.output_loss, OUTPUT_LOSSES)
+        one_of("output_support", self.output_support, get_args(Support))
+        one_of("divergence", self.divergence, get_args(Divergence))
+        one_of("reduction", self.reduction, get_args(Reduction))
+        one_of("teacher_chat_template", self.teacher_chat_template, TEACHER_TEMPLATES)
+        one_of("teacher_tokenization", self.teacher_tokenization, TEACHER_TOKENIZATIONS)
         for name in ("student_temperature", "teacher_temperature"):
             if not 0 < getattr(self, name) < math.inf:
                 raise UserError(f"{name} must be above 0 and finite, got {getattr(self, name)}")
         for name in ("num_generations", "output_top_k", "output_chunk_size"):
-            _at_least(name, getattr(self, name), 1)
-        _at_least("diagnostics_steps", self.diagnostics_steps, 0)
+            at_least(name, getattr(self, name), 1)
+        at_least("diagnostics_steps", self.diagnostics_steps, 0)
         for name in ("max_prompt_length", "bridge_rank"):
             if getattr(self, name) is not None:
-                _at_least(name, getattr(self, name), 1)
+                at_least(name, getattr(self, name), 1)
         if self.bridge_rank is not None and self.bridge is None:
             raise UserError("bridge_rank is set, but there is no bridge: name one, or leave bridge_rank out")
         if self.anchor_schedule.ever_active and self.bridge is None:
@@ -150,11 +151,13 @@ class ObjectiveSettings:
             )
 
 
-def _one_of(name: str, value: str, allowed: Any) -> None:
+def one_of(name: str, value: str, allowed: Any) -> None:
+    """Raise `UserError` unless a key's value is an allowed one."""
     if value not in allowed:
         raise UserError(f"{name}: {value!r} is not one of {', '.join(allowed)}")
 
 
-def _at_least(name: str, value: int, least: int) -> None:
+def at_least(name: str, value: int, least: int) -> None:
+    """Raise `UserError` for a value below the least."""
     if value < least:
         raise UserError(f"{name} must be {least} or more, got {value}")

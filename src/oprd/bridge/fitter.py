@@ -69,9 +69,10 @@ class BridgeFitter:
         hashes = rollout_hash(self._ids(rollout_ids, count))
         self._claim_widths({key: x.shape[1] for key, x in rows.items()})
         held_out = is_held_out(hashes, self.holdout)
-        self._training.update(_pick(rows, ~held_out), _device(rows))
-        self._held_out.update(_pick(rows, held_out), _device(rows))
-        self._sample.add(hashes[held_out.numpy()], _pick(rows, held_out))
+        apart, device = _pick(rows, held_out), _device(rows)
+        self._training.update(_pick(rows, ~held_out), device)
+        self._held_out.update(apart, device)
+        self._sample.add(hashes[held_out.numpy()], apart)
         self.num_rows += count
 
     def merge(self, other: "BridgeFitter") -> None:

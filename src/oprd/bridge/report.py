@@ -60,9 +60,8 @@ def _directions(layers: dict[int, dict[str, Any]]) -> Figure:
         kept = [direction for direction in report["directions"] if direction < shown]
         axes.plot(kept, [row] * len(kept), "|", color="white", markersize=4)
     axes.set_yticks(range(len(layers)), [f"{s} = {r['teacher_layer']}" for s, r in layers.items()])
-    axes.set_xticks(
-        range(0, shown, max(1, shown // 16)), [str(i + 1) for i in range(0, shown, max(1, shown // 16))]
-    )
+    ticks = range(0, shown, max(1, shown // 16))
+    axes.set_xticks(ticks, [str(tick + 1) for tick in ticks])
     figure.colorbar(image, label="held-out ρ²; white: kept")
     return figure
 

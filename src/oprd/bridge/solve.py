@@ -3,7 +3,7 @@
 Everything is float64 and pure. `Joint` holds the moments of one pair of layers; n rows, widths d_S, d_T.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float
@@ -54,14 +54,8 @@ class Joint:
             scatter.diagonal() > CONSTANT * self.count * mean.square()
             for scatter, mean in ((self.student, self.student_mean), (self.teacher, self.teacher_mean))
         )
-        return Joint(
-            self.count,
-            self.student_mean,
-            self.teacher_mean,
-            self.student * student[:, None] * student,
-            self.teacher * teacher[:, None] * teacher,
-            self.cross * student[:, None] * teacher,
-        )
+        varying = self.scaled(student, teacher)
+        return replace(varying, student_mean=self.student_mean, teacher_mean=self.teacher_mean)
 
     def scaled(self, student: Float[Tensor, " S"], teacher: Float[Tensor, " T"]) -> "Joint":
         """The moments of the rows after multiplying every dimension by its scale."""

@@ -482,7 +482,7 @@ def test_one_tokenizer_pairs_every_token_with_itself(data, name):
     identity = [(i, i) for i in range(len(ids))]
     assert align(side, ids, side, ids) == identity
     aligned = Aligner(side.tokenizer, side.tokenizer).align(ids)
-    assert aligned == AlignedResponse(ids, identity, len(ids), invalid_utf8=False)
+    assert aligned == AlignedResponse(ids, identity, len(ids), invalid_utf8=False, ends_together=True)
     assert aligned.coverage == (1.0 if ids else 0.0)
 
 
@@ -734,13 +734,13 @@ def test_a_literal_replacement_character_is_text():
 
 def test_a_response_and_its_end():
     aligned = Aligner(D.tokenizer, N.tokenizer).align(D.ids("1", "2", "3", "4", "5", "<|im_end|>"))
-    assert aligned == AlignedResponse(N.ids("123", "45", "<|end|>"), [(0, 0), (3, 1), (5, 2)], 6, False)
+    assert aligned == AlignedResponse(N.ids("123", "45", "<|end|>"), [(0, 0), (3, 1), (5, 2)], 6, False, True)
     assert aligned.coverage == 0.5
     back = Aligner(N.tokenizer, D.tokenizer)
     for end in "<|end|>", "<|endoftext|>":
         assert back.align(torch.tensor(N.ids("12", end))).teacher_ids == D.ids("1", "2", "<|im_end|>")
     assert back.align(N.ids("12", "<bos>")).teacher_ids == D.ids("1", "2")
-    assert back.align(N.ids("<|end|>")) == AlignedResponse(D.ids("<|im_end|>"), [(0, 0)], 1, False)
+    assert back.align(N.ids("<|end|>")) == AlignedResponse(D.ids("<|im_end|>"), [(0, 0)], 1, False, True)
     assert back.align([]) == AlignedResponse([], [], 0, False) and back.align([]).coverage == 0.0
 
 
@@ -835,7 +835,7 @@ def test_vocabularies_are_compared_without_added_tokens():
     ids = [*spelled(b"a\xff"), *D.ids("<|im_end|>"), 10**6]
     identity = [(n, n) for n in range(4)]
     assert align_tokens(D.tokenizer, ids, variant, ids) == identity
-    assert Aligner(D.tokenizer, variant).align(ids) == AlignedResponse(ids, identity, 4, False)
+    assert Aligner(D.tokenizer, variant).align(ids) == AlignedResponse(ids, identity, 4, False, True)
     # Unequal ids go by their bytes.
     assert align_tokens(D.tokenizer, D.ids("1", "2"), variant, D.ids("1", "3")) == [(0, 0)]
 

@@ -48,6 +48,7 @@ class AlignedResponse:
     rows: Pairs  # (student, teacher) rows that have read the same
     num_rows: int  # the student's
     invalid_utf8: bool
+    ends_together: bool = False  # all has been read, and the end tokens pair
 
     @property
     def coverage(self) -> float:
@@ -72,7 +73,8 @@ class Aligner:
         """
         ids = _as_list(student_ids)
         if self.same_vocabulary:
-            return AlignedResponse(ids, [(t, t) for t in range(len(ids))], len(ids), invalid_utf8=False)
+            rows = [(t, t) for t in range(len(ids))]
+            return AlignedResponse(ids, rows, len(ids), invalid_utf8=False, ends_together=True)
         student = spelling(self.student_tokenizer, "student")
         plain = [NOTHING if i in student.controls else i for i in ids]
         if ids and ids[-1] in student.ends:
@@ -85,7 +87,8 @@ class Aligner:
             teacher_ids.append(end)
         pairs = _most_pairs(student, plain, spelling(self.teacher_tokenizer, "teacher"), teacher_ids)
         rows = row_pairs(pairs, len(ids), len(teacher_ids))
-        return AlignedResponse(teacher_ids, rows, len(ids), invalid_utf8=valid < len(response.text))
+        ends = response.ended and pairs[-1:] == [(len(ids) - 1, len(teacher_ids) - 1)]
+        return AlignedResponse(teacher_ids, rows, len(ids), valid < len(response.text), ends)
 
 
 def _as_list(ids: Ids) -> list[int]:

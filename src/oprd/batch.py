@@ -30,17 +30,19 @@ class Batch:
     output_weights: Float[Tensor, "B T"]
     anchor_weights: Float[Tensor, "B T"] | None = None
     teacher_rows: Int[Tensor, "B T"] | None = None
+    teacher_tokens: Int[Tensor, "B T2"] | None = None  # −1 where there is none
 
     @classmethod
     def of(cls, inputs: Inputs) -> "Batch":
         """Read TRL's `prompt_*` and `completion_*`, all `*_weights` and, where given, `teacher_*`."""
         completion = inputs["completion_ids"], inputs["completion_mask"]
         student = Reading.of(inputs["prompt_ids"], inputs["prompt_mask"], *completion)
-        teacher = student
+        teacher, tokens = student, None
         if "teacher_prompt_ids" in inputs:
             read = completion
             if "teacher_completion_ids" in inputs:
                 read = inputs["teacher_completion_ids"], inputs["teacher_completion_mask"]
+                tokens = read[0].masked_fill(read[1] == 0, -1)
             teacher = Reading.of(inputs["teacher_prompt_ids"], inputs["teacher_prompt_mask"], *read)
         return cls(
             student,
@@ -50,6 +52,7 @@ class Batch:
             inputs["output_weights"],
             inputs.get("anchor_weights"),
             inputs.get("teacher_rows"),
+            tokens,
         )
 
     def on_teacher(self, mask: Bool[Tensor, "B T"]) -> Bool[Tensor, "B T2"]:
@@ -60,6 +63,42 @@ class Batch:
         rollouts, rows = mask.nonzero(as_tuple=True)
         placed[rollouts, self.teacher_rows[rollouts, rows]] = True
         return placed
+
+    def spans(self, mask: Bool[Tensor, "B T"]) -> "Spans":
+        """The spans of text that the rows of `mask` write, none in part, and the teacher's rows of these."""
+        assert self.teacher_rows is not None and self.teacher_tokens is not None
+        ours = _spans(self.teacher_rows >= 0)
+        wanted = torch.zeros_like(ours).scatter_add(1, ours, mask.long()) > 0
+        starts = torch.zeros_like(self.teacher_tokens, dtype=torch.bool)
+        starts[:, : self.teacher.num_rows] = self.on_teacher(self.teacher_rows >= 0)
+        theirs = _spans(starts)
+        written = wanted.gather(1, theirs) & (self.teacher_tokens >= 0)
+        first = torch.arange(len(mask), device=mask.device)[:, None] * (mask.shape[1] + 1)
+        return Spans((first + ours)[mask], (first + theirs)[written], written)
+
+
+@dataclass(frozen=True)
+class Spans:
+    """The numbers of the spans that rows write: consecutive within a rollout, never from one to the next."""
+
+    student: Int[Tensor, " N"]
+    teacher: Int[Tensor, " M"]
+    teacher_mask: Bool[Tensor, "B T2"]
+
+
+def _spans(starts: Bool[Tensor, "B T"]) -> Int[Tensor, "B T"]:
+    """The number of every row's span within its rollout, given where spans start."""
+    return (starts.cumsum(-1) - 1).clamp(min=0)
+
+
+def whole_spans(mask: Bool[Tensor, "B T"], inputs: Inputs) -> Bool[Tensor, "B T"]:
+    """The rows of `mask` whose span lies within it and ends where the teacher's does."""
+    written = inputs["completion_mask"] > 0
+    span = _spans(inputs["teacher_rows"] >= 0)
+    last = span.masked_fill(~written, -1).amax(-1, keepdim=True)
+    open_ended = (span == last) & ~inputs["ends_together"][:, None]
+    missing = torch.zeros_like(span).scatter_add(1, span, (written & ~mask).long()).gather(1, span)
+    return mask & (missing == 0) & ~open_ended
 
 
 def truncated_rollouts(inputs: Inputs, eos_token_ids: Sequence[int]) -> Bool[Tensor, " B"]:
@@ -85,7 +124,8 @@ def weigh_rows(
 
     Padding, tool output, what comes after an id beyond the shared `vocabulary` (None: of no concern) and, if
     so set, truncated rollouts are not supervised, nor is in the representation term a row without a partner
-    among the teacher's: they neither weigh nor count for `last=k`.
+    among the teacher's: they neither weigh nor count for `last=k`. Across tokenizers the output term takes
+    whole spans of text alone.
     """
     supervised = inputs["completion_mask"] * inputs.get("tool_mask", 1) > 0
     supervised &= readable(inputs["completion_ids"], vocabulary)
@@ -95,6 +135,8 @@ def weigh_rows(
     weights = {}
     for term, spec in zip(TERMS, (settings.positions, settings.output_positions, "all"), strict=True):
         mask = Positions.parse(spec).mask(supervised & paired.get(term, True))
+        if term == "output" and "teacher_rows" in inputs:
+            mask = whole_spans(mask, inputs)
         total = sum_over_ranks(num_units(mask, settings.reduction))
         weights[f"{term}_weights"] = row_weights(mask, settings.reduction, total)
     return weights

@@ -5,7 +5,7 @@ and lets no gradient reach the teacher. p is the student's distribution, q the t
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, get_args
 
 import torch
@@ -37,6 +37,41 @@ def sampled_token(student_logits: Logits, teacher_logits: Logits, tokens: Int[Te
     log_q = teacher_logits.log_softmax(-1).gather(-1, tokens[:, None])
     advantage = (log_p - log_q).detach()
     return _with_gradient(advantage.squeeze(-1), advantage, log_p)
+
+
+def sampled_text(
+    log_p: Float[Tensor, " N"],
+    log_q: Float[Tensor, " M"],
+    student_spans: Int[Tensor, " N"],
+    teacher_spans: Int[Tensor, " M"],
+) -> Rows:
+    """Eq. 3 and 19 across tokenizers: log p − log q of the text that two models write in different tokens.
+
+    A span is the text between two positions at which both have read the same. `*_spans` numbers that of every
+    token, in order, consecutive where one follows on the other; `log_p`, `log_q` are the tokens'
+    log-probabilities. The values of a span's student tokens sum to A = log p(span) − log q(span).
+
+    The gradient is Σ A · ∇ log p of the span's tokens and of the token after it, for only then is it settled
+    how the teacher cuts the text: to it, the token `12` says that no digit follows, and who ends the number
+    there has to answer for it. Where every span is one token, that last part has zero mean, and the value
+    is `sampled_token`'s.
+    """
+    num_spans = int(torch.cat([student_spans, teacher_spans]).max()) + 1 if len(log_p) else 0
+    spans = log_p.detach().new_zeros(num_spans)
+    teacher = spans.index_add(0, teacher_spans, log_q.detach().to(log_p))
+    advantage = spans.index_add(0, student_spans, log_p.detach()) - teacher
+    size = spans.index_add(0, student_spans, torch.ones_like(log_p.detach()))[student_spans]
+    before = student_spans.roll(1)
+    follows_on = student_spans == before + 1
+    credit = advantage[student_spans] + torch.where(follows_on, advantage[before], 0)
+    value = log_p.detach() - teacher[student_spans] / size
+    return _with_gradient(value, credit[:, None], log_p[:, None])
+
+
+def log_probs(logits: Logits, tokens: Int[Tensor, " N"]) -> Rows:
+    """log-softmax of every row at its token, in float32 or wider."""
+    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return wide.log_softmax(-1).gather(-1, tokens[:, None]).squeeze(-1)
 
 
 def full_vocab(student_logits: Logits, teacher_logits: Logits, divergence: Divergence = "reverse_kl") -> Rows:
@@ -142,30 +177,20 @@ def top_k_overlap(student_logits: Logits, teacher_logits: Logits, k: int = 16) -
     return support_tokens(student_logits, teacher_logits, k, "intersection")[1].float().mean(-1)
 
 
-def in_chunks(
-    loss: Callable[[Tensor, Tensor, Tensor], Tensor],
-    student_rows: Float[Tensor, "N D_S"],
-    teacher_rows: Float[Tensor, "N D_T"],
-    tokens: Int[Tensor, " N"],
-    chunk_size: int,
-) -> Tensor:
-    """`loss(student_rows, teacher_rows, tokens)` over chunks of rows, recomputed in the backward.
+def in_chunks(loss: Callable[..., Tensor], rows: Sequence[Tensor], chunk_size: int) -> Tensor:
+    """`loss(*rows)` over chunks of rows, recomputed in the backward.
 
     `loss` runs the LM heads, so at most `chunk_size` rows of logits exist at a time. Its result's
     first dimension is that of its rows. Raises `UserError` for inputs of different lengths.
     """
     if chunk_size < 1:
         raise UserError(f"chunk_size must be 1 or more, got {chunk_size}")
-    if not len(student_rows) == len(teacher_rows) == len(tokens):
-        raise UserError(
-            f"{len(student_rows)} student rows, {len(teacher_rows)} teacher rows and {len(tokens)} tokens do "
-            "not pair up: rows must be those of the same positions"
-        )
+    lengths = [len(x) for x in rows]
+    if len(set(lengths)) > 1:
+        raise UserError(f"{lengths} rows do not pair up: they must be those of the same positions")
     pieces = [
-        checkpoint(
-            loss, *(x[i : i + chunk_size] for x in (student_rows, teacher_rows, tokens)), use_reentrant=False
-        )
-        for i in range(0, max(len(tokens), 1), chunk_size)
+        checkpoint(loss, *(x[i : i + chunk_size] for x in rows), use_reentrant=False)
+        for i in range(0, max(lengths[0], 1), chunk_size)
     ]
     return torch.cat(pieces)
 

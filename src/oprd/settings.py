@@ -10,7 +10,7 @@ from oprd.objective import Reduction, Schedule
 from oprd.output_space import Divergence, Support
 from oprd.selection import Positions
 
-OUTPUT_LOSSES = ("none", "sampled_token", "top_k", "top_k_authors", "full_vocab")
+OUTPUT_LOSSES = ("none", "sampled_token", "sampled_text", "top_k", "top_k_authors", "full_vocab")
 TEACHER_TEMPLATES = ("student", "own")
 TEACHER_TOKENIZATIONS = ("own", "student")
 

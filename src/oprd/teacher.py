@@ -125,8 +125,9 @@ def shared_vocabulary(
         ours, theirs = student_tokenizer.get_vocab(), teacher.tokenizer.get_vocab()
         raise UserError(
             f"student and teacher have different vocabularies ({len(ours.items() ^ theirs.items())} entries "
-            "differ), so output losses are not defined, nor is a comparison of states without a bridge: use "
-            "a teacher of the same tokenizer, or a bridge (oprd bridge) with output_loss: none"
+            "differ), so output losses over tokens are not defined, nor is a comparison of states without a "
+            "bridge: use a teacher of the same tokenizer, or a bridge (oprd bridge) with output_loss: none "
+            "or sampled_text"
         )
     if student_tokenizer.eos_token_id != teacher.tokenizer.eos_token_id:
         logger.warning(

@@ -219,7 +219,7 @@ class OPRDTrainer(DistillationTrainer):
 
     def _row_weights(self, batch: dict[str, Any]) -> dict[str, Tensor]:
         truncated = truncated_rollouts(batch, self.eos_token_ids)
-        vocabulary = self.update.vocabulary
+        vocabulary = self.update.output.vocabulary
         return weigh_rows(
             batch, truncated, self.args, lambda units: self.accelerator.gather(units).sum(), vocabulary
         )

@@ -67,9 +67,10 @@ class Translation:
     def responses(
         self, ids: Int[Tensor, "B T"], mask: Int[Tensor, "B T"]
     ) -> tuple[dict[str, Tensor], list[AlignedResponse]]:
-        """`teacher_completion_ids`, their mask, and `teacher_rows`, unless one vocabulary makes them equal.
+        """`teacher_completion_ids`, mask, `teacher_rows`, `ends_together`; nothing if they are the student's.
 
-        `teacher_rows[b, t]` is the teacher's row that has read what the student's row t has, −1 without one.
+        `teacher_rows[b, t]` is the teacher's row that has read what the student's row t has, −1 without one;
+        `ends_together[b]` tells whether both end with all that they read in common.
         """
         if self.aligner is None:
             return {}, []
@@ -85,6 +86,7 @@ class Translation:
             "teacher_completion_ids": pad_sequence(read, batch_first=True, padding_value=self._pad_id),
             "teacher_completion_mask": pad_sequence([torch.ones_like(x) for x in read], batch_first=True),
             "teacher_rows": teacher_rows,
+            "ends_together": torch.tensor([response.ends_together for response in aligned]),
         }
         self._check_coverage(aligned)
         return {name: tensor.to(ids.device) for name, tensor in tensors.items()}, aligned

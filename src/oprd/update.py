@@ -6,30 +6,26 @@ Knows models and tensors, not trainers: `Update` is what a trainer calls between
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from oprd import output_space
-from oprd.alignment import same_vocabulary
 from oprd.anchor import Anchor
 from oprd.batch import TERMS, Batch
 from oprd.capture import backbone, num_layers
 from oprd.comparison import Comparison, States
-from oprd.diagnostics import add_output_statistics, add_representation_cosine
-from oprd.errors import UserError
+from oprd.diagnostics import add_representation_cosine
 from oprd.freezing import freeze_unreached
-from oprd.head import Head
 from oprd.losses import REPRESENTATION_LOSSES
 from oprd.meters import Averages, Stopwatch
 from oprd.objective import output_loss, representation_loss
+from oprd.output_term import OutputTerm
 from oprd.reading import Want, read_states
 from oprd.selection import LayerMap
 from oprd.settings import ObjectiveSettings
-from oprd.teacher import Teacher, shared_vocabulary
+from oprd.teacher import Teacher
 
 logger = logging.getLogger(__name__)
 
@@ -50,7 +46,7 @@ class Update:
     comparison: Comparison
     student: PreTrainedModel
     teacher: Teacher
-    vocabulary: int | None
+    output: OutputTerm
     anchor: Anchor | None
     averages: Averages
     stopwatch: Stopwatch
@@ -69,28 +65,19 @@ class Update:
         Raises `UserError` where student, teacher and settings do not fit.
         """
         comparison = Comparison.of(settings, student, tokenizer, teacher, device)
-        vocabulary = _vocabulary(settings, student, tokenizer, teacher)
-        if vocabulary and settings.output_loss.startswith("top_k") and settings.output_top_k > vocabulary:
-            k = settings.output_top_k
-            raise UserError(f"output_top_k is {k}, but the vocabulary has {vocabulary} tokens: lower it")
+        output = OutputTerm.bind(settings, student, tokenizer, teacher)
         anchor = None
         if settings.anchor_schedule.ever_active and comparison.bridge is not None:
             anchor = Anchor.of(student, comparison.bridge, comparison.layer_map.student_layers)
         meters = Averages(), Stopwatch(device)
-        update = cls(settings, comparison, student, teacher, vocabulary, anchor, *meters)
-        if settings.output_schedule.ever_active:
-            _ = update.heads
-        elif student.get_output_embeddings().weight is student.get_input_embeddings().weight:
+        update = cls(settings, comparison, student, teacher, output, anchor, *meters)
+        if not settings.output_schedule.ever_active and (
+            student.get_output_embeddings().weight is student.get_input_embeddings().weight
+        ):
             logger.warning("the student's LM head is tied to its input embedding, so it moves along with it")
         if frozen := freeze_unreached(student, settings, comparison.layer_map):
             logger.info("frozen, since no loss reaches it: %s", ", ".join(frozen))
         return update
-
-    @cached_property
-    def heads(self) -> tuple[Head, Head]:
-        """Both LM heads, made when logits are first wanted; raises `UserError` if one cannot be had."""
-        assert self.vocabulary is not None
-        return Head.of(self.student, self.vocabulary), Head.of(self.teacher.model, self.vocabulary)
 
     def loss(self, batch: Batch, step: int) -> Tensor:
         """μ · representation + w · output (Eq. 7) + a · anchor of one micro-batch at update `step`, 0-based.
@@ -109,14 +96,14 @@ class Update:
     def observe(self, batch: Batch, step: int) -> None:
         """Measure on `batch` what `loss` does not show at this step: cosines, entropies, top-k overlap."""
         off = [term for term, schedule in self.settings.schedules.items() if schedule(step) == 0]
-        possible = {"representation": self._comparable, "output": self.vocabulary is not None}
+        possible = {"representation": self._comparable, "output": self.output.vocabulary is not None}
         student, teacher = self._read(batch, [term for term in off if possible.get(term)])
         if "representation" in student:
             weights = batch.representation_weights[batch.representation_weights > 0]
             wanted = self.comparison.by_student_layer(teacher["representation"])
             add_representation_cosine(self.averages, student["representation"], wanted, weights)
         if "output" in student:
-            self._observe_output(student["output"], teacher["output"])
+            self.output.observe(self.averages, *_last(student["output"], teacher["output"]))
 
     @property
     def layer_map(self) -> LayerMap:
@@ -141,7 +128,8 @@ class Update:
                 teacher_wants[term] = Want(layers.teacher_layers, read, norm, here.teacher)
             elif term == "output":
                 student_wants[term] = Want((num_layers(self.student),), mask)
-                teacher_wants[term] = Want((self.teacher.num_layers,), batch.on_teacher(mask))
+                read = self.output.teacher_mask(batch, mask)
+                teacher_wants[term] = Want((self.teacher.num_layers,), read)
             else:
                 student_wants[term] = Want(layers.student_layers, mask, norm)
         if not student_wants:
@@ -199,49 +187,20 @@ class Update:
         return per_layer
 
     def _output(self, batch: Batch, student: dict[int, Tensor], teacher: dict[int, Tensor]) -> Tensor:
-        (student_rows,), (teacher_rows,) = student.values(), teacher.values()
-        mask = batch.output_weights > 0
-        values = output_space.in_chunks(
-            self._row_values, student_rows, teacher_rows, batch.tokens[mask], self.settings.output_chunk_size
-        )
+        mask, rows = batch.output_weights > 0, _last(student, teacher)
+        values = self.output.values(batch, *rows)
         value = output_loss(values, batch.output_weights[mask])
         if not torch.isfinite(value):
             raise NonFiniteLoss("the output loss is not finite, behind the last layer", _where(values, mask))
         self.averages.add("loss/output", value)
-        self._observe_output(student, teacher)
+        self.output.observe(self.averages, *rows)
         return value
 
-    def _row_values(self, student_rows: Tensor, teacher_rows: Tensor, tokens: Tensor) -> Tensor:
-        settings = self.settings
-        student_head, teacher_head = self.heads
-        student_logits = student_head(student_rows) / settings.student_temperature
-        teacher_logits = teacher_head(teacher_rows).to(student_logits.device)
-        teacher_logits = teacher_logits / settings.teacher_temperature
-        if settings.output_loss == "sampled_token":
-            return output_space.sampled_token(student_logits, teacher_logits, tokens)
-        if settings.output_loss == "full_vocab":
-            return output_space.full_vocab(student_logits, teacher_logits, settings.divergence)
-        k, support = settings.output_top_k, settings.output_support
-        if settings.output_loss == "top_k_authors":
-            return output_space.top_k_authors(student_logits, teacher_logits, k, support)
-        return output_space.top_k(student_logits, teacher_logits, k, support, settings.renormalize)
 
-    def _observe_output(self, student: dict[int, Tensor], teacher: dict[int, Tensor]) -> None:
-        (student_rows,), (teacher_rows,) = student.values(), teacher.values()
-        add_output_statistics(self.averages, *self.heads, student_rows, teacher_rows)
-
-
-def _vocabulary(
-    settings: ObjectiveSettings,
-    student: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    teacher: Teacher,
-) -> int | None:
-    """Size of the shared vocabulary; None where there is none and, with a bridge, none is needed."""
-    other = teacher.tokenizer is not None and not same_vocabulary(tokenizer, teacher.tokenizer)
-    if other and settings.bridge is not None and not settings.output_schedule.ever_active:
-        return None
-    return shared_vocabulary(student, tokenizer, teacher)
+def _last(student: States, teacher: States) -> tuple[Tensor, Tensor]:
+    """The final states that an output term reads."""
+    (ours,), (theirs,) = student.values(), teacher.values()
+    return ours, theirs
 
 
 def _where(values: Tensor, mask: Tensor) -> list[int]:

@@ -246,6 +246,92 @@ def test_sampled_token_has_the_exact_gradient_in_expectation():
     np.testing.assert_allclose(p @ plain_gradient, 0, atol=1e-12)
 
 
+# Sampled text: spans of several tokens
+
+
+def by_span(log_p, log_q, student_spans, teacher_spans):
+    """Value and the weight of every ∇ log p, span by span."""
+    value, weight = np.zeros(len(log_p)), np.zeros(len(log_p))
+    for span in set(student_spans):
+        ours = [n for n, s in enumerate(student_spans) if s == span]
+        teacher = sum(q for q, s in zip(log_q, teacher_spans, strict=True) if s == span)
+        advantage = sum(log_p[n] for n in ours) - teacher
+        value[ours] = [log_p[n] - teacher / len(ours) for n in ours]
+        weight[ours] += advantage
+        if (after := ours[-1] + 1) < len(log_p) and student_spans[after] == span + 1:
+            weight[after] += advantage
+    return value, weight
+
+
+@pytest.mark.parametrize(
+    ("student_spans", "teacher_spans"),
+    [
+        ([0, 0, 1, 2, 2, 2, 5, 6, 6], [0, 1, 1, 2, 2, 5, 6]),
+        ([3], [3, 3]),
+        ([4, 4, 7], [4, 7]),
+        ([], []),
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_sampled_text_span_by_span(student_spans, teacher_spans, dtype):
+    generator = torch.Generator().manual_seed(1)
+    log_p, log_q = (-torch.rand(len(s), generator=generator).double() for s in (student_spans, teacher_spans))
+    ours = log_p.to(dtype).requires_grad_()
+    theirs = log_q.to(dtype).requires_grad_()
+    spans = [torch.tensor(s, dtype=torch.long) for s in (student_spans, teacher_spans)]
+    value = output_space.sampled_text(ours, theirs, *spans)
+    wanted, weight = by_span(log_p.tolist(), log_q.tolist(), student_spans, teacher_spans)
+    scale = torch.linspace(1, 2, len(ours), dtype=dtype)
+    (value * scale).sum().backward()
+    assert value.dtype == dtype and theirs.grad is None
+    np.testing.assert_allclose(value.detach().double(), wanted, atol=TOLERANCE[dtype])
+    np.testing.assert_allclose(ours.grad.double(), weight * scale.double().numpy(), atol=TOLERANCE[dtype])
+
+
+def test_sampled_text_of_one_token_spans_is_the_sampled_token_in_expectation():
+    """Two tokens from three, the second's distribution depending on the first; every outcome, weighed."""
+    torch.manual_seed(0)
+    first, second = torch.randn(3).double().requires_grad_(), torch.randn(3, 3).double().requires_grad_()
+    q_first, q_second = torch.randn(3).double(), torch.randn(3, 3).double()
+    expected = {"text": 0.0, "token": 0.0}
+    for a in range(3):
+        for b in range(3):
+            tokens = torch.tensor([a, b])
+            student, teacher = torch.stack([first, second[a]]), torch.stack([q_first, q_second[a]])
+            log_p, log_q = output_space.log_probs(student, tokens), output_space.log_probs(teacher, tokens)
+            chance = log_p.sum().detach().exp()
+            text = output_space.sampled_text(log_p, log_q, torch.tensor([0, 1]), torch.tensor([0, 1]))
+            token = output_space.sampled_token(student, teacher, tokens)
+            torch.testing.assert_close(text, token, rtol=1e-12, atol=1e-12)
+            expected["text"] += chance * text.sum()
+            expected["token"] += chance * token.sum()
+    text, token = (torch.autograd.grad(value, [first, second]) for value in expected.values())
+    for ours, wanted in zip(text, token, strict=True):
+        torch.testing.assert_close(ours, wanted, rtol=1e-12, atol=1e-12)
+        assert wanted.abs().max() > 1e-2
+
+
+def test_who_ends_a_number_too_early_answers_for_it():
+    """To a teacher with tokens of two digits, `12` says at once that the number ends."""
+    log_p = torch.tensor([-0.1, -0.1, -0.2], requires_grad=True)  # 1, 2, end
+    value = output_space.sampled_text(
+        log_p, torch.tensor([-9.0, -0.01]), torch.tensor([0, 0, 1]), torch.tensor([0, 1])
+    )
+    value.sum().backward()
+    assert (log_p.grad > 8).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_log_probs(dtype):
+    logits, _, tokens = make_logits((7, 33), dtype)
+    values = output_space.log_probs(logits, tokens)
+    wanted = reference.log_softmax(logits.detach().double().numpy())[np.arange(7), tokens]
+    assert values.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    np.testing.assert_allclose(
+        values.detach().double(), wanted, atol=1e-5 if dtype != torch.float64 else 1e-12
+    )
+
+
 # Full vocabulary
 
 
@@ -419,7 +505,7 @@ def test_chunks_equal_the_whole(chunk_size, num_rows):
     whole = loss(rows, teacher_rows, tokens)
     whole_gradients = torch.autograd.grad((weights * whole).sum(), inputs)
     widest.clear()
-    chunked = output_space.in_chunks(loss, rows, teacher_rows, tokens, chunk_size)
+    chunked = output_space.in_chunks(loss, (rows, teacher_rows, tokens), chunk_size)
     gradients = torch.autograd.grad((weights * chunked).sum(), inputs)
 
     assert chunked.shape == (num_rows, 2)
@@ -435,7 +521,7 @@ def test_chunks_refuse_rows_that_do_not_match(num_teacher, num_tokens):
     rows, teacher_rows = torch.zeros(7, 4, requires_grad=True), torch.zeros(num_teacher, 4)
     with pytest.raises(UserError, match="rows"):
         output_space.in_chunks(
-            lambda s, t, _: s.sum(-1), rows, teacher_rows, torch.zeros(num_tokens, dtype=torch.long), 3
+            lambda s, t, _: s.sum(-1), (rows, teacher_rows, torch.zeros(num_tokens, dtype=torch.long)), 3
         )
 
 
@@ -444,5 +530,5 @@ def test_chunks_refuse_a_size_below_one(chunk_size):
     rows = torch.zeros(7, 4, requires_grad=True)
     with pytest.raises(UserError, match="chunk"):
         output_space.in_chunks(
-            lambda s, t, _: s.sum(-1), rows, rows, torch.zeros(7, dtype=torch.long), chunk_size
+            lambda s, t, _: s.sum(-1), (rows, rows, torch.zeros(7, dtype=torch.long)), chunk_size
         )

@@ -166,6 +166,38 @@ def translated(tokenizer, teacher_tokenizer, completion: list[int]) -> tuple[lis
     return ids, {i: j for i, j in read if i < len(completion) and j < len(ids)}
 
 
+def text_spans(completion, ids, rows, ends) -> list[tuple[range, range]]:
+    """The rows of both models that write the text from one pair of rows to the next; the last if both end."""
+    if not rows:
+        return []
+    starts = sorted(rows.items())
+    stops = [*starts[1:], (len(completion), len(ids))]
+    spans = [(range(i, k), range(j, m)) for (i, j), (k, m) in zip(starts, stops, strict=True)]
+    return spans if (completion[-1], ids[-1]) == ends else spans[:-1]
+
+
+def text_loss(student, teacher, given, read, ends, positions="all", reduction="rollout", temperatures=(1, 1)):
+    """The sampled token's loss over spans of text; the span's advantage goes to the row after it as well."""
+    values = []
+    for (prompt, completion, supervised), (other, ids, rows) in zip(given, read, strict=True):
+        log_p = (states_and_logits(student, prompt, completion)[1] / temperatures[0]).log_softmax(-1)
+        with torch.no_grad():
+            log_q = (states_and_logits(teacher, other, ids)[1] / temperatures[1]).log_softmax(-1)
+        wanted, carried, values_here = chosen(supervised, positions), (None, 0.0), []
+        for ours, theirs in text_spans(completion, ids, rows, ends):
+            if not set(ours) <= set(wanted):
+                continue
+            q = sum(log_q[j, ids[j]] for j in theirs)
+            advantage = sum(log_p[i, completion[i]].detach() for i in ours) - q
+            for i in ours:
+                log_p_i = log_p[i, completion[i]]
+                credit = advantage + (carried[1] if carried[0] == i else 0.0)
+                values_here.append(log_p_i.detach() - q / len(ours) + credit * (log_p_i - log_p_i.detach()))
+            carried = ours.stop, advantage
+        values.append(values_here)
+    return reduce(values, reduction)
+
+
 def output_loss(
     student, teacher, given, kind: dict, positions="all", reduction="rollout", teacher_prompts=None
 ) -> Tensor:

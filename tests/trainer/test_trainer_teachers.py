@@ -145,7 +145,7 @@ def test_vocabularies_padded_to_other_sizes_share_their_prefix(
 ):
     padded = make_folder(2, vocab_size=len(tokenizer) + 6)
     trainer = make_trainer(teacher=padded, output_loss="full_vocab")
-    assert trainer.update.vocabulary == len(tokenizer)
+    assert trainer.update.output.vocabulary == len(tokenizer)
     assert trainer.compute_loss(trainer.model, roll_out(trainer)).isfinite()
 
 

@@ -137,6 +137,10 @@ def readings(trainer, given):
     ]
 
 
+def ends(trainer):
+    return trainer._tokenizer.eos_token_id, trainer.teacher.tokenizer.eos_token_id
+
+
 def expected_loss(trainer, given, path, read=(), **kind):
     models = trainer.model, trainer.teacher.model
     return by_hand.bridge_loss(*models, given, PAIRS, load_file(path), read=read, **kind)
@@ -201,6 +205,61 @@ def test_invalid_utf8(make, roll_out, gradient, bridge, broken, unreadable):
     agree(trainer, gradient, batch, expected_loss(trainer, given, bridge, read))
 
 
+@pytest.mark.parametrize(
+    "kind",
+    [
+        {},
+        {"positions": "last=5"},
+        {"positions": "first=4", "reduction": "token"},
+        {"temperatures": (0.7, 1.3)},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("chunk", [3, 1024])
+def test_sampled_text(make, roll_out, gradient, kind, chunk):
+    """Spans that are supervised in part have no weight; without a bridge, since no states are compared."""
+    ours, theirs = kind.get("temperatures", (1, 1))
+    trainer = make(
+        bridge=None,
+        representation_weight=0,
+        output_loss="sampled_text",
+        output_positions=kind.get("positions", "all"),
+        reduction=kind.get("reduction", "rollout"),
+        student_temperature=ours,
+        teacher_temperature=theirs,
+        output_chunk_size=chunk,
+    )
+    batch = roll_out(trainer, 8)
+    given = by_hand.rollouts(batch)
+    models = trainer.model, trainer.teacher.model
+    expected = by_hand.text_loss(*models, given, readings(trainer, given), ends(trainer), **kind)
+    agree(trainer, gradient, batch, expected)
+    assert batch["output_weights"].sum().item() == pytest.approx(1)
+    close(gradient(trainer, batch), gradient(trainer, *pieces(batch, [[7, 2], [0, 4, 5], [1], [3, 6]])))
+
+
+def test_sampled_text_beside_the_bridge(make, roll_out, gradient, bridge):
+    trainer = make(output_loss="sampled_text", output_weight=0.3)
+    batch = roll_out(trainer, 8)
+    given = by_hand.rollouts(batch)
+    read, models = readings(trainer, given), (trainer.model, trainer.teacher.model)
+    text = by_hand.text_loss(*models, given, read, ends(trainer))
+    agree(trainer, gradient, batch, expected_loss(trainer, given, bridge, read) + 0.3 * text)
+
+
+def test_invalid_utf8_and_sampled_text(make, roll_out, gradient, broken, unreadable):
+    """The span that the first invalid byte breaks off has no end, so it has no weight."""
+    trainer = make([TEXTS[0], broken, unreadable], output_loss="sampled_text")
+    batch = roll_out(trainer, 8)
+    for i, (_, completion, _) in enumerate(by_hand.rollouts(batch)):
+        ids, rows = by_hand.translated(trainer._tokenizer, trainer.teacher.tokenizer, completion)
+        spans = by_hand.text_spans(completion, ids, rows, ends(trainer))
+        weighed = (batch["output_weights"][i] > 0).nonzero()[:, 0].tolist()
+        assert weighed == [row for span, _ in spans for row in span]
+    _, given = gradient(trainer, batch)
+    assert torch.isfinite(given).all() and given.norm() > 0
+
+
 def test_micro_batches_and_order(make, roll_out, gradient, broken):
     trainer = make([*TEXTS, broken])
     batch = roll_out(trainer)
@@ -234,7 +293,12 @@ def test_what_a_run_logs(make, tmp_path, broken, caplog):
         rows = sum(len(completion) for _, completion, _ in given)
         assert record["rollout/coverage"] == pytest.approx(paired / rows)
         assert record["rollout/representation_rows"] == paired
-        assert record["rollout/output_rows"] == rows
+        written = [
+            len(span)
+            for (_, completion, _), (_, ids, pairs) in zip(given, read, strict=True)
+            for span, _ in by_hand.text_spans(completion, ids, pairs, ends(trainer))
+        ]
+        assert 0 < record["rollout/output_rows"] == sum(written) < rows
     assert "have a partner" not in caplog.text
 
 
@@ -350,7 +414,9 @@ def test_ids_outside_the_teachers_vocabulary(make, make_bridge, make_teacher, te
 @pytest.mark.parametrize("loss", ["sampled_token", "top_k", "full_vocab"])
 @pytest.mark.parametrize("keys", [{}, {"output_weight": "0=0,5=1"}], ids=str)
 def test_output_losses(make, loss, keys):
-    with pytest.raises(UserError, match=r"different vocabularies .*output losses are not defined"):
+    with pytest.raises(
+        UserError, match=r"different vocabularies .*output losses over tokens are not defined"
+    ):
         make(output_loss=loss, **keys)
 
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from oprd import losses
 from oprd.errors import UserError
-from oprd.objective import Schedule, num_units, output_loss, representation_loss, row_weights
+from oprd.objective import Schedule, num_units, row_weights, weighted_loss
 
 WEIGHTS = st.just(0.0) | st.floats(1e-6, 100)
 KNOTS = st.lists(
@@ -130,25 +130,37 @@ def test_an_empty_mask_weighs_nothing(reduction):
     assert torch.equal(row_weights(mask, reduction, 0), torch.zeros(3, 4))
 
 
-def test_losses_are_weighted_sums():
+@pytest.mark.parametrize("loss", losses.REPRESENTATION_LOSSES.values(), ids=lambda loss: loss.__name__)
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-6)])
+@pytest.mark.parametrize("rows", [0, 1, 5])
+def test_a_weighted_loss_is_its_plain_version(loss, dtype, tolerance, rows):
     torch.manual_seed(0)
-    student = {1: torch.randn(5, 4, requires_grad=True), 2: torch.randn(5, 4)}
-    teacher = {1: torch.randn(5, 4), 4: torch.randn(5, 4)}
-    weights = torch.tensor([0.1, 0.2, 0.3, 0.25, 0.15])
-    per_layer = representation_loss(losses.mse, [(1, 1), (2, 4)], student, teacher, weights)
-    expected = [
-        sum(w * ((s - t) ** 2).mean() for w, s, t in zip(weights, student[a], teacher[b], strict=True)).item()
-        for a, b in [(1, 1), (2, 4)]
-    ]
-    assert per_layer.tolist() == pytest.approx(expected)
-    values = torch.arange(5.0)
-    assert output_loss(values, weights).item() == pytest.approx(float((values * weights).sum()))
+    student, teacher = (torch.randn(rows, 4, dtype=dtype, requires_grad=True) for _ in "st")
+    weights = torch.rand(rows, dtype=torch.float64)
+    total, values = weighted_loss(loss, student, teacher, weights)
+    (gradient,) = torch.autograd.grad(7 * total, student)
+    plain = loss(student, teacher)
+    expected = (plain * weights.to(plain)).sum()
+    (wanted,) = torch.autograd.grad(7 * expected, student)
+    torch.testing.assert_close(total, expected, rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(gradient, wanted, rtol=tolerance, atol=tolerance)
+    assert torch.equal(values, plain) and not values.requires_grad
+    assert gradient.shape == student.shape and (rows == 0 or gradient.norm() > 0)
+    with torch.no_grad():
+        assert torch.equal(weighted_loss(loss, student, teacher, weights)[0], total)
 
 
-def test_no_rows_give_zero_and_a_zero_gradient():
-    student = torch.randn(0, 4, requires_grad=True)
-    loss = representation_loss(losses.mse, [(1, 1)], {1: student}, {1: torch.randn(0, 4)}, torch.zeros(0))
-    assert loss.tolist() == [0.0]
-    loss.sum().backward()
-    assert student.grad.shape == (0, 4)
-    assert output_loss(torch.zeros(0), torch.zeros(0)).item() == 0.0
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_weighted_loss_keeps_one_gradient_in_half_precision(dtype):
+    """What autograd holds on to: the gradient, in the student's dtype unless that has float16's range."""
+    student, teacher = (torch.randn(50, 8).to(dtype).requires_grad_() for _ in "st")
+    weights = torch.full((50,), 1e-6)
+    total, values = weighted_loss(losses.relative_mse, student, teacher, weights)
+    assert total.dtype == values.dtype == torch.float32
+    (one,) = total.grad_fn.saved_tensors
+    assert (one.shape, one.dtype) == (student.shape, torch.float32 if dtype == torch.float16 else dtype)
+    (gradient,) = torch.autograd.grad(2**16 * total, student)
+    exact = student.detach().double().requires_grad_()
+    expected = 2**16 * (losses.relative_mse(exact, teacher.double()) * weights).sum()
+    (wanted,) = torch.autograd.grad(expected, exact)
+    assert gradient.dtype == dtype and (gradient.double() - wanted).norm() < 4e-3 * wanted.norm()

@@ -48,6 +48,7 @@ class Anchor:
         layer: int,
         student: Float[Tensor, "N S"],
         reference: Float[Tensor, "N S"],
+        *,
         paired: Bool[Tensor, " N"],
     ) -> Float[Tensor, " N"]:
         """‖d‖² / ‖h_ref‖² of every row, d being h_θ − h_ref less, where paired, its determined directions."""

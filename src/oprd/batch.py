@@ -30,20 +30,20 @@ class Batch:
     output_weights: Float[Tensor, "B T"]
     anchor_weights: Float[Tensor, "B T"] | None = None
     teacher_rows: Int[Tensor, "B T"] | None = None
-    teacher_tokens: Int[Tensor, "B T2"] | None = None  # −1 where there is none
+    teacher_tokens: Int[Tensor, "B T2"] | None = None
+    teacher_written: Bool[Tensor, "B T2"] | None = None
 
     @classmethod
     def of(cls, inputs: Inputs) -> "Batch":
         """Read TRL's `prompt_*` and `completion_*`, all `*_weights` and, where given, `teacher_*`."""
         completion = inputs["completion_ids"], inputs["completion_mask"]
         student = Reading.of(inputs["prompt_ids"], inputs["prompt_mask"], *completion)
-        teacher, tokens = student, None
+        teacher, read = student, (None, None)
+        if "teacher_completion_ids" in inputs:
+            read = inputs["teacher_completion_ids"], inputs["teacher_completion_mask"] > 0
         if "teacher_prompt_ids" in inputs:
-            read = completion
-            if "teacher_completion_ids" in inputs:
-                read = inputs["teacher_completion_ids"], inputs["teacher_completion_mask"]
-                tokens = read[0].masked_fill(read[1] == 0, -1)
-            teacher = Reading.of(inputs["teacher_prompt_ids"], inputs["teacher_prompt_mask"], *read)
+            prompt = inputs["teacher_prompt_ids"], inputs["teacher_prompt_mask"]
+            teacher = Reading.of(*prompt, *(completion if read[0] is None else read))
         return cls(
             student,
             teacher,
@@ -52,8 +52,14 @@ class Batch:
             inputs["output_weights"],
             inputs.get("anchor_weights"),
             inputs.get("teacher_rows"),
-            tokens,
+            *read,
         )
+
+    def rows(self, term: str) -> "SupervisedRows":
+        """The rows that `term` supervises, with their weights where the student is."""
+        weights = getattr(self, f"{term}_weights")
+        mask = weights > 0
+        return SupervisedRows(mask, weights[mask].to(self.tokens.device, non_blocking=True))
 
     def on_teacher(self, mask: Bool[Tensor, "B T"]) -> Bool[Tensor, "B T2"]:
         """The teacher's rows that have read what the student's rows of `mask` have; as many, in one order."""
@@ -66,15 +72,23 @@ class Batch:
 
     def spans(self, mask: Bool[Tensor, "B T"]) -> "Spans":
         """The spans of text that the rows of `mask` write, none in part, and the teacher's rows of these."""
-        assert self.teacher_rows is not None and self.teacher_tokens is not None
+        assert self.teacher_rows is not None and self.teacher_written is not None
         ours = _spans(self.teacher_rows >= 0)
         wanted = torch.zeros_like(ours).scatter_add(1, ours, mask.long()) > 0
-        starts = torch.zeros_like(self.teacher_tokens, dtype=torch.bool)
+        starts = torch.zeros_like(self.teacher_written)
         starts[:, : self.teacher.num_rows] = self.on_teacher(self.teacher_rows >= 0)
         theirs = _spans(starts)
-        written = wanted.gather(1, theirs) & (self.teacher_tokens >= 0)
+        written = wanted.gather(1, theirs) & self.teacher_written
         first = torch.arange(len(mask), device=mask.device)[:, None] * (mask.shape[1] + 1)
         return Spans((first + ours)[mask], (first + theirs)[written], written)
+
+
+@dataclass(frozen=True)
+class SupervisedRows:
+    """Response rows of a micro-batch, and the weight of each, row-major."""
+
+    mask: Bool[Tensor, "B T"]
+    weights: Float[Tensor, " N"]
 
 
 @dataclass(frozen=True)
@@ -101,11 +115,16 @@ def whole_spans(mask: Bool[Tensor, "B T"], inputs: Inputs) -> Bool[Tensor, "B T"
     return mask & (missing == 0) & ~open_ended
 
 
+def on_host(inputs: Inputs) -> Inputs:
+    """`inputs` with the masks on the host, where rows are chosen: an update then never waits for a device."""
+    return inputs | {name: value.cpu() for name, value in inputs.items() if name.endswith("_mask")}
+
+
 def truncated_rollouts(inputs: Inputs, eos_token_ids: Sequence[int]) -> Bool[Tensor, " B"]:
     """Which rollouts reached the length limit without an EOS (which the padding token may equal)."""
     last = inputs["completion_mask"].sum(-1, keepdim=True).clamp(min=1) - 1
-    token = inputs["completion_ids"].gather(-1, last).squeeze(-1)
-    return ~torch.isin(token, torch.tensor(list(eos_token_ids), device=token.device))
+    token = inputs["completion_ids"].gather(-1, last.to(inputs["completion_ids"].device)).squeeze(-1)
+    return ~torch.isin(token, torch.tensor(list(eos_token_ids), device=token.device)).to(last.device)
 
 
 def readable(ids: Int[Tensor, "B T"], vocabulary: int | None) -> Bool[Tensor, "B T"]:
@@ -128,7 +147,7 @@ def weigh_rows(
     whole spans of text alone.
     """
     supervised = inputs["completion_mask"] * inputs.get("tool_mask", 1) > 0
-    supervised &= readable(inputs["completion_ids"], vocabulary)
+    supervised &= readable(inputs["completion_ids"].to(supervised.device), vocabulary)
     if settings.mask_truncated_completions:
         supervised = supervised & ~truncated[:, None]
     paired = {"representation": inputs["teacher_rows"] >= 0} if "teacher_rows" in inputs else {}

@@ -1,5 +1,6 @@
 """The LM head of a Hugging Face model as a function of final states, for output losses alone."""
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,12 +11,14 @@ from torch import Tensor, nn
 from oprd.capture import backbone
 from oprd.errors import UserError
 
+HALF = (torch.bfloat16, torch.float16)
+
 
 @dataclass(frozen=True)
 class Head:
-    """logits = cap · tanh(scale · W h / cap) over the first `vocabulary` tokens."""
+    """logits = cap · tanh(scale · (W h + b) / cap) over the first `vocabulary` tokens."""
 
-    linear: nn.Module
+    linear: Any  # an nn.Linear, or what quantisation or adapters put in its place
     scale: float
     softcap: float | None
     vocabulary: int
@@ -32,11 +35,70 @@ class Head:
 
     def __call__(self, rows: Float[Tensor, "N D"]) -> Float[Tensor, "N V"]:
         """Logits in float32 or wider of final, normed states."""
-        logits = self.linear(rows)[:, : self.vocabulary]
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) * self.scale
+        if _is_plain(self.linear):
+            return self.finish(_product(*self._operands(rows)))
+        return self.finish(self.linear(rows)[:, : self.vocabulary])
+
+    def finish(self, product: Float[Tensor, "N V"]) -> Float[Tensor, "N V"]:
+        """From W h to logits."""
+        bias = self.linear.bias if _is_plain(self.linear) else None
+        logits = product.to(torch.promote_types(product.dtype, torch.float32))
+        if bias is not None:
+            logits = logits + bias[: self.vocabulary]
+        if self.scale != 1:
+            logits = logits * self.scale
         if self.softcap is not None:
             logits = self.softcap * torch.tanh(logits / self.softcap)
         return logits
+
+    def weighted_loss(
+        self,
+        loss: Callable[..., Float[Tensor, " n"]],
+        rows: Float[Tensor, "N D"],
+        others: Sequence[Tensor],
+        weights: Float[Tensor, " N"],
+        chunk_size: int,
+    ) -> tuple[Float[Tensor, ""], Float[Tensor, " N"]]:
+        """Σ weights · values, and the values, of `loss(logits, *others)`, `chunk_size` rows at a time.
+
+        A chunk's gradient is taken as soon as its loss is known, so no more logits ever exist, none is made
+        twice, and what is kept for the backward is the gradient of `rows` and of the head's weights, summed
+        in float32. No gradient passes through the values. Raises `UserError` for inputs of different lengths,
+        and for a head that is no plain linear layer.
+        """
+        _check_chunks(chunk_size, rows, *others, weights)
+        if not _is_plain(self.linear):
+            kind = type(self.linear).__name__
+            raise UserError(
+                f"the student's LM head is {kind}, and output losses train a plain linear one: leave lm_head "
+                "out of adapters and quantisation"
+            )
+        inputs = (rows, self.linear.weight, self.linear.bias)
+        if not torch.is_grad_enabled():
+            inputs = tuple(x if x is None else x.detach() for x in inputs)  # type: ignore[assignment]
+        return _WeightedLoss.apply(self, loss, others, weights, chunk_size, *inputs)
+
+    @torch.no_grad()
+    def in_chunks(
+        self,
+        function: Callable[..., Float[Tensor, " n"]],
+        rows: Float[Tensor, "N D"],
+        others: Sequence[Tensor],
+        chunk_size: int,
+    ) -> Float[Tensor, " N"]:
+        """`function(logits, *others)`, `chunk_size` rows at a time, without gradients; raises `UserError`."""
+        _check_chunks(chunk_size, rows, *others)
+        return torch.cat(
+            [function(self(rows[c]), *(x[c] for x in others)) for c in _chunks(len(rows), chunk_size)]
+        )
+
+    def _operands(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """States and W, over the shared vocabulary, as they are multiplied."""
+        kind = rows.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else rows.dtype
+        if kind != "cuda" and dtype in HALF:
+            dtype = torch.float32  # only CUDA multiplies half precision into float32
+        return rows.to(dtype), self.linear.weight[: self.vocabulary].to(dtype)
 
     @torch.no_grad()
     def _check(self, model: Any) -> None:
@@ -53,6 +115,107 @@ class Head:
                 f"the LM head of {type(model).__name__} applied to its final states does not give its "
                 "logits, so output losses would be wrong; use output_loss: none with this model"
             )
+
+
+class _WeightedLoss(torch.autograd.Function):
+    """A head and a loss on chunks of rows, differentiated in the forward; see `Head.weighted_loss`."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        head: Head,
+        loss: Callable[..., Tensor],
+        others: Sequence[Tensor],
+        weights: Tensor,
+        chunk_size: int,
+        rows: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        inputs = (rows, weight, bias)
+        gradients = [
+            torch.zeros_like(x, dtype=_wide(x.dtype)) if x is not None and wanted else None
+            for x, wanted in zip(inputs, ctx.needs_input_grad[-3:], strict=True)
+        ]
+        states, used = head._operands(rows)
+        total, values = torch.zeros((), dtype=_wide(rows.dtype), device=rows.device), []
+        with torch.autocast(rows.device.type, enabled=False):
+            for chunk in _chunks(len(rows), chunk_size):
+                product = _product(states[chunk], used).requires_grad_()
+                with torch.enable_grad():
+                    value = loss(head.finish(product), *(x[chunk] for x in others))
+                    here = (value * weights[chunk].to(value)).sum()
+                total += here.detach()
+                values.append(value.detach())
+                if any(gradient is not None for gradient in gradients):
+                    (slope,) = torch.autograd.grad(here, product)
+                    _accumulate(gradients, chunk, slope, states[chunk], used)
+        ctx.gradients = [
+            gradient if gradient is None or x is None else gradient.to(x.dtype)
+            for gradient, x in zip(gradients, inputs, strict=True)
+        ]
+        result = torch.cat(values)
+        ctx.mark_non_differentiable(result)
+        return total, result
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:
+        gradients, ctx.gradients = ctx.gradients, None
+        if gradients is None:
+            raise RuntimeError("the gradient of a chunked output loss can be taken once only")
+        return *(None,) * 5, *(None if x is None else x.mul_(grads[0]) for x in gradients)
+
+
+def _accumulate(
+    gradients: Sequence[Tensor | None], chunk: slice, slope: Tensor, states: Tensor, weight: Tensor
+) -> None:
+    """Add what a chunk's gradient with respect to W h says of rows, W and bias."""
+    rows, of_weight, of_bias = gradients
+    vocabulary = len(weight)
+    half = slope.to(weight.dtype)
+    if rows is not None:
+        rows[chunk] = _product(half, weight.T)
+    if of_weight is not None:
+        _add_product(of_weight[:vocabulary], half.T, states)
+    if of_bias is not None:
+        of_bias[:vocabulary] += slope.sum(0)
+
+
+def _check_chunks(chunk_size: int, *rows: Tensor) -> None:
+    if chunk_size < 1:
+        raise UserError(f"chunk_size must be 1 or more, got {chunk_size}")
+    lengths = [len(x) for x in rows]
+    if len(set(lengths)) > 1:
+        raise UserError(f"{lengths} rows do not pair up: they must be those of the same positions")
+
+
+def _chunks(num_rows: int, size: int) -> list[slice]:
+    """Consecutive slices of `size` rows; an empty one where there are no rows."""
+    return [slice(i, i + size) for i in range(0, max(num_rows, 1), size)]
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
+
+
+def _product(rows: Float[Tensor, "N D"], weight: Float[Tensor, "V D"]) -> Float[Tensor, "N V"]:
+    """rows · Wᵀ in float32 or wider: logits are never rounded to half precision."""
+    if rows.dtype in HALF:
+        return torch.mm(rows, weight.T, out_dtype=torch.float32)
+    return rows @ weight.T
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """total += a · b, without rounding the product to half precision."""
+    if a.dtype in HALF:
+        torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
+    else:
+        total.addmm_(a, b)
+
+
+def _is_plain(linear: nn.Module) -> bool:
+    """Whether a head's weights are at hand: not quantised, adapted or offloaded."""
+    return type(linear) is nn.Linear and not hasattr(linear, "_hf_hook")
 
 
 def _scale(config: Any) -> float:

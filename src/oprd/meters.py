@@ -7,6 +7,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -48,13 +49,16 @@ class Averages:
 
 
 class Stopwatch:
-    """Seconds spent in named parts; parts may be nested, and each counts its own time only."""
+    """Seconds spent in named parts; parts may be nested, and each counts its own time only.
+
+    On CUDA the device's own clock is read, once, by `pop`: nothing waits for the device while it works.
+    """
 
     def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._seconds: dict[str, float] = defaultdict(float)
+        self._on_cuda = device.type == "cuda"
+        self._laps: list[tuple[str, Any, Any]] = []
         self._open: list[str] = []
-        self._since = 0.0
+        self._since: Any = None
 
     @contextmanager
     def part(self, name: str) -> Iterator[None]:
@@ -69,16 +73,26 @@ class Stopwatch:
 
     def pop(self) -> dict[str, float]:
         """Seconds by part since the last call."""
-        seconds, self._seconds = dict(self._seconds), defaultdict(float)
-        return seconds
+        laps, self._laps = self._laps, []
+        if self._on_cuda:
+            torch.cuda.synchronize()
+        seconds: dict[str, float] = defaultdict(float)
+        for name, start, end in laps:
+            seconds[name] += start.elapsed_time(end) / 1000 if self._on_cuda else end - start
+        return dict(seconds)
 
     def _lap(self) -> None:
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
-        now = time.perf_counter()
+        now = self._mark()
         if self._open:
-            self._seconds[self._open[-1]] += now - self._since
+            self._laps.append((self._open[-1], self._since, now))
         self._since = now
+
+    def _mark(self) -> Any:
+        if not self._on_cuda:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
 
 
 class MemoryMeter:

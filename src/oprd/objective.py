@@ -5,10 +5,9 @@ whole accumulation window before the forward, so neither micro-batching nor shar
 """
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Bool, Float
@@ -92,21 +91,44 @@ def row_weights(
     return weights / torch.as_tensor(total_units, device=mask.device).clamp(min=1)
 
 
-def representation_loss(
+def weighted_loss(
     loss: RowLoss,
-    pairs: Sequence[tuple[int, int]],
-    student: dict[int, Float[Tensor, "N D"]],
-    teacher: dict[int, Float[Tensor, "N D"]],
+    student: Float[Tensor, "N D"],
+    teacher: Float[Tensor, "N D"],
     weights: Float[Tensor, " N"],
-) -> Float[Tensor, " L"]:
-    """Eq. 6 layer by layer: Σ_rows weight · loss for every pair; Eq. 6 itself is the mean of the result."""
-    return torch.stack([_weighted_sum(loss(student[s], teacher[t]), weights) for s, t in pairs])
+) -> tuple[Float[Tensor, ""], Float[Tensor, " N"]]:
+    """Eq. 6 or 14 at one layer, Σ_rows weight · loss, and the rows' values, without gradient.
+
+    The gradient is taken at once: of all that the loss computes nothing but d Σ / d student, in the
+    student's dtype, is kept for the backward.
+    """
+    if not (torch.is_grad_enabled() and student.requires_grad):
+        values = loss(student, teacher)
+        return (values * weights.to(values)).sum(), values
+    return _WeightedLoss.apply(loss, student, teacher, weights)
 
 
-def output_loss(values: Float[Tensor, " N"], weights: Float[Tensor, " N"]) -> Float[Tensor, ""]:
-    """Σ_rows weight · value of an output-space loss (Eq. 2–5)."""
-    return _weighted_sum(values, weights)
+class _WeightedLoss(torch.autograd.Function):
+    """A weighted sum of row losses, differentiated in the forward."""
 
+    @staticmethod
+    def forward(
+        ctx: Any, loss: RowLoss, student: Tensor, teacher: Tensor, weights: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        with torch.enable_grad():
+            rows = student.detach().to(torch.promote_types(student.dtype, torch.float32)).requires_grad_()
+            values = loss(rows, teacher)
+            total = (values * weights.to(values)).sum()
+            (gradient,) = torch.autograd.grad(total, rows)
+        # Before the loss is scaled up, float16 could not hold it.
+        kept = gradient if student.dtype == torch.float16 else gradient.to(student.dtype)
+        ctx.save_for_backward(kept)
+        ctx.dtype = student.dtype
+        values = values.detach()
+        ctx.mark_non_differentiable(values)
+        return total.detach(), values
 
-def _weighted_sum(values: Tensor, weights: Tensor) -> Tensor:
-    return (values * weights.to(values)).sum().to(weights.device)
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:
+        (gradient,) = ctx.saved_tensors
+        return None, (gradient * grads[0]).to(ctx.dtype), None, None

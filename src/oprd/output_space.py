@@ -5,13 +5,11 @@ and lets no gradient reach the teacher. p is the student's distribution, q the t
 """
 
 import math
-from collections.abc import Callable, Sequence
 from typing import Any, Literal, get_args
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from oprd.errors import UserError
 
@@ -56,7 +54,8 @@ def sampled_text(
     there has to answer for it. Where every span is one token, that last part has zero mean, and the value
     is `sampled_token`'s.
     """
-    num_spans = int(torch.cat([student_spans, teacher_spans]).max()) + 1 if len(log_p) else 0
+    num_spans = max([*student_spans.tolist(), *teacher_spans.tolist()], default=-1) + 1
+    student_spans, teacher_spans = student_spans.to(log_p.device), teacher_spans.to(log_p.device)
     spans = log_p.detach().new_zeros(num_spans)
     teacher = spans.index_add(0, teacher_spans, log_q.detach().to(log_p))
     advantage = spans.index_add(0, student_spans, log_p.detach()) - teacher
@@ -175,24 +174,6 @@ def top_k_overlap(student_logits: Logits, teacher_logits: Logits, k: int = 16) -
     student_logits, teacher_logits = _wide(student_logits, teacher_logits)
     k = min(k, student_logits.shape[-1])
     return support_tokens(student_logits, teacher_logits, k, "intersection")[1].float().mean(-1)
-
-
-def in_chunks(loss: Callable[..., Tensor], rows: Sequence[Tensor], chunk_size: int) -> Tensor:
-    """`loss(*rows)` over chunks of rows, recomputed in the backward.
-
-    `loss` runs the LM heads, so at most `chunk_size` rows of logits exist at a time. Its result's
-    first dimension is that of its rows. Raises `UserError` for inputs of different lengths.
-    """
-    if chunk_size < 1:
-        raise UserError(f"chunk_size must be 1 or more, got {chunk_size}")
-    lengths = [len(x) for x in rows]
-    if len(set(lengths)) > 1:
-        raise UserError(f"{lengths} rows do not pair up: they must be those of the same positions")
-    pieces = [
-        checkpoint(loss, *(x[i : i + chunk_size] for x in rows), use_reentrant=False)
-        for i in range(0, max(lengths[0], 1), chunk_size)
-    ]
-    return torch.cat(pieces)
 
 
 def _wide(student_logits: Tensor, teacher_logits: Tensor) -> tuple[Tensor, Tensor]:

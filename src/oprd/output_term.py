@@ -10,7 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from oprd import output_space
 from oprd.alignment import same_vocabulary
-from oprd.batch import Batch
+from oprd.batch import Batch, SupervisedRows
 from oprd.diagnostics import add_output_statistics
 from oprd.errors import UserError
 from oprd.head import Head
@@ -18,7 +18,9 @@ from oprd.meters import Averages
 from oprd.settings import ObjectiveSettings
 from oprd.teacher import Teacher, shared_vocabulary
 
+DESCRIBED_ROWS = 128
 Rows = Float[Tensor, "N D"]
+Logits = Float[Tensor, "N V"]
 
 
 @dataclass(frozen=True)
@@ -60,37 +62,52 @@ class OutputTerm:
         """The teacher's rows that the student's rows of `mask` are compared with."""
         return mask if self.vocabulary else batch.spans(mask).teacher_mask
 
-    def values(self, batch: Batch, student: Rows, teacher: Rows) -> Float[Tensor, " N"]:
-        """The loss of every supervised row, from the states of these rows and of the teacher's."""
-        mask, size = batch.output_weights > 0, self.settings.output_chunk_size
+    def loss(
+        self, batch: Batch, here: SupervisedRows, student: Rows, teacher: Rows, averages: Averages
+    ) -> tuple[Float[Tensor, ""], Float[Tensor, " N"]]:
+        """Σ_rows weight · value (Eq. 2–5) and the values, from the final states of the supervised rows.
+
+        No gradient passes through the values. Entropies and overlap of some rows go to `averages`.
+        """
+        mask, weights, size = here.mask, here.weights, self.settings.output_chunk_size
         tokens = batch.tokens[mask]
+        ours, theirs = self.heads
         if self.vocabulary:
-            return output_space.in_chunks(self._row_values, (student, teacher, tokens), size)
+            per_row = partial(self._row_values, averages, _stride(len(tokens)))
+            return ours.weighted_loss(per_row, student, (teacher, tokens), weights, size)
         spans = batch.spans(mask)
         assert batch.teacher_tokens is not None
-        student_log_probs, teacher_log_probs = (partial(self._log_probs, side) for side in (0, 1))
-        log_p = output_space.in_chunks(student_log_probs, (student, tokens), size)
-        with torch.no_grad():
-            theirs = batch.teacher_tokens[spans.teacher_mask].to(teacher.device)
-            log_q = output_space.in_chunks(teacher_log_probs, (teacher, theirs), size)
-        return output_space.sampled_text(log_p, log_q, spans.student, spans.teacher)
+        written = batch.teacher_tokens[spans.teacher_mask].to(teacher.device)
+        log_p = ours.in_chunks(self._student_log_probs, student, (tokens,), size).requires_grad_()
+        log_q = theirs.in_chunks(self._teacher_log_probs, teacher, (written,), size)
+        with torch.enable_grad():
+            values = output_space.sampled_text(log_p, log_q, spans.student, spans.teacher)
+            total = (values * weights.to(values)).sum()
+        (slopes,) = torch.autograd.grad(total, log_p)
+        carrier, _ = ours.weighted_loss(self._student_log_probs, student, (tokens,), slopes, size)
+        return total.detach() + carrier - carrier.detach(), values.detach()
 
     def observe(self, averages: Averages, student: Rows, teacher: Rows) -> None:
-        """Add entropies and overlap, where both models speak of the same tokens."""
-        if self.vocabulary:
-            add_output_statistics(averages, *self.heads, student, teacher)
+        """Add entropies and overlap of evenly spaced rows, where both models speak of the same tokens."""
+        stride = _stride(len(student))
+        logits = self.heads[0](student[::stride])
+        add_output_statistics(averages, logits, self.heads[1](teacher[::stride]).to(logits.device))
 
-    def _logits(self, side: int, rows: Rows) -> Float[Tensor, "N V"]:
-        temperature = (self.settings.student_temperature, self.settings.teacher_temperature)[side]
-        return self.heads[side](rows) / temperature
+    def _student_log_probs(self, logits: Logits, tokens: Int[Tensor, " N"]) -> Float[Tensor, " N"]:
+        return output_space.log_probs(logits / self.settings.student_temperature, tokens)
 
-    def _log_probs(self, side: int, rows: Rows, tokens: Int[Tensor, " N"]) -> Float[Tensor, " N"]:
-        return output_space.log_probs(self._logits(side, rows), tokens)
+    def _teacher_log_probs(self, logits: Logits, tokens: Int[Tensor, " N"]) -> Float[Tensor, " N"]:
+        return output_space.log_probs(logits / self.settings.teacher_temperature, tokens)
 
-    def _row_values(self, student: Rows, teacher: Rows, tokens: Int[Tensor, " N"]) -> Float[Tensor, " N"]:
+    def _row_values(
+        self, averages: Averages, stride: int, logits: Logits, teacher: Rows, tokens: Int[Tensor, " N"]
+    ) -> Float[Tensor, " N"]:
         settings = self.settings
-        student_logits = self._logits(0, student)
-        teacher_logits = self._logits(1, teacher).to(student_logits.device)
+        with torch.no_grad():
+            teacher_logits = self.heads[1](teacher).to(logits.device)
+            add_output_statistics(averages, logits[::stride], teacher_logits[::stride])
+        student_logits = logits / settings.student_temperature
+        teacher_logits = teacher_logits / settings.teacher_temperature
         if settings.output_loss in ("sampled_token", "sampled_text"):  # every token is a span of text
             return output_space.sampled_token(student_logits, teacher_logits, tokens)
         if settings.output_loss == "full_vocab":
@@ -99,6 +116,11 @@ class OutputTerm:
         if settings.output_loss == "top_k_authors":
             return output_space.top_k_authors(student_logits, teacher_logits, k, support)
         return output_space.top_k(student_logits, teacher_logits, k, support, settings.renormalize)
+
+
+def _stride(rows: int) -> int:
+    """Every which row to describe: some hundred are enough."""
+    return max(1, rows // DESCRIBED_ROWS)
 
 
 def _size(model: PreTrainedModel) -> int:

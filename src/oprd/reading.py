@@ -32,16 +32,20 @@ class Reading:
         completion_ids: Int[Tensor, "B T"],
         completion_mask: Int[Tensor, "B T"],
     ) -> "Reading":
-        """Left-padded prompts and right-padded completions, less the columns that are padding throughout."""
-        skipped = int(prompt_mask.any(0).int().argmax())
-        longest = max(int(completion_mask.sum(-1).max()), 1)
+        """Left-padded prompts and right-padded completions, less the columns that are padding throughout.
+
+        With masks on the host, ids on an accelerator are not waited for.
+        """
+        skipped = prompt_ids.shape[1] - max(prompt_mask.sum(-1).tolist())
+        longest = max(*completion_mask.sum(-1).tolist(), 1)
         ids = torch.cat([prompt_ids[:, skipped:], completion_ids[:, : longest - 1]], dim=1)
         mask = torch.cat([prompt_mask[:, skipped:], completion_mask[:, : longest - 1]], dim=1)
+        mask = mask.to(ids.device, non_blocking=True)
         return cls(ids, mask, prompt_ids.shape[1] - skipped - 1, longest)
 
     def rows(self, mask: Bool[Tensor, "B T"]) -> Bool[Tensor, "B S"]:
         """A mask over response rows as a mask over the sequence."""
-        placed = torch.zeros_like(self.input_ids, dtype=torch.bool)
+        placed = torch.zeros(self.input_ids.shape, dtype=torch.bool, device=mask.device)
         placed[:, self.first_row : self.first_row + self.num_rows] = mask[:, : self.num_rows]
         return placed
 

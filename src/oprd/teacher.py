@@ -84,9 +84,8 @@ class Teacher:
         # No supervised row reads an id that only the student's padded embedding has.
         ids = reading.input_ids.clamp(max=self.vocabulary - 1)
         reading = replace(reading, input_ids=ids)
-        moved = [replace(want, mask=want.mask.to(device)) for want in wants]
         with torch.autocast(reading.input_ids.device.type, enabled=False):
-            return read_states(self.model, reading.to(device), moved)
+            return read_states(self.model, reading.to(device), wants)
 
 
 def check_widths(student_width: int, student_layers: int, teacher: Teacher) -> None:

@@ -18,10 +18,11 @@ from trl import DistillationConfig, DistillationTrainer
 from trl.trainer.utils import RepeatSampler
 
 from oprd.alignment import AlignedResponse
-from oprd.batch import TERMS, Batch, truncated_rollouts, weigh_rows
+from oprd.batch import TERMS, Batch, on_host, truncated_rollouts, weigh_rows
 from oprd.bridge.drift import DriftMonitor
 from oprd.card import model_card
 from oprd.errors import UserError
+from oprd.finite import NonFiniteLoss
 from oprd.intake import usable_prompts
 from oprd.meters import MemoryMeter
 from oprd.models import resolve_model
@@ -30,7 +31,7 @@ from oprd.rollouts import render_prompt
 from oprd.settings import ObjectiveSettings
 from oprd.teacher import Teacher
 from oprd.translation import Translation
-from oprd.update import NonFiniteLoss, Update
+from oprd.update import Update
 
 logger = logging.getLogger(__name__)
 
@@ -203,12 +204,13 @@ class OPRDTrainer(DistillationTrainer):
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         """TRL's rollouts, with the weight of every row, counted over ranks and the whole window."""
         with self.update.stopwatch.part("rollout"):
-            batch = super()._generate_and_score_completions(inputs)
+            batch = on_host(super()._generate_and_score_completions(inputs))
         aligned: list[AlignedResponse] = []
         if not self.translation.is_identity:
             prompts = [row["prompt"] for row in inputs]
             read = self.translation.prompts(prompts, **self._tool_kwargs(self.translation))
-            batch |= {name: tensor.to(self.accelerator.device) for name, tensor in read.items()}
+            ids = {"teacher_prompt_ids": read["teacher_prompt_ids"].to(self.accelerator.device)}
+            batch |= read | ids
             read, aligned = self.translation.responses(batch["completion_ids"], batch["completion_mask"])
             batch |= read
         batch |= self._row_weights(batch)
@@ -220,9 +222,7 @@ class OPRDTrainer(DistillationTrainer):
     def _row_weights(self, batch: dict[str, Any]) -> dict[str, Tensor]:
         truncated = truncated_rollouts(batch, self.eos_token_ids)
         vocabulary = self.update.output.vocabulary
-        return weigh_rows(
-            batch, truncated, self.args, lambda units: self.accelerator.gather(units).sum(), vocabulary
-        )
+        return weigh_rows(batch, truncated, self.args, self._sum_over_ranks, vocabulary)
 
     def _describe(self, batch: dict[str, Any], aligned: list[AlignedResponse]) -> None:
         averages, lengths = self.update.averages, batch["completion_mask"].sum(-1).float()
@@ -270,34 +270,32 @@ class OPRDTrainer(DistillationTrainer):
         """Eq. 7 on one micro-batch, run inside the wrapper's forward so that DDP and FSDP see it."""
         if self.model.training and self._step % self.args.gradient_accumulation_steps == 0:
             self.memory.start()
+            self.update.watch.clear()
         if "representation_weights" not in inputs:  # rollouts that somebody gave: a window of their own
+            inputs = on_host(inputs)
             inputs = inputs | self._row_weights(inputs)
         unwrapped = self.accelerator.unwrap_model(model)
         loss = self._forward_redirection(model, unwrapped, self._loss, Batch.of(inputs))
         return (loss, None) if return_outputs else loss
 
     def _loss(self, batch: Batch) -> Tensor:
-        step = self.state.global_step
-        try:
-            # TRL's redirection goes past the forward that accelerate wrapped in autocast.
-            with self.accelerator.autocast():
-                loss = self.update.loss(batch, step)
-        except NonFiniteLoss as error:
-            texts = self._tokenizer.batch_decode(batch.student.input_ids[error.rollouts[:4]])
-            prompts = [text[:300] for text in texts]
-            raise RuntimeError(f"step {step + 1}: {error}, in rollouts of {prompts}") from error
+        # TRL's redirection goes past the forward that accelerate wrapped in autocast.
+        with self.accelerator.autocast():
+            loss = self.update.loss(batch, self.state.global_step)
         # DDP and FSDP average gradients over ranks; the weights already sum to one over all of them.
         return loss * self.accelerator.num_processes
 
     def prediction_step(self, *args: Any, **kwargs: Any) -> Any:
         result = super().prediction_step(*args, **kwargs)
         self.update.stopwatch.pop()
+        self._check_finite()
         for name, value in self.update.averages.pop(self._sum_over_ranks).items():
             self._metrics["eval"][name].append(value)
         return result
 
     def _get_grad_norm(self, model: torch.nn.Module, grad_norm: Any = None) -> Any:
-        """The gradient norm of this step; a step whose gradient is not finite ends the run unapplied."""
+        """This step's gradient norm; the run ends before a step whose losses or gradient are not finite."""
+        self._check_finite()
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
         if norm is not None:
             self.recorder.grad_norm = float(norm)
@@ -307,6 +305,14 @@ class OPRDTrainer(DistillationTrainer):
                     "lower the learning rate or the loss weights"
                 )
         return norm
+
+    def _check_finite(self) -> None:
+        try:
+            self.update.watch.check()
+        except NonFiniteLoss as error:
+            prompts = [text[:300] for text in self._tokenizer.batch_decode(error.rollouts[:4])]
+            where = f"step {self.state.global_step + 1}: {error}"
+            raise RuntimeError(f"{where}, in rollouts of {prompts}") from error
 
     # What is saved
 

@@ -69,7 +69,7 @@ class Translation:
     ) -> tuple[dict[str, Tensor], list[AlignedResponse]]:
         """`teacher_completion_ids`, mask, `teacher_rows`, `ends_together`; nothing if they are the student's.
 
-        `teacher_rows[b, t]` is the teacher's row that has read what the student's row t has, −1 without one;
+        All but the ids is on the host. `teacher_rows[b, t]` is the teacher's row that has read what the student's row t has, −1 without one;
         `ends_together[b]` tells whether both end with all that they read in common.
         """
         if self.aligner is None:
@@ -82,14 +82,14 @@ class Translation:
                 student, teacher = torch.tensor(response.rows).T
                 teacher_rows[i, student] = teacher
         read = [torch.tensor(response.teacher_ids, dtype=torch.long) for response in aligned]
-        tensors = {
-            "teacher_completion_ids": pad_sequence(read, batch_first=True, padding_value=self._pad_id),
+        padded = pad_sequence(read, batch_first=True, padding_value=self._pad_id)
+        self._check_coverage(aligned)
+        return {
+            "teacher_completion_ids": padded.to(ids.device),
             "teacher_completion_mask": pad_sequence([torch.ones_like(x) for x in read], batch_first=True),
             "teacher_rows": teacher_rows,
             "ends_together": torch.tensor([response.ends_together for response in aligned]),
-        }
-        self._check_coverage(aligned)
-        return {name: tensor.to(ids.device) for name, tensor in tensors.items()}, aligned
+        }, aligned
 
     @property
     def _pad_id(self) -> int:

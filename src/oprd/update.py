@@ -4,23 +4,24 @@ Knows models and tensors, not trainers: `Update` is what a trainer calls between
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from oprd.anchor import Anchor
-from oprd.batch import TERMS, Batch
+from oprd.batch import TERMS, Batch, SupervisedRows
 from oprd.capture import backbone, num_layers
 from oprd.comparison import Comparison, States
 from oprd.diagnostics import add_representation_cosine
+from oprd.finite import FiniteWatch
 from oprd.freezing import freeze_unreached
 from oprd.losses import REPRESENTATION_LOSSES
 from oprd.meters import Averages, Stopwatch
-from oprd.objective import output_loss, representation_loss
+from oprd.objective import weighted_loss
 from oprd.output_term import OutputTerm
 from oprd.reading import Want, read_states
 from oprd.selection import LayerMap
@@ -29,13 +30,8 @@ from oprd.teacher import Teacher
 
 logger = logging.getLogger(__name__)
 
-
-class NonFiniteLoss(RuntimeError):
-    """A loss that is not a number: where, and at which rollouts of the micro-batch."""
-
-    def __init__(self, message: str, rollouts: list[int]) -> None:
-        super().__init__(message)
-        self.rollouts = rollouts
+Terms = dict[str, SupervisedRows]
+AtLayer = Callable[[int, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -50,6 +46,7 @@ class Update:
     anchor: Anchor | None
     averages: Averages
     stopwatch: Stopwatch
+    watch: FiniteWatch
 
     @classmethod
     def bind(
@@ -69,7 +66,7 @@ class Update:
         anchor = None
         if settings.anchor_schedule.ever_active and comparison.bridge is not None:
             anchor = Anchor.of(student, comparison.bridge, comparison.layer_map.student_layers)
-        meters = Averages(), Stopwatch(device)
+        meters = Averages(), Stopwatch(device), FiniteWatch()
         update = cls(settings, comparison, student, teacher, output, anchor, *meters)
         if not settings.output_schedule.ever_active and (
             student.get_output_embeddings().weight is student.get_input_embeddings().weight
@@ -82,13 +79,24 @@ class Update:
     def loss(self, batch: Batch, step: int) -> Tensor:
         """μ · representation + w · output (Eq. 7) + a · anchor of one micro-batch at update `step`, 0-based.
 
-        A term of weight zero costs nothing, and a step without any changes nothing. Raises `NonFiniteLoss`.
+        A term of weight zero costs nothing, and a step without any changes nothing.
         """
         weights = {term: schedule(step) for term, schedule in self.settings.schedules.items()}
-        student, teacher = self._read(batch, [term for term in TERMS if weights[term] > 0])
+        rows = {term: batch.rows(term) for term in TERMS if weights[term] > 0}
+        wanted = self._wanted(batch, rows)
+        at_layer = {
+            term: partial(compare, batch, rows, wanted.get(term, {}))
+            for term, compare in (("representation", self._representation), ("anchor", self._anchored))
+        }
+        read = self._read(batch, rows, at_layer)
         total = torch.zeros((), device=batch.tokens.device, requires_grad=True)
-        for term, states in student.items():
-            total = total + weights[term] * self._term(term, batch, states, teacher.get(term, {}))
+        for term, result in read.items():
+            if term == "output":
+                value = self._output(batch, rows[term], *_last(result, wanted[term]))
+            else:
+                value = torch.stack([one.to(total.device) for one in result.values()]).mean()
+            self.averages.add(f"loss/{term}", value)
+            total = total + weights[term] * value
         self.averages.add("loss/total", total)
         return total
 
@@ -97,13 +105,15 @@ class Update:
         """Measure on `batch` what `loss` does not show at this step: cosines, entropies, top-k overlap."""
         off = [term for term, schedule in self.settings.schedules.items() if schedule(step) == 0]
         possible = {"representation": self._comparable, "output": self.output.vocabulary is not None}
-        student, teacher = self._read(batch, [term for term in off if possible.get(term)])
-        if "representation" in student:
-            weights = batch.representation_weights[batch.representation_weights > 0]
-            wanted = self.comparison.by_student_layer(teacher["representation"])
-            add_representation_cosine(self.averages, student["representation"], wanted, weights)
-        if "output" in student:
-            self.output.observe(self.averages, *_last(student["output"], teacher["output"]))
+        rows = {term: batch.rows(term) for term in off if possible.get(term)}
+        wanted = self._wanted(batch, rows)
+        for term, states in self._read(batch, rows, {"representation": self.comparison.student}).items():
+            if term == "output":
+                self.output.observe(self.averages, *_last(states, wanted[term]))
+                continue
+            for layer, here in states.items():
+                there, weights = wanted[term][layer], rows[term].weights
+                add_representation_cosine(self.averages, layer, here, there, weights)
 
     @property
     def layer_map(self) -> LayerMap:
@@ -115,94 +125,68 @@ class Update:
         width = backbone(self.student).config.get_text_config().hidden_size
         return self.comparison.bridge is not None or width == self.teacher.width
 
-    def _read(self, batch: Batch, terms: Sequence[str]) -> tuple[dict[str, States], dict[str, States]]:
-        """The student's states by term, and what they are held to: the teacher's, or its own former ones."""
-        here, norm = self.comparison, self.settings.final_norm
-        layers = here.layer_map
-        masks = {term: getattr(batch, f"{term}_weights") > 0 for term in terms}
-        student_wants, teacher_wants = {}, {}
-        for term, mask in masks.items():
-            if term == "representation":
-                student_wants[term] = Want(layers.student_layers, mask, norm, here.student)
-                read = batch.on_teacher(mask)
-                teacher_wants[term] = Want(layers.teacher_layers, read, norm, here.teacher)
-            elif term == "output":
-                student_wants[term] = Want((num_layers(self.student),), mask)
-                read = self.output.teacher_mask(batch, mask)
-                teacher_wants[term] = Want((self.teacher.num_layers,), read)
-            else:
-                student_wants[term] = Want(layers.student_layers, mask, norm)
-        if not student_wants:
-            return {}, {}
-        wanted = {}
-        if teacher_wants:
+    def _wanted(self, batch: Batch, rows: Terms) -> dict[str, States]:
+        """By term, what the student's states are held to: the teacher's, or its own former ones."""
+        here, norm, wants = self.comparison, self.settings.final_norm, {}
+        if "representation" in rows:
+            read = batch.on_teacher(rows["representation"].mask)
+            wants["representation"] = Want(here.layer_map.teacher_layers, read, norm, here.teacher)
+        if "output" in rows:
+            read = self.output.teacher_mask(batch, rows["output"].mask)
+            wants["output"] = Want((self.teacher.num_layers,), read)
+        wanted: dict[str, States] = {}
+        if wants:
             with self.stopwatch.part("teacher"):
-                states = self.teacher.read(batch.teacher, list(teacher_wants.values()))
-            wanted = dict(zip(teacher_wants, states, strict=True))
-        if self.anchor is not None and "anchor" in student_wants:
-            wanted["anchor"] = self.anchor.read(batch.student, student_wants["anchor"])
-        states = read_states(self.student, batch.student, list(student_wants.values()))
-        return dict(zip(student_wants, states, strict=True)), wanted
+                states = self.teacher.read(batch.teacher, list(wants.values()))
+            wanted = dict(zip(wants, states, strict=True))
+        if "representation" in wanted:
+            wanted["representation"] = here.by_student_layer(wanted["representation"])
+        if self.anchor is not None and "anchor" in rows:
+            want = Want(here.layer_map.student_layers, rows["anchor"].mask, norm)
+            wanted["anchor"] = self.anchor.read(batch.student, want)
+        return wanted
 
-    def _term(self, term: str, batch: Batch, student: States, wanted: States) -> Tensor:
-        if term == "representation":
-            return self._representation(batch, student, wanted).mean()
-        if term == "output":
-            return self._output(batch, student, wanted)
-        return self._anchored(batch, student, wanted)
+    def _read(self, batch: Batch, rows: Terms, at_layer: Mapping[str, AtLayer]) -> dict[str, States]:
+        """One forward of the student: by term and layer, what `at_layer` makes of its states, or these."""
+        layers, norm = self.layer_map.student_layers, self.settings.final_norm
+        wants = {
+            term: Want((num_layers(self.student),), here.mask)
+            if term == "output"
+            else Want(layers, here.mask, norm, at_layer.get(term))
+            for term, here in rows.items()
+        }
+        if not wants:
+            return {}
+        return dict(zip(wants, read_states(self.student, batch.student, list(wants.values())), strict=True))
 
-    def _anchored(self, batch: Batch, student: States, reference: States) -> Tensor:
-        assert self.anchor is not None and batch.anchor_weights is not None
-        mask = batch.anchor_weights > 0
-        paired = (batch.representation_weights > 0)[mask]
-        weights = batch.anchor_weights[mask]
-        per_layer = [
-            (self.anchor.rows(layer, rows, reference[layer], paired) * weights.to(rows)).sum()
-            for layer, rows in student.items()
-        ]
-        value = torch.stack(per_layer).mean()
-        if not torch.isfinite(value):
-            raise NonFiniteLoss("the anchor is not finite", list(range(len(mask))))
-        self.averages.add("loss/anchor", value)
-        return value
-
-    def _representation(self, batch: Batch, student: States, teacher: States) -> Float[Tensor, " L"]:
-        teacher = self.comparison.by_student_layer(teacher)
-        mask = batch.representation_weights > 0
-        weights = batch.representation_weights[mask]
+    def _representation(
+        self, batch: Batch, rows: Terms, teacher: States, layer: int, states: Tensor
+    ) -> Tensor:
+        """Eq. 6 or 14 at one layer, while the forward is there; the teacher's rows are let go."""
         assert self.settings.representation_loss is not None
-        row_loss = REPRESENTATION_LOSSES[self.settings.representation_loss]
-        layers = self.layer_map.student_layers
-        per_layer = representation_loss(row_loss, [(s, s) for s in layers], student, teacher, weights)
-        if not torch.isfinite(per_layer).all():
-            broken = [s for s, value in zip(layers, per_layer, strict=True) if not value.isfinite()]
-            rows = torch.stack([row_loss(student[s], teacher[s]) for s in broken]).sum(0)
-            raise NonFiniteLoss(
-                f"the representation loss is not finite at layers {broken}", _where(rows, mask)
-            )
-        self.averages.add("loss/representation", per_layer.mean())
-        for layer, value in zip(layers, per_layer, strict=True):
-            self.averages.add(f"loss/representation_layer_{layer}", value)
-        add_representation_cosine(self.averages, student, teacher, weights)
-        return per_layer
-
-    def _output(self, batch: Batch, student: dict[int, Tensor], teacher: dict[int, Tensor]) -> Tensor:
-        mask, rows = batch.output_weights > 0, _last(student, teacher)
-        values = self.output.values(batch, *rows)
-        value = output_loss(values, batch.output_weights[mask])
-        if not torch.isfinite(value):
-            raise NonFiniteLoss("the output loss is not finite, behind the last layer", _where(values, mask))
-        self.averages.add("loss/output", value)
-        self.output.observe(self.averages, *rows)
+        loss, here = REPRESENTATION_LOSSES[self.settings.representation_loss], rows["representation"]
+        student, wanted = self.comparison.student(layer, states), teacher.pop(layer)
+        value, values = weighted_loss(loss, student, wanted, here.weights)
+        self.watch.add("the representation loss", layer, values, here.mask, batch.student.input_ids)
+        self.averages.add(f"loss/representation_layer_{layer}", value)
+        add_representation_cosine(self.averages, layer, student, wanted, here.weights)
         return value
+
+    def _anchored(self, batch: Batch, rows: Terms, reference: States, layer: int, states: Tensor) -> Tensor:
+        assert self.anchor is not None
+        here, paired = rows["anchor"], batch.representation_weights > 0
+        loss = partial(self.anchor.rows, layer, paired=paired[here.mask].to(states.device))
+        value, values = weighted_loss(loss, states, reference.pop(layer), here.weights)
+        self.watch.add("the anchor", layer, values, here.mask, batch.student.input_ids)
+        return value
+
+    def _output(self, batch: Batch, here: SupervisedRows, student: Tensor, teacher: Tensor) -> Tensor:
+        value, values = self.output.loss(batch, here, student, teacher, self.averages)
+        self.watch.add("the output loss", None, values, here.mask, batch.student.input_ids)
+        return value.to(batch.tokens.device)
 
 
 def _last(student: States, teacher: States) -> tuple[Tensor, Tensor]:
     """The final states that an output term reads."""
     (ours,), (theirs,) = student.values(), teacher.values()
     return ours, theirs
-
-
-def _where(values: Tensor, mask: Tensor) -> list[int]:
-    """The rollouts whose supervised rows have a value that is not finite."""
-    return sorted(set(mask.nonzero()[:, 0][~torch.isfinite(values)].tolist()))

@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 import reference
 import torch
-from torch import nn
 
 from oprd import output_space
 from oprd.errors import UserError
@@ -468,67 +467,3 @@ def test_top_k_overlap(k):
 def test_top_k_overlap_of_a_small_vocabulary_is_one():
     student, teacher, _ = make_logits((3, 5))
     assert output_space.top_k_overlap(student, teacher).tolist() == [1.0, 1.0, 1.0]
-
-
-# Chunks
-
-
-def head_loss(head, teacher_head, widest):
-    """Two losses a row, [n, 2], noting how many rows of logits exist at once."""
-
-    def loss(student_rows, teacher_rows, tokens):
-        widest.append(len(student_rows))
-        student, teacher = head(student_rows), teacher_head(teacher_rows)
-        return torch.stack(
-            [output_space.full_vocab(student, teacher), output_space.sampled_token(student, teacher, tokens)],
-            -1,
-        )
-
-    return loss
-
-
-@pytest.mark.parametrize("num_rows", [0, 1, 7])
-@pytest.mark.parametrize("chunk_size", [1, 3, 7, 100])
-def test_chunks_equal_the_whole(chunk_size, num_rows):
-    torch.manual_seed(0)
-    head, teacher_head = (
-        nn.Linear(6, 11).double(),
-        nn.Linear(5, 11, bias=False).double().requires_grad_(False),
-    )
-    rows = torch.randn(num_rows, 6, dtype=torch.float64, requires_grad=True)
-    teacher_rows = torch.randn(num_rows, 5, dtype=torch.float64)
-    tokens = torch.randint(11, (num_rows,))
-    weights = torch.rand(num_rows, 2, dtype=torch.float64)
-    inputs, widest = [rows, head.weight, head.bias], []
-    loss = head_loss(head, teacher_head, widest)
-
-    whole = loss(rows, teacher_rows, tokens)
-    whole_gradients = torch.autograd.grad((weights * whole).sum(), inputs)
-    widest.clear()
-    chunked = output_space.in_chunks(loss, (rows, teacher_rows, tokens), chunk_size)
-    gradients = torch.autograd.grad((weights * chunked).sum(), inputs)
-
-    assert chunked.shape == (num_rows, 2)
-    assert torch.allclose(chunked, whole, rtol=1e-12, atol=1e-12)
-    for gradient, wanted in zip(gradients, whole_gradients, strict=True):
-        assert torch.allclose(gradient, wanted, rtol=1e-12, atol=1e-12)
-    assert max(widest) == min(chunk_size, num_rows)
-    assert len(widest) == 2 * max(1, math.ceil(num_rows / chunk_size))  # Forward, and again in the backward.
-
-
-@pytest.mark.parametrize(("num_teacher", "num_tokens"), [(6, 7), (8, 7), (7, 6), (7, 8)])
-def test_chunks_refuse_rows_that_do_not_match(num_teacher, num_tokens):
-    rows, teacher_rows = torch.zeros(7, 4, requires_grad=True), torch.zeros(num_teacher, 4)
-    with pytest.raises(UserError, match="rows"):
-        output_space.in_chunks(
-            lambda s, t, _: s.sum(-1), (rows, teacher_rows, torch.zeros(num_tokens, dtype=torch.long)), 3
-        )
-
-
-@pytest.mark.parametrize("chunk_size", [0, -1])
-def test_chunks_refuse_a_size_below_one(chunk_size):
-    rows = torch.zeros(7, 4, requires_grad=True)
-    with pytest.raises(UserError, match="chunk"):
-        output_space.in_chunks(
-            lambda s, t, _: s.sum(-1), (rows, rows, torch.zeros(7, dtype=torch.long)), chunk_size
-        )

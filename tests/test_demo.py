@@ -1,11 +1,15 @@
 """`oprd demo` from start to finish, at a very small size."""
 
 import json
+from dataclasses import replace
 
 import pytest
+import yaml
 
 from oprd import cli
-from oprd.demo import at_share
+from oprd.demo import at_share, run_demo
+from oprd.demo_pairs import PAIRS
+from oprd.recorder import read_metrics
 
 ARMS = ["student", "teacher", "oprd", "opd_sampled_token", "opd_top_k"]
 FIELDS = {
@@ -72,7 +76,7 @@ def test_again_repeats_nothing_and_other_settings_are_refused(demo, capsys):
 
 BRIDGED = {
     "bridge": ["student", "teacher", "bridge", "bridge_then_opd", "opd_sampled_token"],
-    "tokenizer": ["student", "teacher", "bridge", "bridge_authors"],
+    "tokenizer": ["student", "teacher", "bridge", "bridge_then_text", "opd_sampled_text", "bridge_authors"],
 }
 
 
@@ -86,10 +90,30 @@ def test_pairs_that_need_a_bridge(pair, tmp_path):
     assert (output / "fit" / "bridge.safetensors").exists() and (output / "fit" / "ranks.png").exists()
     for arm in BRIDGED[pair][2:]:
         records = [json.loads(line) for line in (output / arm / "metrics.jsonl").read_text().splitlines()]
-        assert ("loss/representation" in records[0]) == (arm != "opd_sampled_token")
-        assert ("loss/output" in records[-1]) == (arm in ("bridge_then_opd", "opd_sampled_token"))
-        assert ("rollout/coverage" in records[0]) == (pair == "tokenizer" and arm == "bridge")
+        assert ("loss/representation" in records[0]) == (arm.startswith("bridge") and "text" not in arm)
+        assert ("loss/output" in records[-1]) == ("opd" in arm or "text" in arm)
+        assert ("rollout/coverage" in records[0]) == (pair == "tokenizer" and arm != "bridge_authors")
     assert (output / "accuracy.png").stat().st_size > 5000
+
+
+def test_a_run_before_the_run(tmp_path, monkeypatch):
+    """Half the steps through the bridge, half over the text from there, on other prompts."""
+    bridged = PAIRS["tokenizer"]
+    arms = {"bridge_then_text": bridged.arms["bridge_then_text"]}
+    monkeypatch.setitem(
+        PAIRS, "tokenizer", replace(bridged, arms=arms, bridges={"fit": bridged.bridges["fit"]})
+    )
+    output = tmp_path / "out"
+    run_demo(output, steps=5, problems=4, samples=2, seed=0, pair_name="tokenizer")
+    first, then = (
+        read_metrics(output / f"bridge_then_text{end}" / "metrics.jsonl") for end in ("-first", "")
+    )
+    assert [r["step"] for r in first] == [1, 2] and [r["step"] for r in then] == [1, 2, 3]
+    assert all("loss/representation" in r and "loss/output" not in r for r in first)
+    assert all("loss/output" in r and "loss/representation" not in r for r in then)
+    resolved = yaml.safe_load((output / "bridge_then_text" / "resolved.yaml").read_text())
+    assert str(output / "bridge_then_text-first") in json.dumps(resolved)
+    assert first[0]["rollout/mean_length"] != then[0]["rollout/mean_length"]
 
 
 @pytest.mark.parametrize(

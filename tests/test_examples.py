@@ -55,6 +55,8 @@ def test_the_paper_recipe_has_the_papers_settings():
         ("top_k", "same", "opd_top_k"),
         ("through_bridge", "bridge", "bridge"),
         ("bridge_then_opd", "bridge", "bridge_then_opd"),
+        ("through_tokenizer_bridge", "tokenizer", "bridge"),
+        ("sampled_text", "tokenizer", "opd_sampled_text"),
     ],
 )
 def test_tiny_recipes_are_the_arms_of_the_demo(file, pair, arm):

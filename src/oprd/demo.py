@@ -25,6 +25,7 @@ from oprd.rollouts import Sampling
 from oprd.train import RunArguments, train
 from oprd.trainer import OPRDConfig
 
+OTHER_PROMPTS = 1000  # added to the seed of a second run
 UPDATE_PARTS = ("time/teacher_seconds", "time/student_seconds", "time/optimizer_seconds")
 
 
@@ -44,7 +45,7 @@ def run_demo(
         fit_bridge(_bridge(pair, keys, output / name, seed))
     folders = {"student": resolve_model(STUDENT), "teacher": resolve_model(pair.teacher)}
     for arm in pair.arms:
-        folders[arm] = str(train(*_arm(pair, arm, output, steps, seed), label=LABELS[arm]))
+        folders[arm] = _train_arm(pair, arm, output, steps, seed)
     arms = {
         arm: _evaluate(arm, folder, output, problems, samples, seed) | _cost(output / arm)
         for arm, folder in folders.items()
@@ -55,7 +56,8 @@ def run_demo(
     summary = {"arms": arms, "gap_closed": closed, "settings": settings}
     (output / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
     levels = {LABELS[arm]: arms[arm]["avg_at_k"] for arm in ("student", "teacher")}
-    plot_runs({LABELS[arm]: output / arm for arm in pair.arms}, output, levels)
+    runs = {LABELS[arm]: [output / f"{arm}-first", output / arm] for arm in pair.arms}
+    plot_runs(runs, output, levels)
     return summary
 
 
@@ -96,22 +98,35 @@ def _bridge(pair: Pair, keys: dict[str, Any], folder: Path, seed: int) -> Bridge
     )
 
 
-def _arm(pair: Pair, arm: str, output: Path, steps: int, seed: int) -> tuple[RunArguments, OPRDConfig]:
+def _train_arm(pair: Pair, arm: str, output: Path, steps: int, seed: int) -> str:
+    """The folder of a trained arm; one with a run before it starts where that ended, with other prompts."""
+    keys, start = dict(pair.arms[arm]), STUDENT
+    if "after" in keys:
+        first, half = output / f"{arm}-first", steps // 2
+        arguments = _arguments(pair, keys.pop("after"), start, first, half, seed)
+        start = str(train(*arguments, label=f"{LABELS[arm]}: first half"))
+        steps, seed = steps - half, seed + OTHER_PROMPTS
+    return str(train(*_arguments(pair, keys, start, output / arm, steps, seed), label=LABELS[arm]))
+
+
+def _arguments(
+    pair: Pair, keys: dict[str, Any], start: str, folder: Path, steps: int, seed: int
+) -> tuple[RunArguments, OPRDConfig]:
     run = RunArguments(
-        model_name_or_path=STUDENT,
+        model_name_or_path=start,
         dataset_name=TASK,
         accuracy_dataset_name=TASK,
         accuracy_steps=max(steps // 10, 1),
         accuracy_problems=64,
         accuracy_samples=2,
     )
-    keys = SHARED | {"teacher_model_name_or_path": pair.teacher} | pair.arms[arm]
+    keys = SHARED | {"teacher_model_name_or_path": pair.teacher} | keys
     if "bridge" in keys:
-        keys |= {"bridge": str(output / keys["bridge"])}
+        keys |= {"bridge": str(folder.parent / keys["bridge"])}
     for name in ("representation_weight", "output_weight"):
         if name in keys:
             keys[name] = at_share(keys[name], steps)
-    return run, OPRDConfig(output_dir=str(output / arm), max_steps=steps, seed=seed, **keys)
+    return run, OPRDConfig(output_dir=str(folder), max_steps=steps, seed=seed, **keys)
 
 
 def at_share(schedule: str, steps: int) -> str:

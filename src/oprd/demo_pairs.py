@@ -37,9 +37,12 @@ LABELS = {
     "opd_top_k": "OPD, top-16",
     "bridge": "OPRD through a bridge",
     "bridge_then_opd": "bridge, then OPD",
+    "bridge_then_text": "bridge, then OPD over the text",
+    "opd_sampled_text": "OPD over the text",
     "bridge_authors": "bridge, student ids fed to the teacher",
 }
 SAMPLED_TOKEN: Keys = {"representation_weight": "0", "output_loss": "sampled_token", "learning_rate": 2e-4}
+SAMPLED_TEXT: Keys = {"representation_weight": "0", "output_loss": "sampled_text", "learning_rate": 1e-4}
 
 
 @dataclass(frozen=True)
@@ -47,7 +50,8 @@ class Pair:
     """A teacher for the bundled student, the bridges to fit, and the runs to compare.
 
     An arm names its bridge by its key in `bridges`, and a step of its schedules may be a share of the run:
-    `0=1,75%=1,75%+=0` is on until 75% of the steps are done.
+    `0=1,75%=1,75%+=0` is on until 75% of the steps are done. `after` holds the keys of another run, of half
+    the steps, that goes before; the optimiser then starts afresh.
     """
 
     teacher: str
@@ -89,6 +93,8 @@ PAIRS = {
         "tiny:tokenizer-teacher",
         {
             "bridge": THROUGH | ANCHORED,
+            "bridge_then_text": SAMPLED_TEXT | {"after": THROUGH | ANCHORED},
+            "opd_sampled_text": SAMPLED_TEXT,
             "bridge_authors": THROUGH | ANCHORED | FED_IDS | {"bridge": "fit_authors"},
         },
         bridges={"fit": ACROSS, "fit_authors": ACROSS | FED_IDS},

@@ -69,8 +69,8 @@ class Translation:
     ) -> tuple[dict[str, Tensor], list[AlignedResponse]]:
         """`teacher_completion_ids`, mask, `teacher_rows`, `ends_together`; nothing if they are the student's.
 
-        All but the ids is on the host. `teacher_rows[b, t]` is the teacher's row that has read what the student's row t has, −1 without one;
-        `ends_together[b]` tells whether both end with all that they read in common.
+        All but the ids is on the host. `teacher_rows[b, t]` is the teacher's row that has read what the
+        student's row t has, −1 without one; `ends_together[b]`, whether both end with all read in common.
         """
         if self.aligner is None:
             return {}, []

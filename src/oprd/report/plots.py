@@ -1,6 +1,6 @@
 """Curves over steps from the `metrics.jsonl` of runs."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import matplotlib
@@ -25,17 +25,18 @@ CURVES = {
 }
 
 
-def plot_runs(runs: Mapping[str, Path], output: Path, levels: Mapping[str, float]) -> list[Path]:
+def plot_runs(runs: Mapping[str, Sequence[Path]], output: Path, levels: Mapping[str, float]) -> list[Path]:
     """Write accuracy.png, cosine.png and length.png to `output`, one curve per run.
 
-    `levels` are accuracies drawn as horizontal lines. Lengths are running means over ten steps.
+    A run may lie in several folders, each going on where the last ended. `levels` are accuracies drawn as
+    horizontal lines. Lengths are running means over ten steps.
     """
     written = []
     for file, (key, label, window) in CURVES.items():
         figure = Figure(figsize=(6.4, 3.8), layout="constrained")
         axes = figure.add_subplot(xlabel="optimiser step", ylabel=label)
-        for colour, (name, folder) in zip(COLOURS, runs.items(), strict=False):
-            _curve(axes, folder, key, window, name, colour)
+        for colour, (name, folders) in zip(COLOURS, runs.items(), strict=False):
+            _curve(axes, folders, key, window, name, colour)
         if file == "accuracy":
             _levels(axes, levels)
         figure.legend(loc="outside upper center", ncols=3)
@@ -45,8 +46,11 @@ def plot_runs(runs: Mapping[str, Path], output: Path, levels: Mapping[str, float
     return written
 
 
-def _curve(axes: Axes, folder: Path, key: str, window: int, name: str, colour: str) -> None:
-    points = [(r["step"], r[key]) for r in read_metrics(folder / METRICS_FILE) if key in r]
+def _curve(axes: Axes, folders: Sequence[Path], key: str, window: int, name: str, colour: str) -> None:
+    points, before = [], 0.0
+    for records in (read_metrics(folder / METRICS_FILE) for folder in folders):
+        points += [(before + r["step"], r[key]) for r in records if key in r]
+        before += records[-1]["step"] if records else 0
     if not points:
         return
     steps, values = zip(*points, strict=True)

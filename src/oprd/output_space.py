@@ -31,10 +31,9 @@ def sampled_token(student_logits: Logits, teacher_logits: Logits, tokens: Int[Te
             f"sampled_token wants one token per row: tokens has shape {tuple(tokens.shape)}, and there are "
             f"{len(student_logits)} rows of logits"
         )
-    log_p = student_logits.log_softmax(-1).gather(-1, tokens[:, None])
-    log_q = teacher_logits.log_softmax(-1).gather(-1, tokens[:, None])
+    log_p, log_q = log_probs(student_logits, tokens), log_probs(teacher_logits, tokens)
     advantage = (log_p - log_q).detach()
-    return _with_gradient(advantage.squeeze(-1), advantage, log_p)
+    return _with_gradient(advantage, advantage, log_p)
 
 
 def sampled_text(
@@ -64,13 +63,13 @@ def sampled_text(
     follows_on = student_spans == before + 1
     credit = advantage[student_spans] + torch.where(follows_on, advantage[before], 0)
     value = log_p.detach() - teacher[student_spans] / size
-    return _with_gradient(value, credit[:, None], log_p[:, None])
+    return _with_gradient(value, credit, log_p)
 
 
 def log_probs(logits: Logits, tokens: Int[Tensor, " N"]) -> Rows:
     """log-softmax of every row at its token, in float32 or wider."""
     wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    return wide.log_softmax(-1).gather(-1, tokens[:, None]).squeeze(-1)
+    return _log_probs_at(wide, tokens[:, None]).squeeze(-1)
 
 
 def full_vocab(student_logits: Logits, teacher_logits: Logits, divergence: Divergence = "reverse_kl") -> Rows:
@@ -80,17 +79,21 @@ def full_vocab(student_logits: Logits, teacher_logits: Logits, divergence: Diver
     m = (p + q)/2.
     """
     student_logits, teacher_logits = _wide(student_logits, teacher_logits)
-    log_p, log_q = student_logits.log_softmax(-1), teacher_logits.log_softmax(-1)
-    p, q = log_p.detach().exp(), log_q.exp()
-    gap = log_p.detach() - log_q
+    log_p, log_q = student_logits.detach().log_softmax(-1), teacher_logits.log_softmax(-1)
+    p = log_p.exp()
     if divergence == "reverse_kl":
-        return _with_gradient((p * gap).sum(-1), p * gap, log_p)
+        gap = log_p.sub_(log_q)
+        value = (p * gap).sum(-1)
+        return _with_gradient(value, p.mul_(gap.sub_(value[:, None])), student_logits)
     if divergence == "forward_kl":
-        return _with_gradient(-(q * gap).sum(-1), p - q, log_p)
+        q = log_q.exp()
+        value = (q * log_q.sub_(log_p)).sum(-1)
+        return _with_gradient(value, p.sub_(q), student_logits)
     if divergence == "jsd":
-        log_m = torch.logaddexp(log_p.detach(), log_q) - math.log(2)
-        student_part = p * (log_p.detach() - log_m) / 2
-        return _with_gradient((student_part + q * (log_q - log_m) / 2).sum(-1), student_part, log_p)
+        log_m = torch.logaddexp(log_p, log_q) - math.log(2)
+        to_mean = (p * log_p.sub_(log_m)).sum(-1) / 2
+        value = to_mean + (log_q.exp() * (log_q - log_m)).sum(-1) / 2
+        return _with_gradient(value, p.mul_(log_p / 2 - to_mean[:, None]), student_logits)
     raise UserError(f"divergence={divergence!r} is not one of {', '.join(get_args(Divergence))}")
 
 
@@ -116,8 +119,7 @@ def top_k(
         log_p = _log_softmax_on(student_logits.gather(-1, tokens), members)
         log_q = _log_softmax_on(teacher_logits.gather(-1, tokens), members)
     else:
-        log_p = student_logits.log_softmax(-1).gather(-1, tokens)
-        log_q = teacher_logits.log_softmax(-1).gather(-1, tokens)
+        log_p, log_q = _log_probs_at(student_logits, tokens), _log_probs_at(teacher_logits, tokens)
     p = torch.where(members, log_p.detach().exp(), 0)
     gap = torch.where(members, log_p.detach() - log_q, 0)
     return _with_gradient((p * gap).sum(-1), p * gap if renormalize else p * (gap + 1), log_p)
@@ -134,8 +136,7 @@ def top_k_authors(
     _check_k(k, student_logits.shape[-1], renormalize=True)
     student_logits, teacher_logits = _wide(student_logits, teacher_logits)
     tokens, members = support_tokens(student_logits, teacher_logits, k, support)
-    log_p = student_logits.log_softmax(-1).gather(-1, tokens)
-    log_q = teacher_logits.log_softmax(-1).gather(-1, tokens)
+    log_p, log_q = _log_probs_at(student_logits, tokens), _log_probs_at(teacher_logits, tokens)
     log_w = _log_softmax_on(log_p, members)
     weighed = torch.where(members, log_w.detach().exp(), 0) * (log_p.detach() - log_q)
     return _with_gradient(weighed.sum(-1), weighed, log_w)
@@ -176,6 +177,11 @@ def top_k_overlap(student_logits: Logits, teacher_logits: Logits, k: int = 16) -
     return support_tokens(student_logits, teacher_logits, k, "intersection")[1].float().mean(-1)
 
 
+def _log_probs_at(logits: Tensor, tokens: Int[Tensor, "N S"]) -> Float[Tensor, "N S"]:
+    """log-softmax at some tokens of every row, without that of all others."""
+    return logits.gather(-1, tokens) - logits.logsumexp(-1, keepdim=True)
+
+
 def _wide(student_logits: Tensor, teacher_logits: Tensor) -> tuple[Tensor, Tensor]:
     if student_logits.ndim != 2 or student_logits.shape != teacher_logits.shape:
         raise UserError(
@@ -188,27 +194,27 @@ def _wide(student_logits: Tensor, teacher_logits: Tensor) -> tuple[Tensor, Tenso
     return student_logits.to(dtype), teacher_logits.detach().to(student_logits.device, dtype)
 
 
-class _ScoreGradient(torch.autograd.Function):
-    """A value whose gradient is Σ weights · ∇ log p, given in closed form."""
+class _ClosedForm(torch.autograd.Function):
+    """A value per row whose gradient is known in closed form."""
 
     @staticmethod
-    def forward(ctx: Any, value: Tensor, weights: Tensor, log_p: Tensor) -> Tensor:
-        ctx.save_for_backward(weights)
+    def forward(ctx: Any, value: Tensor, slope: Tensor, at: Tensor) -> Tensor:
+        ctx.save_for_backward(slope)
         return value.clone()
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[None, None, Tensor]:
-        (weights,) = ctx.saved_tensors
-        return None, None, grads[0][:, None] * weights
+        (slope,) = ctx.saved_tensors
+        return None, None, (grads[0] if slope.ndim == 1 else grads[0][:, None]) * slope
 
 
-def _with_gradient(value: Rows, weights: Logits, log_p: Logits) -> Rows:
-    """`value`, differentiated as Σ weights · ∇ log p.
+def _with_gradient(value: Rows, slope: Tensor, at: Tensor) -> Rows:
+    """`value`, with the derivative `slope` with respect to `at`, row by row.
 
-    Since Σ p ∇ log p = 0, a divergence's exact gradient can be written with weights that vanish where
-    p = q, so equal models get no gradient at all instead of the rounding of terms that should cancel.
+    A divergence's exact gradient can be written with slopes that vanish where p = q, so equal models get no
+    gradient at all instead of the rounding of terms that should cancel.
     """
-    return _ScoreGradient.apply(value, weights, log_p)
+    return _ClosedForm.apply(value, slope, at)
 
 
 def _log_softmax_on(values: Tensor, members: Tensor) -> Tensor:

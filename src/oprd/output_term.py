@@ -18,7 +18,7 @@ from oprd.meters import Averages
 from oprd.settings import ObjectiveSettings
 from oprd.teacher import Teacher, shared_vocabulary
 
-DESCRIBED_ROWS = 128
+DESCRIBED_ROWS = 32
 Rows = Float[Tensor, "N D"]
 Logits = Float[Tensor, "N V"]
 
@@ -94,10 +94,10 @@ class OutputTerm:
         add_output_statistics(averages, logits, self.heads[1](teacher[::stride]).to(logits.device))
 
     def _student_log_probs(self, logits: Logits, tokens: Int[Tensor, " N"]) -> Float[Tensor, " N"]:
-        return output_space.log_probs(logits / self.settings.student_temperature, tokens)
+        return output_space.log_probs(_cooled(logits, self.settings.student_temperature), tokens)
 
     def _teacher_log_probs(self, logits: Logits, tokens: Int[Tensor, " N"]) -> Float[Tensor, " N"]:
-        return output_space.log_probs(logits / self.settings.teacher_temperature, tokens)
+        return output_space.log_probs(_cooled(logits, self.settings.teacher_temperature), tokens)
 
     def _row_values(
         self, averages: Averages, stride: int, logits: Logits, teacher: Rows, tokens: Int[Tensor, " N"]
@@ -106,8 +106,8 @@ class OutputTerm:
         with torch.no_grad():
             teacher_logits = self.heads[1](teacher).to(logits.device)
             add_output_statistics(averages, logits[::stride], teacher_logits[::stride])
-        student_logits = logits / settings.student_temperature
-        teacher_logits = teacher_logits / settings.teacher_temperature
+        student_logits = _cooled(logits, settings.student_temperature)
+        teacher_logits = _cooled(teacher_logits, settings.teacher_temperature)
         if settings.output_loss in ("sampled_token", "sampled_text"):  # every token is a span of text
             return output_space.sampled_token(student_logits, teacher_logits, tokens)
         if settings.output_loss == "full_vocab":
@@ -118,8 +118,12 @@ class OutputTerm:
         return output_space.top_k(student_logits, teacher_logits, k, support, settings.renormalize)
 
 
+def _cooled(logits: Logits, temperature: float) -> Logits:
+    return logits if temperature == 1 else logits / temperature
+
+
 def _stride(rows: int) -> int:
-    """Every which row to describe: some hundred are enough."""
+    """Every which row to describe: a micro-batch shows a few."""
     return max(1, rows // DESCRIBED_ROWS)
 
 

@@ -70,7 +70,7 @@ class ObjectiveSettings:
         "(the authors' way, a baseline).",
     )
     teacher_chat_template_kwargs: dict | str | None = key(None, "Arguments of the teacher's chat template.")
-    output_chunk_size: int = key(1024, "Rows of logits that exist at a time in output losses.")
+    output_chunk_size: int = key(256, "Rows of logits that exist at a time in output losses.")
     diagnostics_steps: int = key(0, "Every n steps, measure what the loss does not show; 0 = never.")
 
     def check(self) -> None:

@@ -178,8 +178,7 @@ def top_k_overlap(student_logits: Logits, teacher_logits: Logits, k: int = 16) -
 
 
 def _log_probs_at(logits: Tensor, tokens: Int[Tensor, "N S"]) -> Float[Tensor, "N S"]:
-    """log-softmax at some tokens of every row, without that of all others."""
-    return logits.gather(-1, tokens) - logits.logsumexp(-1, keepdim=True)
+    return logits.log_softmax(-1).gather(-1, tokens)
 
 
 def _wide(student_logits: Tensor, teacher_logits: Tensor) -> tuple[Tensor, Tensor]:

@@ -2,7 +2,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 TORCH := torch==2.13.0
 
-.PHONY: demo test lint clean
+.PHONY: demo test bench-quick clean
 
 demo: .venv/ready
 	$(BIN)/oprd demo
@@ -12,6 +12,11 @@ test: .venv/ready
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+
+# Ratios of one run on a small shape, in three minutes; the figures of record: benchmarks/actor_update.py.
+bench-quick: .venv/ready
+	$(BIN)/python benchmarks/actor_update.py --preset quick --repeats 7 --check --output runs/bench-quick.csv \
+		--arms bare oprd oprd_bridge full_vocab top_16_whole trl
 
 # torch comes first and alone: resolved together with the rest, pip would take a CUDA build.
 .venv/ready: pyproject.toml constraints.txt

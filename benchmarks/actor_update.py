@@ -3,10 +3,10 @@
     python benchmarks/actor_update.py --preset cpu                    # all arms, results/actor_update-cpu.csv
     python benchmarks/actor_update.py --preset cpu --sweep length     # over T; --sweep vocabulary: over |V|
 
-An update is teacher forward, student forward and backward on one batch of rollouts, the same random weights and
-tokens for all arms, gradient checkpointing on; the optimiser, which is the same for all, is left out. Seconds are
-wall time; memory is the peak over what is resident before the update (CUDA: the allocator's; CPU: the process's),
-gradients included. Arms:
+An update is teacher forward, student forward and backward on one batch of rollouts, the same random weights
+and tokens for all arms, gradient checkpointing on; the optimiser, the same for all, is left out. Seconds are
+wall time; memory is the peak over what is resident before the update (CUDA: the allocator's; CPU: the
+process's), gradients included. Arms:
 
 bare               both backbones and a scalar of the student's last state: the limit
 oprd, oprd_last    ours, all layers or the last one, the last k rows
@@ -63,7 +63,7 @@ class Shape:
 
 
 PRESETS = {
-    "quick": Shape(4, 128, 384, 4, 2, 50_000, 256, 64),
+    "quick": Shape(6, 256, 768, 4, 2, 100_000, 512, 128),
     "cpu": Shape(12, 384, 1024, 6, 2, 151_936, 2048, 512),
     "qwen2.5-1.5b": Shape(28, 1536, 8960, 12, 2, 151_936, 16_384, 2000),
 }
@@ -81,6 +81,16 @@ WHOLE: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
     "full_vocab_whole": lambda student, teacher, _: output_space.full_vocab(student, teacher),
 }
 ARMS = ("bare", *OURS, *WHOLE, "authors", "trl")
+# What `make bench-quick` holds the ratios of one run to: arm, what it is divided by, measure, least, most.
+CHECKS = (
+    ("oprd", "bare", "seconds", 0.0, 1.10),
+    ("oprd", "bare", "transient_mb", 0.0, 1.15),
+    ("oprd_bridge", "oprd", "seconds", 0.0, 1.10),
+    ("top_16_whole", "oprd", "seconds", 2.5, 1e9),
+    ("top_16_whole", "oprd", "transient_mb", 5.0, 1e9),
+    ("full_vocab", "trl", "seconds", 0.0, 1.05),
+    ("full_vocab", "trl", "transient_mb", 0.0, 1.05),
+)
 SWEEPS = {
     "length": ("tokens", (512, 1024, 2048, 4096, 8192, 16_384, 32_768)),
     "vocabulary": ("vocabulary", (32_000, 64_000, 151_936, 256_000)),
@@ -259,6 +269,18 @@ def print_table(rows: Sequence[Row]) -> None:
         print("| " + " | ".join(cells) + " |")
 
 
+def check(rows: Sequence[Row]) -> list[str]:
+    """The ratios that left their bounds with their whole interval."""
+    broken = []
+    for arm, base, key, least, most in CHECKS:
+        middle, low, high = paired_ratio(of_arm(rows, arm, key), of_arm(rows, base, key))
+        verdict = "ok" if high >= least and low <= most else "BROKEN"
+        ratio = f"{middle:.3g} ({low:.3g}–{high:.3g})"
+        print(f"{verdict}: {key} of {arm} ÷ {base} = {ratio}, bounds {least:g}–{most:g}")
+        broken += [] if verdict == "ok" else [f"{key} of {arm} ÷ {base}"]
+    return broken
+
+
 def plot(rows: Sequence[Row], over: str, path: Path) -> None:
     """Seconds and memory over a swept size, one line per arm."""
     figure = Figure(figsize=(9.6, 4.2), layout="constrained")
@@ -292,6 +314,7 @@ def main() -> None:
     parser.add_argument("--sweep", choices=SWEEPS)
     parser.add_argument("--sizes", type=int, nargs="+", help="of the sweep")
     parser.add_argument("--output", type=Path)
+    parser.add_argument("--check", action="store_true", help="exit 1 if a ratio leaves its bounds")
     parser.add_argument("--worker", choices=ARMS, help=argparse.SUPPRESS)
     for name in ("tokens", "vocabulary", "rollouts", "last"):
         parser.add_argument(f"--{name}", type=int)
@@ -309,6 +332,8 @@ def main() -> None:
         rows = measure(given.preset, shape, given.arms, given.repeats)
         write(output, rows)
         print_table(rows)
+        if given.check and check(rows):
+            raise SystemExit(1)
         return
     over, swept = SWEEPS[given.sweep]
     rows = []

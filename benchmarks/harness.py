@@ -1,7 +1,7 @@
 """Arms in processes of their own, run in turn; medians, and ratios of what ran in the same round.
 
-A worker is the benchmark's own script, started with `--worker ARM`. It prints one line when it is ready and, for
-every line that it reads, runs once and prints what it measured as JSON.
+A worker is the benchmark's own script, started with `--worker ARM`. It prints one line when it is ready and,
+for every line that it reads, runs once and prints what it measured as JSON.
 """
 
 import csv

@@ -1,20 +1,21 @@
 """What does a whole training step cost, rollouts excluded, beside TRL's?
 
-    python benchmarks/step.py --preset 100m      # 12 layers, |V| = 151,936, 100 M parameters: results/step-100m.csv
-    python benchmarks/step.py --preset tiny      # the bundled pair
+    python benchmarks/step.py --preset 100m   # 100 M parameters, |V| = 151,936: results/step-100m.csv
+    python benchmarks/step.py --preset tiny   # the bundled pair
 
-Both trainers run their own loop, from batching to optimiser, logging included, on the same given rollouts and models.
+Both trainers run their own loop, from batching to optimiser and log, on the same rollouts and models.
 oprd        OPRDTrainer, all layers, last k rows
 full_vocab  OPRDTrainer with TRL's objective, the exact reverse KL of all rows
 trl         trl.DistillationTrainer, the exact reverse KL of all rows
 """
 
 import argparse
+import os
 import statistics
-import sys
 import tempfile
 import threading
 import time
+import traceback
 from dataclasses import dataclass
 from pathlib import Path
 from queue import Queue
@@ -144,9 +145,6 @@ def work(arm: str, name: str) -> None:
         try:
             trainer.train()
         except BaseException:
-            import os
-            import traceback
-
             traceback.print_exc()
             os._exit(1)
 
@@ -186,5 +184,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(HERE))
     main()

@@ -1,0 +1,98 @@
+"""The benchmark of the actor update: arms of one objective give one loss and one gradient."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+sys.path.insert(0, str(BENCHMARKS))
+
+import actor_update  # noqa: E402
+import harness  # noqa: E402
+
+SHAPE = actor_update.Shape(3, 32, 64, 2, 1, 97, 40, 12, rollouts=2)
+
+
+def loss_and_gradient(name, shape=SHAPE):
+    arm = actor_update.Arm(name, shape)
+    value = arm.loss()
+    value.backward()
+    named = arm.student.named_parameters()
+    return value.item(), {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in named}
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs"),
+    [
+        ("oprd", "authors"),
+        ("sampled_token", "sampled_token_whole"),
+        ("top_16", "top_16_whole"),
+        ("full_vocab", "full_vocab_whole"),
+        ("full_vocab", "trl"),
+    ],
+)
+def test_arms_of_one_objective_agree(ours, theirs):
+    (value, gradient), (other, wanted) = loss_and_gradient(ours), loss_and_gradient(theirs)
+    assert value == pytest.approx(other, rel=1e-5)
+    whole = torch.cat([g.flatten() for g in wanted.values()]).norm()
+    for name, here in gradient.items():
+        torch.testing.assert_close(here, wanted[name], rtol=1e-4, atol=float(1e-5 * whole), msg=name)
+
+
+@pytest.mark.parametrize("name", actor_update.ARMS)
+def test_every_arm_measures_and_keeps_nothing(name):
+    arm = actor_update.Arm(name, SHAPE)
+    first, second = arm.measure(), arm.measure()
+    assert first.keys() == second.keys() == {"seconds", "transient_mb"}
+    assert second["seconds"] > 0 and all(p.grad is None for p in arm.student.parameters())
+
+
+def test_a_run_in_turn(tmp_path, monkeypatch, capsys):
+    output = tmp_path / "rows.csv"
+    argv = ["actor_update.py", "--preset", "quick", "--tokens", "16", "--last", "4", "--vocabulary", "50"]
+    monkeypatch.setattr(
+        sys, "argv", [*argv, "--repeats", "2", "--arms", "bare", "oprd", "--output", str(output)]
+    )
+    actor_update.main()
+    header, *rows = output.read_text().splitlines()
+    assert header.startswith("preset,tokens,last,vocabulary,rollouts,arm,repeat,seconds,transient_mb")
+    assert [row.split(",")[5:7] for row in rows] == [
+        ["bare", "0"],
+        ["bare", "1"],
+        ["oprd", "0"],
+        ["oprd", "1"],
+    ]
+    table = capsys.readouterr().out
+    assert "| bare |" in table and "1 (1–1)" in table
+
+
+def test_paired_ratios():
+    rows = [
+        {"arm": a, "seconds": s}
+        for a, s in [("x", 2.0), ("x", 30.0), ("x", 6.0), ("y", 1), ("y", 10), ("y", 2)]
+    ]
+    above, below = (harness.of_arm(rows, arm, "seconds") for arm in "xy")
+    assert harness.paired_ratio(above, below) == (3.0, 2.0, 3.0)
+    assert harness.paired_ratio(above, above) == (1.0, 1.0, 1.0)
+    with pytest.raises(ValueError):
+        harness.paired_ratio(above, below[:2])
+
+
+def rows_with(**changes):
+    costs = {"bare": 1.0, "oprd": 1.0, "oprd_bridge": 1.0, "top_16_whole": 9.0, "full_vocab": 4.0, "trl": 5.0}
+    return [
+        {"arm": arm, "repeat": repeat, "seconds": cost, "transient_mb": cost}
+        for arm, cost in (costs | changes).items()
+        for repeat in range(3)
+    ]
+
+
+def test_bounds():
+    assert actor_update.check(rows_with()) == []
+    assert actor_update.check(rows_with(oprd=1.2)) == [
+        "seconds of oprd ÷ bare",
+        "transient_mb of oprd ÷ bare",
+    ]
+    assert actor_update.check(rows_with(top_16_whole=4.0)) == ["transient_mb of top_16_whole ÷ oprd"]

@@ -12,7 +12,7 @@ bare               both backbones and a scalar of the student's last state: the 
 oprd, oprd_last    ours, all layers or the last one, the last k rows
 oprd_bridge        ours, all layers through a bridge of rank 8
 sampled_token, top_16, full_vocab                    our chunked output losses, all rows
-sampled_token_whole, top_16_whole, full_vocab_whole  the same on whole logits, as the paper compares
+sampled_token_whole, top_16_whole, full_vocab_whole  by autograd on whole logits, as the paper compares
 authors            as the authors' release: heads run, every layer kept in float32 at full length, then k rows
 trl                the loss of trl.DistillationTrainer (reverse KL) as installed
 """
@@ -33,7 +33,6 @@ from matplotlib.ticker import NullLocator
 from torch import Tensor
 from transformers import PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
 
-from oprd import output_space
 from oprd.batch import Batch, weigh_rows
 from oprd.bridge.artifact import Bridge, Projector
 from oprd.capture import backbone
@@ -75,11 +74,34 @@ OURS: dict[str, dict[str, Any]] = {
     "top_16": {"representation_weight": "0", "output_loss": "top_k"},
     "full_vocab": {"representation_weight": "0", "output_loss": "full_vocab"},
 }
-WHOLE: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
-    "sampled_token_whole": output_space.sampled_token,
-    "top_16_whole": lambda student, teacher, _: output_space.top_k(student, teacher, 16),
-    "full_vocab_whole": lambda student, teacher, _: output_space.full_vocab(student, teacher),
-}
+
+
+def _log_probs(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
+    return student.float().log_softmax(-1), teacher.float().log_softmax(-1)
+
+
+def sampled_token_whole(student: Tensor, teacher: Tensor, tokens: Tensor) -> Tensor:
+    """Eq. 3 and 19, written out."""
+    log_p, log_q = (x.gather(-1, tokens[:, None]) for x in _log_probs(student, teacher))
+    advantage = (log_p - log_q).detach()
+    return advantage + advantage * (log_p - log_p.detach())
+
+
+def top_16_whole(student: Tensor, teacher: Tensor, tokens: Tensor) -> Tensor:
+    """Eq. 5, written out."""
+    log_p, log_q = _log_probs(student, teacher)
+    support = log_p.topk(16, dim=-1).indices
+    log_p, log_q = (x.gather(-1, support).log_softmax(-1) for x in (log_p, log_q))
+    return (log_p.exp() * (log_p - log_q)).sum(-1)
+
+
+def full_vocab_whole(student: Tensor, teacher: Tensor, tokens: Tensor) -> Tensor:
+    """Eq. 4, written out."""
+    log_p, log_q = _log_probs(student, teacher)
+    return (log_p.exp() * (log_p - log_q)).sum(-1)
+
+
+WHOLE = {loss.__name__: loss for loss in (sampled_token_whole, top_16_whole, full_vocab_whole)}
 ARMS = ("bare", *OURS, *WHOLE, "authors", "trl")
 # What `make bench-quick` holds the ratios of one run to: arm, what it is divided by, measure, least, most.
 CHECKS = (

@@ -13,12 +13,14 @@ oprd, oprd_last    ours, all layers or the last one, the last k rows
 oprd_bridge        ours, all layers through a bridge of rank 8
 sampled_token, top_16, full_vocab                    our chunked output losses, all rows
 sampled_token_whole, top_16_whole, full_vocab_whole  by autograd on whole logits, as the paper compares
-authors            as the authors' release: heads run, every layer kept in float32 at full length, then k rows
+authors            as the authors' release: heads run, their logits and every layer, in float32 and at full
+                   length, live until the loss of k rows is there
 trl                the loss of trl.DistillationTrainer (reverse KL) as installed
 """
 
 import argparse
 import statistics
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -113,13 +115,18 @@ CHECKS = (
     ("full_vocab", "trl", "seconds", 0.0, 1.05),
     ("full_vocab", "trl", "transient_mb", 0.0, 1.05),
 )
+# On a CPU memory is measured in rounds of its own, in which the allocator gives freed tensors back at once:
+# the resident set is then what is alive, and not what the allocator keeps.
+HANDED_BACK = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}
+MEMORY_ROUNDS = 3
 SWEEPS = {
     "length": ("tokens", (512, 1024, 2048, 4096, 8192, 16_384, 32_768)),
     "vocabulary": ("vocabulary", (32_000, 64_000, 151_936, 256_000)),
 }
 
 
-def make_model(shape: Shape, seed: int, device: torch.device) -> PreTrainedModel:
+def make_model(shape: Shape, seed: int, device: torch.device, shared: Path | None = None) -> PreTrainedModel:
+    """Random weights; those of one seed are mapped from a file in `shared`, so that arms hold them once."""
     torch.manual_seed(seed)
     config = Qwen2Config(
         vocab_size=shape.vocabulary,
@@ -130,7 +137,13 @@ def make_model(shape: Shape, seed: int, device: torch.device) -> PreTrainedModel
         num_key_value_heads=shape.kv_heads,
         max_position_embeddings=PROMPT + shape.tokens,
     )
-    return Qwen2ForCausalLM(config).to(torch.bfloat16 if device.type == "cuda" else torch.float32)
+    model = Qwen2ForCausalLM(config).to(torch.bfloat16 if device.type == "cuda" else torch.float32)
+    if shared is not None:
+        file = shared / f"{seed}.pt"
+        if not file.exists():
+            torch.save(model.state_dict(), file)
+        model.load_state_dict(torch.load(file, mmap=True), assign=True)
+    return model.to(device)
 
 
 def make_inputs(shape: Shape, device: torch.device) -> dict[str, Tensor]:
@@ -145,10 +158,10 @@ def make_inputs(shape: Shape, device: torch.device) -> dict[str, Tensor]:
 class Arm:
     """One way to do an update."""
 
-    def __init__(self, name: str, shape: Shape) -> None:
+    def __init__(self, name: str, shape: Shape, shared: Path | None = None) -> None:
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.name, self.shape = name, shape
-        self.student, teacher = (make_model(shape, seed, self.device) for seed in (0, 1))
+        self.student, teacher = (make_model(shape, seed, self.device, shared) for seed in (0, 1))
         self.student.train().gradient_checkpointing_enable({"use_reentrant": False})
         self.teacher = Teacher(teacher)
         settings = ObjectiveSettings(positions=f"last={shape.last}", **OURS.get(name, {}))
@@ -233,8 +246,10 @@ class Arm:
         reading = self.batch.student
         keys = {"input_ids": reading.input_ids, "use_cache": False, "output_hidden_states": True}
         with torch.no_grad():
-            teacher = [state.float() for state in self.teacher.model(**keys).hidden_states[1:]]
-        student = [state.float() for state in self.student(**keys).hidden_states[1:]]
+            teacher_output = self.teacher.model(**keys)
+        student_output = self.student(**keys)
+        teacher = [state.float() for state in teacher_output.hidden_states[1:]]
+        student = [state.float() for state in student_output.hidden_states[1:]]
         mask = reading.rows(self.batch.representation_weights > 0).to(self.device)
         return torch.stack(
             [(s[mask] - t[mask]).square().mean(-1).mean() for s, t in zip(student, teacher, strict=True)]
@@ -269,7 +284,15 @@ def measure(preset: str, shape: Shape, arms: Sequence[str], repeats: int) -> lis
     kept = [arm for arm in arms if fits(arm, shape)]
     about = {"preset": preset, "tokens": shape.tokens, "last": shape.last, "vocabulary": shape.vocabulary}
     about |= {"rollouts": shape.rollouts}
-    rows = run_in_turn(__file__, kept, arguments, repeats)
+    with tempfile.TemporaryDirectory() as shared:
+        arguments += ["--shared", shared]
+        rows = run_in_turn(__file__, kept, arguments, repeats)
+        if not torch.cuda.is_available():
+            for row in rows:
+                del row["transient_mb"]
+            rows += run_in_turn(__file__, kept, arguments, min(repeats, MEMORY_ROUNDS), HANDED_BACK)
+            for row in rows[len(kept) * repeats :]:
+                del row["seconds"]
     return [about | row | hardware() for row in rows]
 
 
@@ -337,6 +360,7 @@ def main() -> None:
     parser.add_argument("--sizes", type=int, nargs="+", help="of the sweep")
     parser.add_argument("--output", type=Path)
     parser.add_argument("--check", action="store_true", help="exit 1 if a ratio leaves its bounds")
+    parser.add_argument("--shared", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--worker", choices=ARMS, help=argparse.SUPPRESS)
     for name in ("tokens", "vocabulary", "rollouts", "last"):
         parser.add_argument(f"--{name}", type=int)
@@ -344,7 +368,7 @@ def main() -> None:
     sizes = {n: getattr(given, n) for n in ("tokens", "vocabulary", "rollouts", "last") if getattr(given, n)}
     shape = replace(PRESETS[given.preset], **sizes)
     if given.worker:
-        serve(Arm(given.worker, shape).measure)
+        serve(Arm(given.worker, shape, given.shared).measure)
         return
     output = (
         given.output

@@ -32,10 +32,11 @@ def serve(measure: Callable[[], dict[str, float]]) -> None:
 class Worker:
     """One arm's process."""
 
-    def __init__(self, script: str, arm: str, arguments: Sequence[str]) -> None:
+    def __init__(self, script: str, arm: str, arguments: Sequence[str], environment: dict[str, str]) -> None:
         self.arm = arm
         command = [sys.executable, script, "--worker", arm, *arguments]
-        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        pipe, environment = subprocess.PIPE, os.environ | environment
+        self._process = subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, env=environment)
         self._read()
 
     def run(self) -> dict[str, float]:
@@ -56,9 +57,15 @@ class Worker:
         return line
 
 
-def run_in_turn(script: str, arms: Sequence[str], arguments: Sequence[str], repeats: int) -> list[Row]:
+def run_in_turn(
+    script: str,
+    arms: Sequence[str],
+    arguments: Sequence[str],
+    repeats: int,
+    environment: dict[str, str] | None = None,
+) -> list[Row]:
     """Every arm once as a warm-up, then `repeats` rounds of all arms, each round beginning with another."""
-    workers = [Worker(script, arm, arguments) for arm in arms]
+    workers = [Worker(script, arm, arguments, environment or {}) for arm in arms]
     rows = []
     try:
         for worker in workers:
@@ -76,7 +83,7 @@ def run_in_turn(script: str, arms: Sequence[str], arguments: Sequence[str], repe
 
 def of_arm(rows: Iterable[Row], arm: str, key: str) -> list[float]:
     """An arm's measurements by round."""
-    return [float(row[key]) for row in rows if row["arm"] == arm]
+    return [float(row[key]) for row in rows if row["arm"] == arm and key in row]
 
 
 def paired_ratio(above: Sequence[float], below: Sequence[float]) -> tuple[float, float, float]:

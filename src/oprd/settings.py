@@ -59,6 +59,9 @@ class ObjectiveSettings:
     reduction: Reduction = key("rollout", "rollout: mean of rollout means (Eq. 6); token: mean of all rows.")
     num_generations: int = key(2, "Rollouts per prompt; batch sizes count rollouts.")
     mask_truncated_completions: bool = key(False, "Leave rollouts cut at the length limit out of the loss.")
+    max_tokens_per_micro_batch: int | None = key(
+        None, "Pack rollouts of like length into micro-batches of at most so many padded tokens."
+    )
     max_prompt_length: int | None = key(None, "Drop (never cut) prompts of more tokens than this.")
     final_norm: bool = key(True, "Take the last layer after the final norm, as hidden_states[L].")
     teacher_chat_template: str = key(
@@ -92,7 +95,7 @@ class ObjectiveSettings:
         for name in ("num_generations", "output_top_k", "output_chunk_size"):
             at_least(name, getattr(self, name), 1)
         at_least("diagnostics_steps", self.diagnostics_steps, 0)
-        for name in ("max_prompt_length", "bridge_rank"):
+        for name in ("max_prompt_length", "bridge_rank", "max_tokens_per_micro_batch"):
             if getattr(self, name) is not None:
                 at_least(name, getattr(self, name), 1)
         if self.bridge_rank is not None and self.bridge is None:

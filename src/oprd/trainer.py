@@ -26,6 +26,7 @@ from oprd.finite import NonFiniteLoss
 from oprd.intake import usable_prompts
 from oprd.meters import MemoryMeter
 from oprd.models import resolve_model
+from oprd.packing import repack
 from oprd.recorder import Recorder
 from oprd.rollouts import render_prompt
 from oprd.settings import ObjectiveSettings
@@ -34,6 +35,8 @@ from oprd.translation import Translation
 from oprd.update import Update
 
 logger = logging.getLogger(__name__)
+
+PACKED = "micro_batches"  # where a buffered batch is a list of others
 
 
 @dataclass
@@ -57,6 +60,8 @@ class OPRDConfig(ObjectiveSettings, DistillationConfig):
     gradient_accumulation_steps: int = field(default=8, metadata={"help": "Micro-batches per step."})
     max_completion_length: int | None = field(default=16384, metadata={"help": "Longest rollout, in tokens."})
     logging_steps: float = field(default=1, metadata={"help": "Log to the trackers every n steps."})
+    # Ours ends the run; transformers' would wait for the device at every micro-batch.
+    logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Hide losses that are not finite."})
 
     def __post_init__(self) -> None:
         if self.beta != 1.0:
@@ -79,6 +84,7 @@ class OPRDTrainer(DistillationTrainer):
 
     _tag_names = ("trl", "oprd")
     _name = "OPRD"
+    _buffered_inputs: Any
 
     def __init__(
         self,
@@ -219,6 +225,18 @@ class OPRDTrainer(DistillationTrainer):
             self._observe(batch)
         return batch
 
+    def _prepare_inputs(self, generation_batch: Any) -> Any:
+        """The next micro-batch of the window; with a token budget, a list of them in its place."""
+        inputs = super()._prepare_inputs(generation_batch)
+        budget = self.args.max_tokens_per_micro_batch
+        if budget is None or not self.model.training:
+            return inputs
+        if PACKED not in inputs:  # a window that has just been rolled out
+            window = self._buffered_inputs
+            self._buffered_inputs = [{PACKED: parts} for parts in repack(window, budget)]
+            inputs = self._buffered_inputs[self._step % self.args.gradient_accumulation_steps]
+        return inputs
+
     def _row_weights(self, batch: dict[str, Any]) -> dict[str, Tensor]:
         truncated = truncated_rollouts(batch, self.eos_token_ids)
         vocabulary = self.update.output.vocabulary
@@ -271,12 +289,25 @@ class OPRDTrainer(DistillationTrainer):
         if self.model.training and self._step % self.args.gradient_accumulation_steps == 0:
             self.memory.start()
             self.update.watch.clear()
-        if "representation_weights" not in inputs:  # rollouts that somebody gave: a window of their own
-            inputs = on_host(inputs)
+        if "representation_weights" not in inputs and PACKED not in inputs:
+            inputs = on_host(inputs)  # rollouts that somebody gave: a window of their own
             inputs = inputs | self._row_weights(inputs)
-        unwrapped = self.accelerator.unwrap_model(model)
-        loss = self._forward_redirection(model, unwrapped, self._loss, Batch.of(inputs))
+        loss = self._packed_loss(model, inputs[PACKED]) if PACKED in inputs else self._one_loss(model, inputs)
         return (loss, None) if return_outputs else loss
+
+    def _packed_loss(self, model: torch.nn.Module, parts: list[dict[str, Any]]) -> Tensor:
+        """The loss of the last micro-batch, plus those of the others, whose gradients are taken here."""
+        total = torch.zeros((), device=self.accelerator.device, requires_grad=True)
+        for part in parts[:-1]:
+            with self.accelerator.no_sync(model):
+                loss = self._one_loss(model, part)
+                self.accelerator.backward(loss)
+            total = total + loss.detach()
+        return total + self._one_loss(model, parts[-1]) if parts else total
+
+    def _one_loss(self, model: torch.nn.Module, inputs: dict[str, Any]) -> Tensor:
+        unwrapped = self.accelerator.unwrap_model(model)
+        return self._forward_redirection(model, unwrapped, self._loss, Batch.of(inputs))
 
     def _loss(self, batch: Batch) -> Tensor:
         # TRL's redirection goes past the forward that accelerate wrapped in autocast.

@@ -15,6 +15,7 @@ CASES: dict[str, dict[str, Any]] = {
     "representation": {"positions": "last=3"},
     "token": {"representation_loss": "relative_mse", "reduction": "token", "num_generations": 2},
     "accumulated": {"gradient_accumulation_steps": 2, "mask_truncated_completions": True},
+    "packed": {"gradient_accumulation_steps": 2, "max_tokens_per_micro_batch": 24},
     "output": {"representation_weight": "0", "output_loss": "top_k", "output_top_k": 4},
     "phases": {
         "representation_weight": "0=1,2=0",

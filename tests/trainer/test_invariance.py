@@ -40,6 +40,34 @@ def pieces(batch, splits):
     ]
 
 
+@pytest.mark.parametrize("budget", [1, 40, 60, 10**6])
+@pytest.mark.parametrize("objective", OBJECTIVES, ids=str)
+def test_a_budget_of_tokens(make_trainer, objective, budget):
+    """Three steps with momentum: packed by tokens, whatever the budget, and in fixed micro-batches."""
+
+    def run(accumulation, **changes):
+        settings = {"num_generations": 1, "optim": "sgd", "optim_args": "momentum=0.9", "max_steps": 3}
+        settings |= {"per_device_train_batch_size": 6 // accumulation, "learning_rate": 0.1}
+        settings |= {"gradient_accumulation_steps": accumulation}
+        trainer = make_trainer(script=scripted, **settings, **objective, **changes)
+        trainer.train()
+        kept = ("loss/", "grad_norm", "representation/", "rollout/")
+        log = [
+            {k: v for k, v in e.items() if k.startswith(kept)}
+            for e in trainer.state.log_history
+            if "loss/total" in e
+        ]
+        return log, torch.cat([p.detach().flatten() for p in trainer.model.parameters()])
+
+    log, weights = run(1)
+    for accumulation in (1, 3):
+        packed, given = run(accumulation, max_tokens_per_micro_batch=budget)
+        assert len(packed) == len(log) == 3
+        for one, other in zip(log, packed, strict=True):
+            assert one == pytest.approx(other, rel=1e-5, abs=1e-6)  # the sampled token's terms nearly cancel
+        torch.testing.assert_close(given, weights, rtol=0, atol=1e-6)
+
+
 @pytest.mark.parametrize("objective", OBJECTIVES, ids=str)
 @pytest.mark.parametrize(
     "splits", [[[0], [1], [2], [3], [4], [5]], [[0, 1, 2, 3], [4, 5]], [[5, 3, 1, 4, 2, 0]]]

@@ -1,0 +1,54 @@
+"""Rollouts of like length in one micro-batch, under a budget of tokens: little padding, no other result.
+
+Every row's weight is fixed before (`batch.weigh_rows`), so how rollouts are grouped does not change the loss.
+"""
+
+from collections.abc import Sequence
+
+import torch
+
+from oprd.batch import Inputs
+
+GROUP_COST = 1 / 32  # of the budget: what starting one more micro-batch is worth in padded tokens
+
+
+def micro_batches(lengths: Sequence[int], budget: int) -> list[list[int]]:
+    """Indices of rollouts, longest first, in groups whose padded tokens stay within `budget`.
+
+    A rollout that is longer than the budget is a group of its own. Of all ways to cut the rollouts, in order
+    of length, the one of least cost: padded tokens, and for every group `GROUP_COST` of the budget.
+    """
+    order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
+    best, cuts = [0.0], [0]
+    for end in range(1, len(order) + 1):
+        costs = []
+        for start in range(end):
+            padded = (end - start) * lengths[order[start]]
+            if padded <= budget or end - start == 1:
+                costs.append((best[start] + padded + GROUP_COST * budget, start))
+        cost, cut = min(costs)
+        best.append(cost)
+        cuts.append(cut)
+    groups, end = [], len(order)
+    while end:
+        groups.append(order[cuts[end] : end])
+        end = cuts[end]
+    return groups[::-1]
+
+
+def repack(window: Sequence[Inputs], budget: int) -> list[list[Inputs]]:
+    """The micro-batches of an accumulation window as many lists of others, which hold the same rollouts.
+
+    The last list is never empty: its backward is the one that ranks wait for.
+    """
+    whole = {
+        name: torch.cat([inputs[name] for inputs in window]) if value.ndim else value
+        for name, value in window[0].items()
+        if value is not None
+    }
+    lengths = (whole["prompt_mask"].sum(-1) + whole["completion_mask"].sum(-1)).tolist()
+    parts = [
+        {name: value[torch.tensor(group)] if value.ndim else value for name, value in whole.items()}
+        for group in micro_batches(lengths, budget)
+    ]
+    return [parts[i :: len(window)] for i in reversed(range(len(window)))]

@@ -1,0 +1,76 @@
+"""Rollouts grouped by length under a budget of tokens."""
+
+from itertools import pairwise
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from oprd.packing import micro_batches, repack
+
+LENGTHS = st.lists(st.integers(1, 40), min_size=1, max_size=9)
+
+
+def least_cost(lengths, budget):
+    """Padded tokens and a 32nd of the budget per group, by trying every way to cut the rollouts in order."""
+    order, costs = sorted(lengths, reverse=True), []
+    for chosen in range(2 ** (len(order) - 1)):
+        edges = [0, *(i + 1 for i in range(len(order) - 1) if chosen >> i & 1), len(order)]
+        groups = [order[a:b] for a, b in pairwise(edges)]
+        if all(len(group) == 1 or len(group) * group[0] <= budget for group in groups):
+            costs.append(sum(len(group) * group[0] + budget / 32 for group in groups))
+    return min(costs)
+
+
+@settings(deadline=None)
+@given(LENGTHS, st.integers(1, 120))
+def test_groups(lengths, budget):
+    groups = micro_batches(lengths, budget)
+    assert sorted(i for group in groups for i in group) == list(range(len(lengths)))
+    sizes = [[lengths[i] for i in group] for group in groups]
+    assert all(len(group) == 1 or len(group) * max(group) <= budget for group in sizes)
+    assert [n for group in sizes for n in group] == sorted(lengths, reverse=True)
+    cost = sum(len(group) * max(group) + budget / 32 for group in sizes)
+    assert cost == pytest.approx(least_cost(lengths, budget))
+
+
+def test_long_tails_need_less_padding():
+    generator = torch.Generator().manual_seed(0)
+    lengths = (1000 * torch.randn(64, generator=generator).mul(0.8).exp()).int().clamp(min=1).tolist()
+    fixed = sum(4 * max(lengths[i : i + 4]) for i in range(0, 64, 4))
+    budget = 4 * max(lengths)
+    packed = sum(len(group) * max(lengths[i] for i in group) for group in micro_batches(lengths, budget))
+    assert sum(lengths) <= packed < 1.1 * sum(lengths) < 0.6 * fixed
+
+
+@pytest.mark.parametrize("budget", [1, 12, 20, 1000])
+@pytest.mark.parametrize("accumulation", [1, 2, 3])
+def test_a_window_keeps_its_rollouts(budget, accumulation):
+    lengths = torch.tensor([3, 9, 1, 4, 4, 7])
+    mask = torch.arange(9) < lengths[:, None]
+    prompt = torch.arange(5) >= torch.tensor([1, 0, 4, 2, 3, 0])[:, None]
+    whole = {
+        "prompt_mask": prompt.long(),
+        "completion_mask": mask.long(),
+        "completion_ids": torch.arange(54).reshape(6, 9),
+        "num_items_in_batch": torch.tensor(28),
+        "nothing": None,
+    }
+    size = 6 // accumulation
+    window = [
+        {k: v if v is None or not v.ndim else v[i * size : (i + 1) * size] for k, v in whole.items()}
+        for i in range(accumulation)
+    ]
+    lists = repack(window, budget)
+    assert len(lists) == accumulation and lists[-1]
+    parts = [part for group in lists for part in group]
+    ids = torch.cat([part["completion_ids"] for part in parts])
+    assert sorted(ids[:, 0].tolist()) == list(range(0, 54, 9))
+    for part in parts:
+        rows = part["completion_ids"][:, 0] // 9
+        assert torch.equal(part["completion_mask"], whole["completion_mask"][rows])
+        assert torch.equal(part["prompt_mask"], whole["prompt_mask"][rows])
+        assert part["num_items_in_batch"] == 28 and "nothing" not in part
+        padded = (part["prompt_mask"].sum(-1) + part["completion_mask"].sum(-1)).max() * len(rows)
+        assert len(rows) == 1 or padded <= budget

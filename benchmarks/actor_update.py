@@ -31,7 +31,7 @@ import psutil
 import torch
 from harness import Row, hardware, of_arm, paired_ratio, run_in_turn, serve, write
 from matplotlib.figure import Figure
-from matplotlib.ticker import NullLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 from torch import Tensor
 from transformers import PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
 
@@ -344,6 +344,9 @@ def plot(rows: Sequence[Row], over: str, path: Path) -> None:
         axes.set(xscale="log", yscale="log", xlabel=labels[over], ylabel=label)
         axes.set_xticks(sizes, [f"{size:,}" for size in sizes], minor=False)
         axes.xaxis.set_minor_locator(NullLocator())
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
+        axes.yaxis.set_minor_locator(NullLocator())
         axes.grid(alpha=0.25)
     figure.legend(loc="outside upper center", ncols=5, frameon=False)
     figure.savefig(path, dpi=150)

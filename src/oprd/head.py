@@ -63,16 +63,11 @@ class Head:
 
         A chunk's gradient is taken as soon as its loss is known, so no more logits ever exist, none is made
         twice, and what is kept for the backward is the gradient of `rows` and of the head's weights, summed
-        in float32. No gradient passes through the values. Raises `UserError` for inputs of different lengths,
-        and for a head that is no plain linear layer.
+        in float32. No gradient passes through the values. The head is a plain linear layer (`check_head`).
+        Raises `UserError` for inputs of different lengths.
         """
         _check_chunks(chunk_size, rows, *others, weights)
-        if not _is_plain(self.linear):
-            kind = type(self.linear).__name__
-            raise UserError(
-                f"the student's LM head is {kind}, and output losses train a plain linear one: leave lm_head "
-                "out of adapters and quantisation"
-            )
+        assert _is_plain(self.linear)
         inputs = (rows, self.linear.weight, self.linear.bias)
         if not torch.is_grad_enabled():
             inputs = tuple(x if x is None else x.detach() for x in inputs)  # type: ignore[assignment]
@@ -115,6 +110,18 @@ class Head:
                 f"the LM head of {type(model).__name__} applied to its final states does not give its "
                 "logits, so output losses would be wrong; use output_loss: none with this model"
             )
+
+
+def check_head(student: nn.Module, is_trained: bool) -> None:
+    """Raise `UserError` for an LM head with adapters; also, if a loss trains it, for no plain linear one."""
+    causal: Any = student
+    linear = causal.get_output_embeddings()
+    adapted = hasattr(linear, "base_layer") or hasattr(linear, "modules_to_save")
+    if adapted or (is_trained and not _is_plain(linear)):
+        raise UserError(
+            f"the student's LM head is {type(linear).__name__}, and no loss would train it right: leave "
+            "lm_head out of lora_target_modules, modules_to_save, quantisation and offloading"
+        )
 
 
 class _WeightedLoss(torch.autograd.Function):

@@ -19,6 +19,7 @@ from oprd.comparison import Comparison, States
 from oprd.diagnostics import add_representation_cosine
 from oprd.finite import FiniteWatch
 from oprd.freezing import freeze_unreached
+from oprd.head import check_head
 from oprd.losses import REPRESENTATION_LOSSES
 from oprd.meters import Averages, Stopwatch
 from oprd.objective import weighted_loss
@@ -61,6 +62,7 @@ class Update:
 
         Raises `UserError` where student, teacher and settings do not fit.
         """
+        check_head(student, settings.output_schedule.ever_active)
         comparison = Comparison.of(settings, student, tokenizer, teacher, device)
         output = OutputTerm.bind(settings, student, tokenizer, teacher)
         anchor = None

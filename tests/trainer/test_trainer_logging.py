@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, Trainer, TrainerCallback
 from trl import DistillationTrainer
 
 from oprd.batch import Batch
+from oprd.errors import UserError
 
 LORA = LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "up_proj"], init_lora_weights=False)
 
@@ -299,3 +300,14 @@ def test_evaluation_is_not_counted_as_time_of_a_step(make_trainer, tmp_path):
     trainer.train()
     lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     assert max(json.loads(line)["time/rollout_seconds"] for line in lines) < 1.0
+
+
+@pytest.mark.parametrize("terms", [{}, {"output_loss": "sampled_token"}], ids=str)
+@pytest.mark.parametrize("where", ["target_modules", "modules_to_save"])
+def test_adapters_on_the_lm_head_are_refused(make_trainer, terms, where):
+    """Without an output loss nothing would train them, and with one the head is read as a plain matrix."""
+    modules = {"target_modules": ["q_proj"]} | {
+        where: ["q_proj", "lm_head"] if where == "target_modules" else ["lm_head"]
+    }
+    with pytest.raises(UserError, match=r"LM head is .*lm_head out of lora_target_modules"):
+        make_trainer(extra={"peft_config": LoraConfig(r=4, **modules)}, **terms)

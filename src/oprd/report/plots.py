@@ -39,7 +39,7 @@ def plot_runs(runs: Mapping[str, Sequence[Path]], output: Path, levels: Mapping[
             _curve(axes, folders, key, window, name, colour)
         if file == "accuracy":
             _levels(axes, levels)
-        figure.legend(loc="outside upper center", ncols=3)
+        figure.legend(loc="outside upper center", ncols=3 if max(map(len, runs), default=0) < 25 else 2)
         path = output / f"{file}.png"
         figure.savefig(path, dpi=150)
         written.append(path)

@@ -83,16 +83,16 @@ def full_vocab(student_logits: Logits, teacher_logits: Logits, divergence: Diver
     p = log_p.exp()
     if divergence == "reverse_kl":
         gap = log_p.sub_(log_q)
-        value = (p * gap).sum(-1)
+        value = _dot(p, gap)
         return _with_gradient(value, p.mul_(gap.sub_(value[:, None])), student_logits)
     if divergence == "forward_kl":
         q = log_q.exp()
-        value = (q * log_q.sub_(log_p)).sum(-1)
+        value = _dot(q, log_q.sub_(log_p))
         return _with_gradient(value, p.sub_(q), student_logits)
     if divergence == "jsd":
         log_m = torch.logaddexp(log_p, log_q) - math.log(2)
-        to_mean = (p * log_p.sub_(log_m)).sum(-1) / 2
-        value = to_mean + (log_q.exp() * (log_q - log_m)).sum(-1) / 2
+        to_mean = _dot(p, log_p.sub_(log_m)) / 2
+        value = to_mean + _dot(log_q.exp(), log_q - log_m) / 2
         return _with_gradient(value, p.mul_(log_p / 2 - to_mean[:, None]), student_logits)
     raise UserError(f"divergence={divergence!r} is not one of {', '.join(get_args(Divergence))}")
 
@@ -175,6 +175,11 @@ def top_k_overlap(student_logits: Logits, teacher_logits: Logits, k: int = 16) -
     student_logits, teacher_logits = _wide(student_logits, teacher_logits)
     k = min(k, student_logits.shape[-1])
     return support_tokens(student_logits, teacher_logits, k, "intersection")[1].float().mean(-1)
+
+
+def _dot(a: Logits, b: Logits) -> Rows:
+    """Σ a · b of every row, without their product in memory."""
+    return torch.einsum("nv,nv->n", a, b)
 
 
 def _log_probs_at(logits: Tensor, tokens: Int[Tensor, "N S"]) -> Float[Tensor, "N S"]:

@@ -74,3 +74,22 @@ def test_a_window_keeps_its_rollouts(budget, accumulation):
         assert part["num_items_in_batch"] == 28 and "nothing" not in part
         padded = (part["prompt_mask"].sum(-1) + part["completion_mask"].sum(-1)).max() * len(rows)
         assert len(rows) == 1 or padded <= budget
+
+
+def test_ranks_run_equally_many_micro_batches():
+    lengths = torch.tensor([5, 3, 2, 1])
+    mask = (torch.arange(5) < lengths[:, None]).long()
+    window = [
+        {
+            "prompt_mask": torch.ones(4, 1, dtype=torch.long),
+            "completion_ids": torch.arange(20).view(4, 5),
+            "completion_mask": mask,
+            "representation_weights": mask / 4,
+        }
+    ]
+    (own,), (padded,) = repack(window, 6), repack(window, 6, lambda count: count + 2)
+    assert len(padded) == len(own) + 2
+    for one, other in zip(own, padded, strict=False):
+        assert all(torch.equal(one[name], other[name]) for name in one)
+    for idle in padded[len(own) :]:
+        assert idle["completion_mask"].sum() == 1 and not idle["representation_weights"].any()

@@ -17,14 +17,15 @@ from transformers import PreTrainedModel
 
 from oprd.bridge import Bridge
 from oprd.losses import relative_mse
-from oprd.reading import Reading, Want, read_states
+from oprd.reading import Reading, StateReader, Want
+from oprd.sharding import Sharding
 
 
 @dataclass(frozen=True)
 class Anchor:
     """The student as it was, and the directions of every layer that a bridge determines."""
 
-    reference: PreTrainedModel
+    reference: StateReader
     determined: dict[int, Float[Tensor, "S R"]]
 
     @classmethod
@@ -33,14 +34,19 @@ class Anchor:
         has_adapters = hasattr(student, "disable_adapter")
         reference = student if has_adapters else copy.deepcopy(student).eval().requires_grad_(False)
         bases = {layer: torch.linalg.qr(bridge.projectors[layer].student.T)[0] for layer in layers}
-        return cls(reference, bases)
+        return cls(StateReader(reference), bases)
+
+    def shard(self, sharding: Sharding) -> None:
+        """Spread a copy of the student over ranks, as the student is."""
+        if not hasattr(self.reference.model, "disable_adapter"):
+            sharding.shard(self.reference)
 
     @torch.no_grad()
     def read(self, reading: Reading, want: Want) -> dict[int, Tensor]:
         """The states that the student had for these rows before training."""
-        model: Any = self.reference
+        model: Any = self.reference.model
         with model.disable_adapter() if hasattr(model, "disable_adapter") else nullcontext():
-            (states,) = read_states(model, reading, [want])
+            (states,) = self.reference(reading, [want])
         return states
 
     def rows(

@@ -90,7 +90,8 @@ class ModelPair:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         located = resolve_model(args.model_name_or_path)
         tokenizer = load_tokenizer(located)
-        teacher = Teacher.load(args.teacher_model_name_or_path, device, {"dtype": args.dtype})
+        teacher = Teacher.load(args.teacher_model_name_or_path, {"dtype": args.dtype})
+        teacher.place(device)
         translation = Translation(
             tokenizer,
             teacher.tokenizer,

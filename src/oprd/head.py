@@ -1,12 +1,15 @@
 """The LM head of a Hugging Face model as a function of final states, for output losses alone."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 
 from oprd.capture import backbone
 from oprd.errors import UserError
@@ -38,6 +41,17 @@ class Head:
         if _is_plain(self.linear):
             return self.finish(_product(*self._operands(rows)))
         return self.finish(self.linear(rows)[:, : self.vocabulary])
+
+    @contextmanager
+    def gathered(self) -> Iterator[None]:
+        """The weights whole on this rank, where FSDP2 shards the head on its own; all ranks have to ask."""
+        unit: Any = self.linear
+        sharded = isinstance(unit.weight, DTensor) and isinstance(unit, FSDPModule)
+        if sharded:
+            unit.unshard()
+        yield
+        if sharded and not unit.weight.requires_grad:  # else the backward has use for them
+            unit.reshard()
 
     def finish(self, product: Float[Tensor, "N V"]) -> Float[Tensor, "N V"]:
         """From W h to logits."""
@@ -98,6 +112,8 @@ class Head:
     @torch.no_grad()
     def _check(self, model: Any) -> None:
         """Architectures scale their logits in ways no list of ours can keep up with: compare once."""
+        if model.device.type == "meta":  # a rank whose weights FSDP will send; rank 0 compares
+            return
         ids = torch.arange(4, device=model.device)[None] % self.vocabulary
         training = model.training
         model.eval()
@@ -221,8 +237,8 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
 
 
 def _is_plain(linear: nn.Module) -> bool:
-    """Whether a head's weights are at hand: not quantised, adapted or offloaded."""
-    return type(linear) is nn.Linear and not hasattr(linear, "_hf_hook")
+    """Whether a head's weights are at hand: not quantised, adapted or offloaded; they may be sharded."""
+    return type(linear).forward is nn.Linear.forward and not hasattr(linear, "_hf_hook")
 
 
 def _scale(config: Any) -> float:

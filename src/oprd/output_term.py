@@ -46,8 +46,8 @@ class OutputTerm:
             k = settings.output_top_k
             raise UserError(f"output_top_k is {k}, but the vocabulary has {vocabulary} tokens: lower it")
         term = cls(settings, student, teacher, vocabulary)
-        if settings.output_schedule.ever_active:
-            _ = term.heads
+        if settings.output_schedule.ever_active or (vocabulary and settings.diagnostics_steps):
+            _ = term.heads  # while no weights are sharded
         return term
 
     @cached_property
@@ -69,6 +69,13 @@ class OutputTerm:
 
         No gradient passes through the values. Entropies and overlap of some rows go to `averages`.
         """
+        ours, theirs = self.heads
+        with ours.gathered(), theirs.gathered():
+            return self._loss(batch, here, student, teacher, averages)
+
+    def _loss(
+        self, batch: Batch, here: SupervisedRows, student: Rows, teacher: Rows, averages: Averages
+    ) -> tuple[Float[Tensor, ""], Float[Tensor, " N"]]:
         mask, weights, size = here.mask, here.weights, self.settings.output_chunk_size
         tokens = batch.tokens[mask]
         ours, theirs = self.heads
@@ -89,9 +96,10 @@ class OutputTerm:
 
     def observe(self, averages: Averages, student: Rows, teacher: Rows) -> None:
         """Add entropies and overlap of evenly spaced rows, where both models speak of the same tokens."""
-        stride = _stride(len(student))
-        logits = self.heads[0](student[::stride])
-        add_output_statistics(averages, logits, self.heads[1](teacher[::stride]).to(logits.device))
+        stride, (ours, theirs) = _stride(len(student)), self.heads
+        with ours.gathered(), theirs.gathered():
+            logits = ours(student[::stride])
+            add_output_statistics(averages, logits, theirs(teacher[::stride]).to(logits.device))
 
     def _student_log_probs(self, logits: Logits, tokens: Int[Tensor, " N"]) -> Float[Tensor, " N"]:
         return output_space.log_probs(_cooled(logits, self.settings.student_temperature), tokens)

@@ -3,7 +3,7 @@
 Every row's weight is fixed before (`batch.weigh_rows`), so how rollouts are grouped does not change the loss.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -36,10 +36,13 @@ def micro_batches(lengths: Sequence[int], budget: int) -> list[list[int]]:
     return groups[::-1]
 
 
-def repack(window: Sequence[Inputs], budget: int) -> list[list[Inputs]]:
+def repack(
+    window: Sequence[Inputs], budget: int, most: Callable[[int], int] = lambda count: count
+) -> list[list[Inputs]]:
     """The micro-batches of an accumulation window as many lists of others, which hold the same rollouts.
 
-    The last list is never empty: its backward is the one that ranks wait for.
+    `most` is the largest of the counts of all ranks, which run equally many, if need be on rows of weight
+    zero. The last list is never empty: its backward is the one that ranks wait for.
     """
     whole = {
         name: torch.cat([inputs[name] for inputs in window]) if value.ndim else value
@@ -51,4 +54,7 @@ def repack(window: Sequence[Inputs], budget: int) -> list[list[Inputs]]:
         {name: value[torch.tensor(group)] if value.ndim else value for name, value in whole.items()}
         for group in micro_batches(lengths, budget)
     ]
+    idle = {name: value[-1:] if value.ndim else value for name, value in parts[-1].items()}
+    idle |= {name: torch.zeros_like(value) for name, value in idle.items() if name.endswith("_weights")}
+    parts += [idle] * (most(len(parts)) - len(parts))
     return [parts[i :: len(window)] for i in reversed(range(len(window)))]

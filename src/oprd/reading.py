@@ -66,6 +66,18 @@ class Want:
     transform: Callable[[int, Tensor], Tensor] | None = None
 
 
+class StateReader(nn.Module):
+    """`read_states` of one frozen model as the forward of a module, which FSDP2 takes for its root."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, reading: Reading, wants: Sequence[Want]) -> list[dict[int, Tensor]]:
+        """`read_states`."""
+        return read_states(self.model, reading, wants)
+
+
 def read_states(model: nn.Module, reading: Reading, wants: Sequence[Want]) -> list[dict[int, Tensor]]:
     """Run the backbone once, no deeper than needed and without its LM head.
 

@@ -73,6 +73,9 @@ class ObjectiveSettings:
         "(the authors' way, a baseline).",
     )
     teacher_chat_template_kwargs: dict | str | None = key(None, "Arguments of the teacher's chat template.")
+    teacher_offload: bool = key(
+        False, "Keep the teacher's weights in host memory; a block's come to the device when it runs."
+    )
     output_chunk_size: int = key(256, "Rows of logits that exist at a time in output losses.")
     diagnostics_steps: int = key(0, "Every n steps, measure what the loss does not show; 0 = never.")
 

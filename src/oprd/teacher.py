@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from accelerate import cpu_offload
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -13,7 +14,8 @@ from oprd.alignment import same_vocabulary
 from oprd.capture import num_layers
 from oprd.errors import UserError
 from oprd.models import load_model, load_tokenizer, resolve_model
-from oprd.reading import Reading, Want, read_states
+from oprd.reading import Reading, StateReader, Want
+from oprd.sharding import Sharding
 
 logger = logging.getLogger(__name__)
 
@@ -24,32 +26,50 @@ class Teacher:
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
         self.model = model.eval().requires_grad_(False)
         self.tokenizer = tokenizer
+        self.reader = StateReader(model)
+        self._device: torch.device | None = None
 
     @classmethod
-    def load(cls, name: str, device: torch.device, init_kwargs: dict[str, Any]) -> "Teacher":
-        """Load a bundled, local or Hub model in the dtype of `init_kwargs`.
+    def load(cls, name: str, init_kwargs: dict[str, Any]) -> "Teacher":
+        """Load a bundled, local or Hub model in the dtype of `init_kwargs`, to the host.
 
-        It goes to `device` unless `init_kwargs` names a `device_map` (`cpu`, `auto` with offloading, …).
+        It is dispatched where `init_kwargs` names a `device_map` (`cpu`, `auto` with offloading, …).
         """
         hub_kwargs = {
             key: init_kwargs[key] for key in ("revision", "trust_remote_code") if key in init_kwargs
         }
         located = resolve_model(name, **hub_kwargs)
         model = load_model(located, **init_kwargs)
-        if init_kwargs.get("device_map") is None:
-            model = model.to(device)
         return cls(model, load_tokenizer(located, **hub_kwargs))
 
     @classmethod
-    def of(cls, model: PreTrainedModel, device: torch.device) -> "Teacher":
-        """Take a model object, moved to `device` unless dispatched, with its tokenizer if it has one."""
-        if not hasattr(model, "hf_device_map"):
-            model = model.to(device)
+    def of(cls, model: PreTrainedModel) -> "Teacher":
+        """Take a model object, with its tokenizer if it has one."""
         try:
             name = model.config._name_or_path
             return cls(model, load_tokenizer(name) if name else None)
         except UserError:
             return cls(model)
+
+    def place(self, device: torch.device, sharding: Sharding | None = None, offload: bool = False) -> None:
+        """Spread the model over ranks, or move it to `device`; offloaded, weights come there block by block.
+
+        A quantised or dispatched model stays as it was loaded. Raises `UserError` where FSDP meets a
+        `device_map`.
+        """
+        if getattr(self.model, "is_quantized", False):
+            return
+        if hasattr(self.model, "hf_device_map"):
+            if sharding is not None:
+                raise UserError("FSDP places the teacher: leave device_map out of teacher_model_init_kwargs")
+        elif sharding is not None:
+            sharding.shard(self.reader, offload)
+            self._device = device
+        elif offload:
+            # Parameters do not survive a move to cpu:0, which a rank without an accelerator calls its device.
+            cpu_offload(self.model, device if device.type != "cpu" else torch.device("cpu"))
+        else:
+            self.model.to(device)
 
     @property
     def width(self) -> int:
@@ -78,14 +98,14 @@ class Teacher:
     @torch.no_grad()
     def read(self, reading: Reading, wants: Sequence[Want]) -> list[dict[int, Tensor]]:
         """`read_states` in the teacher's own dtype and on its own device, whatever the student's autocast."""
-        device = self.model.get_input_embeddings().weight.device
+        device = self._device or self.model.get_input_embeddings().weight.device
         if device.type == "meta":  # offloaded: accelerate's hooks bring weights and inputs together
             device = reading.input_ids.device
         # No supervised row reads an id that only the student's padded embedding has.
         ids = reading.input_ids.clamp(max=self.vocabulary - 1)
         reading = replace(reading, input_ids=ids)
         with torch.autocast(reading.input_ids.device.type, enabled=False):
-            return read_states(self.model, reading.to(device), wants)
+            return self.reader(reading.to(device), wants)
 
 
 def check_widths(student_width: int, student_layers: int, teacher: Teacher) -> None:

@@ -118,7 +118,8 @@ def _accuracy_observer(
         if step % run.accuracy_steps:
             return {}
         model = trainer.accelerator.unwrap_model(trainer.model)
-        summary = evaluate(model, trainer.processing_class, rows, settings, progress=False)
+        with trainer.whole_student():
+            summary = evaluate(model, trainer.processing_class, rows, settings, progress=False)
         return {f"eval/{key}": summary[key] for key in ("avg_at_k", "best_at_k", "mean_length")}
 
     return observe

@@ -5,6 +5,8 @@ The only module that imports trl.
 
 import copy
 import logging
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -14,6 +16,7 @@ from datasets import Dataset
 from torch import Tensor
 from torch.utils.data import Sampler
 from transformers import PreTrainedModel, PrinterCallback, ProgressCallback, TrainerCallback
+from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 from trl import DistillationConfig, DistillationTrainer
 from trl.trainer.utils import RepeatSampler
 
@@ -30,6 +33,8 @@ from oprd.packing import repack
 from oprd.recorder import Recorder
 from oprd.rollouts import render_prompt
 from oprd.settings import ObjectiveSettings
+from oprd.sharded_state import load_optimizer_state, load_weights, whole_optimizer_state, whole_weights
+from oprd.sharding import Sharding
 from oprd.teacher import Teacher
 from oprd.translation import Translation
 from oprd.update import Update
@@ -120,9 +125,13 @@ class OPRDTrainer(DistillationTrainer):
         self.train_dataset = usable_prompts(
             train_dataset, self._render, args.max_prompt_length, self._prompts_per_step
         )
+        self.sharding = Sharding.of(self.accelerator)
+        if self.sharding is not None:  # gradients of a window would be summed whole, on every rank
+            self.accelerator.gradient_state.plugin_kwargs["sync_each_batch"] = True
         self.teacher = self._load_teacher(teacher_model, args)
         self.translation = self._translate(args)
         self.update = Update.bind(args, self.model, self._tokenizer, self.teacher, self.accelerator.device)
+        self.update.place(self.accelerator.device, self.sharding)
         self._add_recorder()
 
     # Set-up
@@ -135,8 +144,8 @@ class OPRDTrainer(DistillationTrainer):
         # In full precision a teacher in its checkpoint's bfloat16 would differ from an equal student.
         init_kwargs.setdefault("dtype", "auto" if args.bf16 or args.fp16 else "float32")
         if isinstance(teacher, str):
-            return Teacher.load(teacher, self.accelerator.device, init_kwargs)
-        return Teacher.of(teacher, self.accelerator.device)
+            return Teacher.load(teacher, init_kwargs)
+        return Teacher.of(teacher)
 
     def _translate(self, args: OPRDConfig) -> Translation:
         translation = Translation(
@@ -197,6 +206,16 @@ class OPRDTrainer(DistillationTrainer):
 
     # Rollouts
 
+    def _generate_single_turn(self, prompt_ids: Any, *args: Any, **kwargs: Any) -> Any:
+        with self.whole_student():
+            return super()._generate_single_turn(prompt_ids, *args, **kwargs)
+
+    def whole_student(self) -> AbstractContextManager[None]:
+        """Within it the student generates with weights of its own on every rank; vLLM needs none."""
+        if self.sharding is None or self.use_vllm:
+            return nullcontext()
+        return self.sharding.whole(self.model)
+
     def _get_train_sampler(self, dataset: Dataset | None = None) -> Sampler:
         return RepeatSampler(
             data_source=self.train_dataset if dataset is None else dataset,
@@ -233,9 +252,13 @@ class OPRDTrainer(DistillationTrainer):
             return inputs
         if PACKED not in inputs:  # a window that has just been rolled out
             window = self._buffered_inputs
-            self._buffered_inputs = [{PACKED: parts} for parts in repack(window, budget)]
+            self._buffered_inputs = [{PACKED: parts} for parts in repack(window, budget, self._most)]
             inputs = self._buffered_inputs[self._step % self.args.gradient_accumulation_steps]
         return inputs
+
+    def _most(self, count: int) -> int:
+        counts = torch.tensor([count], device=self.accelerator.device)
+        return int(self.accelerator.gather(counts).max())
 
     def _row_weights(self, batch: dict[str, Any]) -> dict[str, Tensor]:
         truncated = truncated_rollouts(batch, self.eos_token_ids)
@@ -260,9 +283,9 @@ class OPRDTrainer(DistillationTrainer):
         every = self.args.diagnostics_steps
         if every and (self.state.global_step + 1) % every == 0:
             size = self.args.per_device_train_batch_size
-            first = {key: value[:size] for key, value in batch.items() if value.ndim}
-            with self.update.stopwatch.part("diagnostics"), self.accelerator.autocast():
-                self.update.observe(Batch.of(first), self.state.global_step)
+            first = Batch.of({key: value[:size] for key, value in batch.items() if value.ndim})
+            with self.update.stopwatch.part("diagnostics"), torch.no_grad():
+                self._through(self.model_wrapped, self.update.observe, first)
 
     def _tool_kwargs(self, translation: Translation) -> dict[str, Any]:
         """Template arguments by which the teacher's prompts show the tools."""
@@ -299,22 +322,23 @@ class OPRDTrainer(DistillationTrainer):
         """The loss of the last micro-batch, plus those of the others, whose gradients are taken here."""
         total = torch.zeros((), device=self.accelerator.device, requires_grad=True)
         for part in parts[:-1]:
-            with self.accelerator.no_sync(model):
+            with self.accelerator.no_sync(model) if self.sharding is None else nullcontext():
                 loss = self._one_loss(model, part)
                 self.accelerator.backward(loss)
             total = total + loss.detach()
         return total + self._one_loss(model, parts[-1]) if parts else total
 
     def _one_loss(self, model: torch.nn.Module, inputs: dict[str, Any]) -> Tensor:
-        unwrapped = self.accelerator.unwrap_model(model)
-        return self._forward_redirection(model, unwrapped, self._loss, Batch.of(inputs))
-
-    def _loss(self, batch: Batch) -> Tensor:
-        # TRL's redirection goes past the forward that accelerate wrapped in autocast.
-        with self.accelerator.autocast():
-            loss = self.update.loss(batch, self.state.global_step)
+        loss = self._through(model, self.update.loss, Batch.of(inputs))
         # DDP and FSDP average gradients over ranks; the weights already sum to one over all of them.
         return loss * self.accelerator.num_processes
+
+    def _through(self, model: torch.nn.Module, function: Callable[..., Any], batch: Batch) -> Any:
+        """`function(batch, step)` inside the wrapper's forward, where DDP and FSDP have the weights ready."""
+        unwrapped = self.accelerator.unwrap_model(model)
+        # TRL's redirection goes past the forward that accelerate wrapped in autocast.
+        with self.accelerator.autocast():
+            return self._forward_redirection(model, unwrapped, function, batch, self.state.global_step)
 
     def prediction_step(self, *args: Any, **kwargs: Any) -> Any:
         result = super().prediction_step(*args, **kwargs)
@@ -346,6 +370,36 @@ class OPRDTrainer(DistillationTrainer):
             raise RuntimeError(f"{where}, in rollouts of {prompts}") from error
 
     # What is saved
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """The model in one process's files, however many ranks hold it."""
+        if self.sharding is None:
+            return super().save_model(output_dir, _internal_call)
+        self._save(output_dir, state_dict=whole_weights(self.model, keep=self.args.should_save))
+        if self.args.push_to_hub and not _internal_call:
+            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if self.sharding is None:
+            return super()._save_optimizer_and_scheduler(output_dir)
+        state = whole_optimizer_state(self.optimizer, keep=self.args.should_save)
+        if self.args.should_save:
+            torch.save(state, Path(output_dir) / OPTIMIZER_NAME)
+            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        if self.sharding is None:
+            return super()._load_from_checkpoint(resume_from_checkpoint, model)
+        if model is not None:  # asked a first time before the model is sharded, a second time after
+            load_weights(model, Path(resume_from_checkpoint))
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if self.sharding is None:
+            return super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None:
+            load_optimizer_state(self.optimizer, Path(checkpoint) / OPTIMIZER_NAME)
+            schedule = torch.load(Path(checkpoint) / SCHEDULER_NAME, weights_only=True)
+            self.lr_scheduler.load_state_dict(schedule)
 
     def create_model_card(
         self, model_name: str | None = None, dataset_name: str | None = None, tags: Any = None

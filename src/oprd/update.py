@@ -27,6 +27,7 @@ from oprd.output_term import OutputTerm
 from oprd.reading import Want, read_states
 from oprd.selection import LayerMap
 from oprd.settings import ObjectiveSettings
+from oprd.sharding import Sharding
 from oprd.teacher import Teacher
 
 logger = logging.getLogger(__name__)
@@ -77,6 +78,12 @@ class Update:
         if frozen := freeze_unreached(student, settings, comparison.layer_map):
             logger.info("frozen, since no loss reaches it: %s", ", ".join(frozen))
         return update
+
+    def place(self, device: torch.device, sharding: Sharding | None) -> None:
+        """Put the frozen models where they are read: on `device`, or spread over ranks as the student is."""
+        self.teacher.place(device, sharding, self.settings.teacher_offload)
+        if sharding is not None and self.anchor is not None:
+            self.anchor.shard(sharding)
 
     def loss(self, batch: Batch, step: int) -> Tensor:
         """μ · representation + w · output (Eq. 7) + a · anchor of one micro-batch at update `step`, 0-based.

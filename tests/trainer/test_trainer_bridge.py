@@ -577,7 +577,7 @@ def test_anchor_of_adapters_is_the_model_below_them(make_trainer, roll_out, grad
     trainer = make_trainer(bridge=bridge, extra={"peft_config": lora}, **keys)
     batch = roll_out(trainer)
     value, _ = gradient(trainer, batch)
-    assert trainer.update.anchor.reference is trainer.model
+    assert trainer.update.anchor.reference.model is trainer.model
     model = trainer.model.get_base_model().eval()
     trainer.model.base_model.disable_adapter_layers()
     before = states_of(model, batch)

@@ -165,16 +165,16 @@ def test_bf16_computes_in_bf16_and_reduces_in_float32(make_trainer):
         module.register_forward_hook(
             lambda m, a, out, name=name: kinds[name].add(out.dtype) if updating else None
         )
-    loss_of, dtypes = trainer._loss, set()
+    loss_of, dtypes = trainer._one_loss, set()
 
-    def watch(batch):
+    def watch(model, inputs):
         updating.append(True)
-        loss = loss_of(batch)
+        loss = loss_of(model, inputs)
         updating.pop()
         dtypes.add(loss.dtype)
         return loss
 
-    trainer._loss = watch
+    trainer._one_loss = watch
     trainer.train()
     assert kinds["student"] == {torch.bfloat16}
     assert kinds["teacher"] == {next(trainer.teacher.model.parameters()).dtype}

@@ -1,52 +1,153 @@
-"""Two processes on halves of the batch do what one process does on all of it."""
+"""Two processes on halves of the batch do what one process does on all of it, sharded or not."""
 
+import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 
-import ddp_worker
 import pytest
+import rank_worker
 import torch
 from safetensors.torch import load_file
+from test_trainer_bridge import save_random_bridge
 
 from oprd.recorder import read_metrics
 
+SKIPPED = ("time/", "memory/")
+
 
 @pytest.fixture(scope="module")
-def two_ranks(tmp_path_factory, student, teacher):
-    output = tmp_path_factory.mktemp("two_ranks")
-    worker = Path(ddp_worker.__file__)
+def models(tmp_path_factory, make_folder, student, teacher):
+    tied = make_folder(1, tie_word_embeddings=True), make_folder(2, tie_word_embeddings=True)
+    wide = make_folder(2, num_hidden_layers=5, hidden_size=48)
+    bridge = save_random_bridge(tmp_path_factory.mktemp("bridge"), student, wide, pairs=((1, 2), (2, 5)))
+    names = "student", "teacher", "tied", "tied_teacher", "wide", "bridge"
+    return dict(zip(names, (student, teacher, *tied, wide, bridge), strict=True))
+
+
+def launch(models, output, mode, *runs):
+    """The worker on two ranks; returns the folder of its runs."""
+    worker = Path(rank_worker.__file__)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     done = subprocess.run(
-        [*command, str(worker), student, teacher, str(output)],
+        [*command, str(worker), json.dumps(models), str(output), mode, *([json.dumps(runs)] if runs else [])],
         env=os.environ
         | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{worker.parent}:{os.getenv('PYTHONPATH', '')}"},
         capture_output=True,
         text=True,
         timeout=300,
     )
-    assert done.returncode == 0, done.stderr[-2500:]
+    assert done.returncode == 0, done.stderr[-4000:]
     return output
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("case", ddp_worker.CASES)
-def test_two_processes_equal_one(two_ranks, tmp_path, student, teacher, case):
-    trainer = ddp_worker.run_case(case, student, teacher, tmp_path, processes=1)
-    assert trainer.accelerator.num_processes == 1
-    alone = read_metrics(tmp_path / case / "metrics.jsonl")
-    together = read_metrics(two_ranks / case / "metrics.jsonl")
-    assert [record["step"] for record in together] == [1, 2, 3]
-    skipped = ("time/", "memory/")
-    for one, two in zip(alone, together, strict=True):
-        names = {name for name in one if not name.startswith(skipped)}
-        assert names == {name for name in two if not name.startswith(skipped)}
+@pytest.fixture(scope="module", params=["ddp", "fsdp"])
+def two_ranks(tmp_path_factory, models, request):
+    return launch(models, tmp_path_factory.mktemp(request.param), request.param)
+
+
+def weights_in(folder):
+    (path,) = folder.glob("*model.safetensors")
+    return load_file(path)
+
+
+def same_metrics(folder, other, rel):
+    """Every number of every step but the costs; returns the steps."""
+    steps, others = (read_metrics(path / "metrics.jsonl") for path in (folder, other))
+    for one, two in zip(steps, others, strict=True):
+        names = {name for name in one if not name.startswith(SKIPPED)}
+        assert names == {name for name in two if not name.startswith(SKIPPED)}
         for name in names:
-            assert two[name] == pytest.approx(one[name], rel=2e-5, abs=1e-7), name
+            assert two[name] == pytest.approx(one[name], rel=rel, abs=1e-7), name
+    return steps
+
+
+def same_weights(folder, other, atol=1e-6):
+    ours, theirs = weights_in(folder), weights_in(other)
+    assert ours.keys() == theirs.keys()
+    for name, one in ours.items():
+        torch.testing.assert_close(theirs[name], one, rtol=1e-5, atol=atol)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", rank_worker.CASES)
+def test_two_processes_equal_one(two_ranks, tmp_path, models, case):
+    trainer = rank_worker.run_case(case, models, tmp_path)
+    assert trainer.accelerator.num_processes == 1
+    steps = same_metrics(two_ranks / case, tmp_path / case, rel=2e-5)
+    assert [record["step"] for record in steps] == [1, 2, 3]
     if case.startswith("idle_rank"):
-        assert [record["rollout/left_out"] for record in together] == [2, 2, 2]
-        assert all(record["grad_norm"] > 0 for record in together)
-    weights = [load_file(folder / case / "model.safetensors") for folder in (tmp_path, two_ranks)]
-    for name, one in weights[0].items():
-        torch.testing.assert_close(weights[1][name], one, rtol=1e-5, atol=1e-6)
+        assert [record["rollout/left_out"] for record in steps] == [2, 2, 2]
+        assert all(record["grad_norm"] > 0 for record in steps)
+    same_weights(tmp_path / case, two_ranks / case)
+
+
+FROM_RANK_0 = ("output", "tied", "bridge", "adapters")
+
+
+@pytest.mark.slow
+def test_rank_0_may_load_for_all(tmp_path, models):
+    launch(models, tmp_path / "sharded", "fsdp_from_rank_0", *((case, {}) for case in FROM_RANK_0))
+    for case in FROM_RANK_0:
+        rank_worker.run_case(case, models, tmp_path)
+        same_metrics(tmp_path / "sharded" / case, tmp_path / case, rel=2e-5)
+        same_weights(tmp_path / case, tmp_path / "sharded" / case)
+
+
+@pytest.mark.slow
+def test_sharded_models_roll_out_like_whole_ones(tmp_path, models):
+    runs = [(case, {"scripted": False}) for case in ("accumulated", "tied", "adapters")]
+    folders = [launch(models, tmp_path / mode, mode, *runs) for mode in ("ddp", "fsdp")]
+    for case, _ in runs:
+        whole, sharded = (folder / case for folder in folders)
+        steps = same_metrics(sharded, whole, rel=2e-5)
+        assert len({record["rollout/mean_length"] for record in steps}) > 1
+        same_weights(whole, sharded)
+
+
+@pytest.mark.slow
+def test_in_half_precision_gradients_are_summed_in_float32(tmp_path, models):
+    runs = [(case, {"bf16": True}) for case in ("representation", "output")]
+    launch(models, tmp_path / "sharded", "fsdp", *runs)
+    for case, settings in runs:
+        rank_worker.run_case(case, models, tmp_path, **settings)
+        same_metrics(tmp_path / "sharded" / case, tmp_path / case, rel=0.03)
+
+
+ADAM = {"optim": "adamw_torch", "adam_epsilon": 1e-4, "save_strategy": "steps", "save_steps": 2}
+RESUMED = ("output", "tied", "adapters")
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory, models):
+    """Four steps on one rank, without a stop."""
+    folder = tmp_path_factory.mktemp("straight")
+    for case in RESUMED:
+        rank_worker.run_case(case, models, folder, **ADAM | {"max_steps": 4})
+    return folder
+
+
+def check_resumed(folder, straight):
+    for case in RESUMED:
+        steps = same_metrics(folder / case, straight / case, rel=2e-5)
+        assert [record["step"] for record in steps] == [1, 2, 3, 4]
+        same_weights(straight / case, folder / case, atol=2e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["ddp", "fsdp"])
+def test_one_rank_resumes_what_two_saved(tmp_path, models, straight, mode):
+    launch(models, tmp_path, mode, *((case, ADAM | {"max_steps": 2}) for case in RESUMED))
+    for case in RESUMED:
+        rank_worker.run_case(case, models, tmp_path, **ADAM | {"max_steps": 4, "resume": True})
+    check_resumed(tmp_path, straight)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["ddp", "fsdp"])
+def test_two_ranks_resume_what_one_saved(tmp_path, models, straight, mode):
+    for case in RESUMED:
+        rank_worker.run_case(case, models, tmp_path, **ADAM | {"max_steps": 2})
+    launch(models, tmp_path, mode, *((case, ADAM | {"max_steps": 4, "resume": True}) for case in RESUMED))
+    check_resumed(tmp_path, straight)

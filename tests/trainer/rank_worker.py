@@ -1,0 +1,154 @@
+"""Runs with given rollouts, alone or under torchrun: `rank_worker.py MODELS OUTPUT MODE [RUNS]`.
+
+MODELS is a JSON object of names and folders, MODE is ddp, fsdp or fsdp_from_rank_0, where the others load no
+weights; RUNS is a list of cases with settings of their own, by default all cases as they are.
+accelerate shards on CPU only when told that it is not one.
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+if __name__ == "__main__" and sys.argv[3].startswith("fsdp"):
+    os.environ |= {
+        "ACCELERATE_USE_FSDP": "true",
+        "FSDP_VERSION": "2",
+        "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+        "FSDP_RESHARD_AFTER_FORWARD": "true",
+        "FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT",
+        "FSDP_CPU_RAM_EFFICIENT_LOADING": str(sys.argv[3] == "fsdp_from_rank_0").lower(),
+    }
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import DistributedType
+from datasets import Dataset
+from peft import LoraConfig
+from tiny_pair import QUICK, ScriptedTrainer, prompt_texts
+from torch.distributed.tensor import DTensor
+
+from oprd.capture import blocks
+from oprd.reading import Reading, Want
+from oprd.trainer import OPRDConfig
+
+COMPLETIONS, STEPS = 4, 3
+OUTPUT = {"representation_weight": "0", "output_loss": "top_k", "output_top_k": 4}
+THROUGH_BRIDGE = {"teacher": "wide", "bridge": "bridge", "representation_loss": "normalized_mse"}
+CASES: dict[str, dict[str, Any]] = {
+    "representation": {"positions": "last=3"},
+    "token": {"representation_loss": "relative_mse", "reduction": "token", "num_generations": 2},
+    "accumulated": {"gradient_accumulation_steps": 2, "mask_truncated_completions": True},
+    "packed": {"gradient_accumulation_steps": 2, "max_tokens_per_micro_batch": 24},
+    "output": OUTPUT,
+    "tied": OUTPUT | {"student": "tied", "teacher": "tied_teacher", "diagnostics_steps": 1},
+    "phases": {
+        "representation_weight": "0=1,2=0",
+        "output_weight": "0=0,2=1",
+        "output_loss": "full_vocab",
+        "gradient_checkpointing": True,
+    },
+    "shallow": {"layers": "1", "gradient_checkpointing": True, "diagnostics_steps": 1},
+    "bridge": THROUGH_BRIDGE | {"anchor_weight": "0.5"},
+    "adapters": {"lora": True, "output_loss": "sampled_token"},
+    "adapters_through_bridge": THROUGH_BRIDGE | {"anchor_weight": "0.5", "lora": True},
+    "offloaded": {"teacher_offload": True, "output_loss": "full_vocab"},
+    # The first two prompts of four, those of rank 0, end in rollouts without an EOS.
+    "idle_rank": {"mask_truncated_completions": True, "shuffle_dataset": False},
+    "idle_rank_output": {
+        "mask_truncated_completions": True,
+        "shuffle_dataset": False,
+        "output_loss": "sampled_token",
+    },
+}
+
+
+def run_case(
+    name: str, models: dict[str, str], output: Path, ranks: int = 1, sharded: bool = False, **more: Any
+) -> ScriptedTrainer:
+    """Train as a case says, `more` on top; returns the trainer that did."""
+    idle = name.startswith("idle_rank")
+    prompts = [[{"role": "user", "content": text}] for text in prompt_texts(4 if idle else 20)]
+    first: list[list[int]] = []
+
+    def script(prompt_ids: list[int]) -> list[int]:
+        length = 1 + sum(prompt_ids) % 8
+        ids = [10 + (sum(prompt_ids) * i) % 7 for i in range(1, length + 1)]
+        if idle and prompt_ids in first:
+            return [*ids, *([11] * (8 - length))]
+        return ids if length == 8 and not idle else [*ids[:-1], 2]
+
+    settings = CASES[name] | more
+    student, teacher = settings.pop("student", "student"), settings.pop("teacher", "teacher")
+    lora = LoraConfig(r=4, target_modules="all-linear") if settings.pop("lora", False) else None
+    scripted = settings.pop("scripted", True)
+    resume = settings.pop("resume", False)
+    if "bridge" in settings:
+        settings["bridge"] = models["bridge"]
+    accumulation = settings.get("gradient_accumulation_steps", 1)
+    args = OPRDConfig(
+        **QUICK
+        | {"output_dir": str(output / name), "max_steps": STEPS, "optim": "sgd", "max_grad_norm": 1e9}
+        | {"per_device_train_batch_size": COMPLETIONS // accumulation // ranks}
+        | ({"ddp_backend": "gloo"} if ranks > 1 else {})
+        | settings
+    )
+    if sharded:
+        _ = args.device
+        PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+    kind = type("Scripted", (ScriptedTrainer,), {"script": staticmethod(script) if scripted else None})
+    torch.manual_seed(0)
+    trainer = kind(
+        model=models[student],
+        teacher_model=models[teacher],
+        args=args,
+        train_dataset=Dataset.from_dict({"prompt": prompts}),
+        peft_config=lora,
+    )
+    if idle:
+        first += trainer._tokenize_prompts([prompts[0], prompts[1]])[0]
+    trainer.train(resume_from_checkpoint=resume)
+    trainer.save_model()
+    return trainer
+
+
+def check_sharded(trainer: ScriptedTrainer) -> None:
+    """Every weight of both models is a shard, and one block of a reading teacher is whole at a time."""
+    for model in (trainer.model, trainer.teacher.model):
+        weights = list(model.parameters())
+        assert all(isinstance(weight, DTensor) for weight in weights)
+        here = sum(weight.to_local().numel() for weight in weights)
+        assert 0.45 < here / sum(weight.numel() for weight in weights) < 0.55
+    layers = blocks(trainer.teacher.model)
+    gathered = []
+
+    def note(*_: Any) -> None:
+        gathered.append([isinstance(next(block.parameters()), DTensor) for block in layers].count(False))
+
+    notes = [block.register_forward_pre_hook(note) for block in layers]
+    ids = torch.ones(1, 4, dtype=torch.long)
+    want = Want((len(layers),), torch.ones(1, 3, dtype=torch.bool))
+    trainer.teacher.read(Reading(ids, ids, 0, 3), [want])
+    for handle in notes:
+        handle.remove()
+    assert gathered == [1] * len(layers)
+    if trainer.args.bf16:
+        assert trainer.accelerator.state.fsdp_plugin.mixed_precision_policy.reduce_dtype == torch.float32
+
+
+def main() -> None:
+    models, output, mode = json.loads(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
+    sharded = mode.startswith("fsdp")
+    runs = json.loads(sys.argv[4]) if len(sys.argv) > 4 else [(case, {}) for case in CASES]
+    for case, more in runs:
+        trainer = run_case(case, models, output, 2, sharded, **more)
+        assert trainer.accelerator.num_processes == 2
+        if sharded:
+            check_sharded(trainer)
+        trainer.accelerator.wait_for_everyone()
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    main()

@@ -1,0 +1,56 @@
+"""LoRA and DoRA students through peft: the keys of a recipe, and adapters merged into a model of its own."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from peft import AutoPeftModelForCausalLM, LoraConfig
+
+from oprd.errors import UserError
+
+ADAPTER_FILE = "adapter_config.json"
+MERGED_FOLDER = "merged"
+
+
+def _key(default: Any, text: str) -> Any:
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass
+class AdapterArguments:
+    """Adapters in place of all weights, under TRL's keys."""
+
+    use_peft: bool = _key(False, "Train LoRA adapters and leave the model's own weights alone.")
+    lora_r: int = _key(16, "Rank of the adapters.")
+    lora_alpha: int = _key(32, "Adapters are scaled by lora_alpha / lora_r.")
+    lora_dropout: float = _key(0.0, "Dropout in front of the adapters.")
+    lora_target_modules: list[str] | None = _key(None, "Modules to adapt; default: every linear one.")
+    use_rslora: bool = _key(False, "Scale by lora_alpha / √lora_r.")
+    use_dora: bool = _key(False, "DoRA: magnitudes of their own beside the low-rank directions.")
+
+    @property
+    def lora(self) -> LoraConfig | None:
+        """What peft is asked for; raises `UserError` for values that no adapter can have."""
+        if not self.use_peft:
+            return None
+        if self.lora_r < 1 or not 0 <= self.lora_dropout < 1:
+            raise UserError(
+                f"lora_r is {self.lora_r} and lora_dropout {self.lora_dropout}: the rank must be at least 1 "
+                "and the dropout in [0, 1)"
+            )
+        return LoraConfig(
+            task_type="CAUSAL_LM",
+            r=self.lora_r,
+            lora_alpha=self.lora_alpha,
+            lora_dropout=self.lora_dropout,
+            target_modules=self.lora_target_modules or "all-linear",
+            use_rslora=self.use_rslora,
+            use_dora=self.use_dora,
+        )
+
+
+def save_merged(folder: Path) -> Path:
+    """Save the model that the adapters in `folder` make of theirs to `folder/merged`, in its dtype."""
+    model = AutoPeftModelForCausalLM.from_pretrained(folder, dtype="auto").merge_and_unload()
+    model.save_pretrained(folder / MERGED_FOLDER)
+    return folder / MERGED_FOLDER

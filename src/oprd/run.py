@@ -14,6 +14,7 @@ from typing import Any
 import yaml
 
 from oprd.errors import UserError
+from oprd.whole import damage, write_whole
 
 RESOLVED_FILE = "resolved.yaml"
 STATE_FILE = "trainer_state.json"
@@ -82,27 +83,14 @@ def write_resolved(folder: Path, settings: dict[str, Any]) -> None:
     """Write `resolved.yaml`: settings, package versions, Python, git commit."""
     folder.mkdir(parents=True, exist_ok=True)
     record = {"settings": settings, "versions": _versions(), "git_commit": _git_commit()}
-    (folder / RESOLVED_FILE).write_text(yaml.safe_dump(record, sort_keys=True, allow_unicode=True))
-
-
-def last_whole_checkpoint(folder: Path) -> Path | None:
-    """The newest `checkpoint-*` that was written to its end: its trainer state comes last."""
-    whole = [path.parent for path in folder.glob(f"checkpoint-*/{STATE_FILE}") if _state(path) is not None]
-    return max(whole, key=lambda path: int(path.name.removeprefix("checkpoint-")), default=None)
+    write_whole(folder / RESOLVED_FILE, yaml.safe_dump(record, sort_keys=True, allow_unicode=True))
 
 
 def is_finished(folder: Path, max_steps: int) -> bool:
-    """Whether the final model lies in `folder` and was trained for `max_steps` or more."""
-    state = _state(folder / STATE_FILE)
-    return state is not None and state["global_step"] >= max_steps
-
-
-def _state(path: Path) -> dict[str, Any] | None:
-    try:
-        state = json.loads(path.read_text())
-    except (OSError, json.JSONDecodeError):
-        return None
-    return state if isinstance(state, dict) and "global_step" in state else None
+    """Whether the final model lies whole in `folder` and was trained for `max_steps` or more."""
+    if damage(folder) is not None:
+        return False
+    return json.loads((folder / STATE_FILE).read_text())["global_step"] >= max_steps
 
 
 def _plain(value: Any) -> Any:

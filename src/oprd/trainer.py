@@ -5,6 +5,7 @@ The only module that imports trl.
 
 import copy
 import logging
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -21,6 +22,7 @@ from oprd.alignment import AlignedResponse
 from oprd.batch import TERMS, Batch, on_host, truncated_rollouts, weigh_rows
 from oprd.bridge.drift import DriftMonitor
 from oprd.card import model_card
+from oprd.checkpoints import rotate, written_whole
 from oprd.errors import UserError
 from oprd.finite import NonFiniteLoss
 from oprd.intake import usable_prompts
@@ -37,6 +39,22 @@ from oprd.update import Update
 logger = logging.getLogger(__name__)
 
 PACKED = "micro_batches"  # where a buffered batch is a list of others
+
+
+class EpochSampler(RepeatSampler):
+    """TRL's sampler, whose order in an epoch depends on nothing but the seed and the epoch.
+
+    TRL's own order follows from the epochs before it, which a resumed run has not been through.
+    """
+
+    def __init__(self, epoch: Callable[[], int], **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[int]:
+        if self.shuffle:
+            self.generator.manual_seed(self.seed + self.epoch())
+        return super().__iter__()
 
 
 @dataclass
@@ -198,7 +216,8 @@ class OPRDTrainer(DistillationTrainer):
     # Rollouts
 
     def _get_train_sampler(self, dataset: Dataset | None = None) -> Sampler:
-        return RepeatSampler(
+        return EpochSampler(
+            epoch=lambda: int(self.state.epoch or 0),
             data_source=self.train_dataset if dataset is None else dataset,
             mini_repeat_count=self.args.num_generations,
             batch_size=self._prompts_per_step,
@@ -345,7 +364,28 @@ class OPRDTrainer(DistillationTrainer):
             where = f"step {self.state.global_step + 1}: {error}"
             raise RuntimeError(f"{where}, in rollouts of {prompts}") from error
 
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        """The base class would take one more step after resuming from a checkpoint of the last one."""
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(*args, **kwargs)
+
     # What is saved
+
+    def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
+        """The base class's checkpoint, sealed when every rank has written; only then may older ones go."""
+        if self.args.save_only_model:  # which nothing can resume from
+            super()._save_checkpoint(model, trial)
+            return
+        folder, is_writer = Path(self.args.output_dir), self.args.should_save
+        checkpoint, limit = folder / f"checkpoint-{self.state.global_step}", self.args.save_total_limit
+        self.args.save_total_limit = None
+        with written_whole(checkpoint, is_writer=is_writer, wait=self.accelerator.wait_for_everyone):
+            super()._save_checkpoint(model, trial)
+        self.args.save_total_limit = limit
+        if is_writer:
+            rotate(folder, limit, self.state.best_model_checkpoint)
 
     def create_model_card(
         self, model_name: str | None = None, dataset_name: str | None = None, tags: Any = None

@@ -73,6 +73,7 @@ MOMENTS: dict[str, tuple[Any, str, str, Strike]] = {
     "final state": (TrainerState, "save_to_json", "final.partial", half_written),
     "final move": (Path, "replace", "final.partial", before),
     "final seal": (Path, "replace", "seal.json", half_of_the_source),
+    "samples": (os, "fsync", "samples.jsonl", half_a_line),
     "bridge": (Path, "write_bytes", "bridge.safetensors", half_written),
 }
 

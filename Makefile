@@ -2,7 +2,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 TORCH := torch==2.13.0
 
-.PHONY: demo test bench-quick clean
+.PHONY: demo test drill bench-quick clean
 
 demo: .venv/ready
 	$(BIN)/oprd demo
@@ -12,6 +12,10 @@ test: .venv/ready
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+
+# Kills and starves real runs for about ten minutes; DRILL_SEED=n repeats the random moments of another drill.
+drill: .venv/ready
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m drill -n 2 tests/drill
 
 # Ratios of one run on a small shape, in three minutes; the figures of record: benchmarks/actor_update.py.
 bench-quick: .venv/ready

@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from oprd.batch import TERMS, Batch, readable
-from oprd.bridge.artifact import BRIDGE_FILE
+from oprd.bridge.artifact import BRIDGE_FILE, Bridge
 from oprd.bridge.fitter import BridgeFitter
 from oprd.bridge.identity import identity
 from oprd.bridge.report import plot_bridge
@@ -35,6 +35,7 @@ from oprd.run import RESOLVED_FILE, check_folder, resolved_settings, write_resol
 from oprd.selection import LayerMap, Positions
 from oprd.teacher import Teacher
 from oprd.translation import Translation
+from oprd.whole import check_writable
 
 logger = logging.getLogger(__name__)
 
@@ -53,8 +54,10 @@ def fit_bridge(args: BridgeArguments) -> Path:
     if (folder / BRIDGE_FILE).exists():
         if not (folder / RESOLVED_FILE).exists():
             raise UserError(f"{folder} holds a bridge of unknown origin: choose another output_dir")
-        logger.warning("%s holds this bridge: nothing to do", folder)
-        return folder
+        if _is_readable(folder):
+            logger.warning("%s holds this bridge: nothing to do", folder)
+            return folder
+    check_writable(folder)
     pair = ModelPair.load(args)
     prompts = _prompts(args, pair)
     fitter, layer_map = pair.fitter(args)
@@ -69,6 +72,15 @@ def fit_bridge(args: BridgeArguments) -> Path:
     plot_bridge(bridge.metadata, folder)
     bridge.save(folder)
     return folder
+
+
+def _is_readable(folder: Path) -> bool:
+    try:
+        Bridge.load(folder)
+    except UserError as error:
+        logger.warning("%s", error)
+        return False
+    return True
 
 
 class ModelPair:

@@ -113,10 +113,14 @@ def _demo(args: argparse.Namespace, _: list[str]) -> None:
 
 
 def _train(args: argparse.Namespace, flags: list[str]) -> None:
+    import torch.distributed as dist
+
     from oprd.train import parse_training_recipe, train
 
     folder = train(*parse_training_recipe(args.recipe, flags))
     print(f"the run is in {folder}")
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def _bridge(args: argparse.Namespace, flags: list[str]) -> None:

@@ -24,6 +24,7 @@ from oprd.report.plots import plot_runs
 from oprd.rollouts import Sampling
 from oprd.train import RunArguments, train
 from oprd.trainer import OPRDConfig
+from oprd.whole import check_writable, write_whole
 
 OTHER_PROMPTS = 1000  # added to the seed of a second run
 UPDATE_PARTS = ("time/teacher_seconds", "time/student_seconds", "time/optimizer_seconds")
@@ -54,7 +55,7 @@ def run_demo(
     gap = teacher - student
     closed = {arm: (arms[arm]["avg_at_k"] - student) / gap if gap else None for arm in pair.arms}
     summary = {"arms": arms, "gap_closed": closed, "settings": settings}
-    (output / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+    write_whole(output / "summary.json", json.dumps(summary, indent=2) + "\n")
     levels = {LABELS[arm]: arms[arm]["avg_at_k"] for arm in ("student", "teacher")}
     runs = {LABELS[arm]: [output / f"{arm}-first", output / arm] for arm in pair.arms}
     plot_runs(runs, output, levels)
@@ -174,5 +175,6 @@ def _claim(output: Path, settings: dict[str, Any]) -> None:
     file = output / "settings.json"
     if file.exists() and json.loads(file.read_text()) != settings:
         raise UserError(f"{output} holds a demo with other settings: choose another --output or delete it")
+    check_writable(output)
     output.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(settings, indent=2) + "\n")
+    write_whole(file, json.dumps(settings, indent=2) + "\n")

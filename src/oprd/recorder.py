@@ -1,6 +1,7 @@
 """Writes one line of `metrics.jsonl` per optimiser step and keeps a progress bar with the same numbers."""
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from tqdm.auto import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from oprd.meters import Averages, MemoryMeter, Stopwatch
+from oprd.whole import write_whole
 
 METRICS_FILE = "metrics.jsonl"
 BAR = {
@@ -90,6 +92,8 @@ class Recorder(TrainerCallback):
         if state.is_world_process_zero:
             with (Path(args.output_dir) / METRICS_FILE).open("a") as file:
                 file.write(json.dumps({"step": state.global_step, **values}) + "\n")
+                file.flush()
+                os.fsync(file.fileno())  # before the checkpoint of this step, which relies on it
         if self._bar is not None:
             self._bar.set_postfix(
                 {short: f"{values[name]:.3g}" for short, name in BAR.items() if name in values}, refresh=False
@@ -107,9 +111,7 @@ def keep_steps(path: Path, last_step: int) -> None:
     """Drop the lines of `metrics.jsonl` after `last_step`, and half-written ones: none will stand twice."""
     path.parent.mkdir(parents=True, exist_ok=True)
     kept = [record for record in read_metrics(path) if record["step"] <= last_step]
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text("".join(json.dumps(record) + "\n" for record in kept))
-    temporary.replace(path)
+    write_whole(path, "".join(json.dumps(record) + "\n" for record in kept))
 
 
 def read_metrics(path: Path) -> list[dict[str, float]]:

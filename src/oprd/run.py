@@ -5,6 +5,7 @@ The folder holds the final model, `checkpoint-*`, `metrics.jsonl` and `resolved.
 
 import importlib.metadata
 import json
+import math
 import subprocess
 import sys
 from dataclasses import fields
@@ -14,6 +15,7 @@ from typing import Any
 import yaml
 
 from oprd.errors import UserError
+from oprd.whole import damage, write_whole
 
 RESOLVED_FILE = "resolved.yaml"
 STATE_FILE = "trainer_state.json"
@@ -29,6 +31,10 @@ EXECUTION_PREFIXES = (
     "dataloader_",
     "accuracy_",
     "diagnostics_",
+    "ddp_",
+    "fsdp",
+    "gradient_checkpointing",
+    "activation_checkpointing",
 )
 EXECUTION_KEYS = {
     "output_dir",
@@ -38,7 +44,16 @@ EXECUTION_KEYS = {
     "resume_from_checkpoint",
     "project",
     "use_cpu",
+    "num_processes",
+    "deepspeed",
+    "teacher_offload",
+    "output_chunk_size",
+    "max_tokens_per_micro_batch",
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
 }
+# Their product is what a step computes.
+BATCH_KEYS = ("per_device_train_batch_size", "gradient_accumulation_steps", "num_processes")
 
 
 def resolved_settings(*arguments: Any) -> dict[str, Any]:
@@ -69,6 +84,16 @@ def check_folder(folder: Path, settings: dict[str, Any]) -> None:
                 f"{folder} holds a run with {key}: {stored.get(key)}, not {settings.get(key)}: choose "
                 "another output_dir, or delete that folder to start over"
             )
+    rollouts = [_rollouts_per_step(one) for one in (stored, settings)]
+    if rollouts[0] != rollouts[1]:
+        raise UserError(
+            f"{folder} holds a run of {rollouts[0]} rollouts per step, and this would be {rollouts[1]}: keep "
+            "per_device_train_batch_size × gradient_accumulation_steps × processes as it was"
+        )
+
+
+def _rollouts_per_step(settings: dict[str, Any]) -> int:
+    return math.prod(settings.get(key, 1) for key in BATCH_KEYS)
 
 
 def _stored_settings(resolved: Path) -> dict[str, Any]:
@@ -82,27 +107,14 @@ def write_resolved(folder: Path, settings: dict[str, Any]) -> None:
     """Write `resolved.yaml`: settings, package versions, Python, git commit."""
     folder.mkdir(parents=True, exist_ok=True)
     record = {"settings": settings, "versions": _versions(), "git_commit": _git_commit()}
-    (folder / RESOLVED_FILE).write_text(yaml.safe_dump(record, sort_keys=True, allow_unicode=True))
-
-
-def last_whole_checkpoint(folder: Path) -> Path | None:
-    """The newest `checkpoint-*` that was written to its end: its trainer state comes last."""
-    whole = [path.parent for path in folder.glob(f"checkpoint-*/{STATE_FILE}") if _state(path) is not None]
-    return max(whole, key=lambda path: int(path.name.removeprefix("checkpoint-")), default=None)
+    write_whole(folder / RESOLVED_FILE, yaml.safe_dump(record, sort_keys=True, allow_unicode=True))
 
 
 def is_finished(folder: Path, max_steps: int) -> bool:
-    """Whether the final model lies in `folder` and was trained for `max_steps` or more."""
-    state = _state(folder / STATE_FILE)
-    return state is not None and state["global_step"] >= max_steps
-
-
-def _state(path: Path) -> dict[str, Any] | None:
-    try:
-        state = json.loads(path.read_text())
-    except (OSError, json.JSONDecodeError):
-        return None
-    return state if isinstance(state, dict) and "global_step" in state else None
+    """Whether the final model lies whole in `folder` and was trained for `max_steps` or more."""
+    if damage(folder) is not None:
+        return False
+    return json.loads((folder / STATE_FILE).read_text())["global_step"] >= max_steps
 
 
 def _plain(value: Any) -> Any:

@@ -6,15 +6,19 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from oprd.checkpoints import last_whole_checkpoint, publish, written_whole
 from oprd.errors import UserError
 from oprd.evaluation.run import EvalSettings, evaluate
 from oprd.prompts import load_prompts
 from oprd.recipe import parse_recipe
 from oprd.rollouts import Sampling
-from oprd.run import check_folder, is_finished, last_whole_checkpoint, resolved_settings, write_resolved
+from oprd.run import STATE_FILE, check_folder, is_finished, resolved_settings, write_resolved
 from oprd.trainer import OPRDConfig, OPRDTrainer
+from oprd.whole import check_writable
 
 logger = logging.getLogger(__name__)
+
+PARTIAL = "final.partial"  # where the final model is written
 
 
 @dataclass
@@ -62,20 +66,33 @@ def train(
     Raises `UserError` for what the user can mend, before anything is written.
     """
     folder = Path(config.output_dir)
-    settings = resolved_settings(config, run)
+    settings = resolved_settings(config, run) | {"num_processes": config.world_size}
     check_folder(folder, settings)
     if is_finished(folder, config.max_steps):
         logger.warning("%s is finished: nothing to do", folder)
         return folder
+    check_writable(folder)
     trainer = _make_trainer(run, config, label)
     if trainer.is_world_process_zero():
         write_resolved(folder, settings)
     checkpoint = last_whole_checkpoint(folder)
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    trainer.save_model()
     trainer.create_model_card(model_name=folder.name, dataset_name=run.dataset_name)
-    trainer.save_state()
+    _save_final(trainer, folder)
     return folder
+
+
+def _save_final(trainer: OPRDTrainer, folder: Path) -> None:
+    """Put the final model at the root of `folder`: written aside, then moved there and sealed."""
+    partial, is_writer = folder / PARTIAL, trainer.args.should_save
+    with written_whole(partial, is_writer=is_writer, wait=trainer.accelerator.wait_for_everyone):
+        trainer.save_model(str(partial), _internal_call=True)
+        if is_writer:
+            trainer.state.save_to_json(str(partial / STATE_FILE))
+    if is_writer:
+        publish(partial, folder)
+    if trainer.args.push_to_hub:
+        trainer.push_to_hub(commit_message="Model save")
 
 
 def _make_trainer(run: RunArguments, config: OPRDConfig, label: str) -> OPRDTrainer:

@@ -5,7 +5,7 @@ The only module that imports trl.
 
 import copy
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,7 +16,6 @@ from datasets import Dataset
 from torch import Tensor
 from torch.utils.data import Sampler
 from transformers import PreTrainedModel, PrinterCallback, ProgressCallback, TrainerCallback
-from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 from trl import DistillationConfig, DistillationTrainer
 from trl.trainer.utils import RepeatSampler
 
@@ -32,8 +31,8 @@ from oprd.models import resolve_model
 from oprd.packing import repack
 from oprd.recorder import Recorder
 from oprd.rollouts import render_prompt
+from oprd.saving import ResumableTrainer
 from oprd.settings import ObjectiveSettings
-from oprd.sharded_state import load_optimizer_state, load_weights, whole_optimizer_state, whole_weights
 from oprd.sharding import Sharding
 from oprd.teacher import Teacher
 from oprd.translation import Translation
@@ -42,6 +41,22 @@ from oprd.update import Update
 logger = logging.getLogger(__name__)
 
 PACKED = "micro_batches"  # where a buffered batch is a list of others
+
+
+class EpochSampler(RepeatSampler):
+    """TRL's sampler, whose order in an epoch depends on nothing but the seed and the epoch.
+
+    TRL's own order follows from the epochs before it, which a resumed run has not been through.
+    """
+
+    def __init__(self, epoch: Callable[[], int], **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[int]:
+        if self.shuffle:
+            self.generator.manual_seed(self.seed + self.epoch())
+        return super().__iter__()
 
 
 @dataclass
@@ -79,7 +94,7 @@ class OPRDConfig(ObjectiveSettings, DistillationConfig):
         super().__post_init__()
 
 
-class OPRDTrainer(DistillationTrainer):
+class OPRDTrainer(ResumableTrainer, DistillationTrainer):
     """On-policy distillation in representation space, output space, or both (Eq. 6–7).
 
     `model` and `teacher_model` are names (`tiny:student`, a folder, a Hub name) or model objects;
@@ -217,7 +232,8 @@ class OPRDTrainer(DistillationTrainer):
         return self.sharding.whole(self.model)
 
     def _get_train_sampler(self, dataset: Dataset | None = None) -> Sampler:
-        return RepeatSampler(
+        return EpochSampler(
+            epoch=lambda: int(self.state.epoch or 0),
             data_source=self.train_dataset if dataset is None else dataset,
             mini_repeat_count=self.args.num_generations,
             batch_size=self._prompts_per_step,
@@ -370,36 +386,6 @@ class OPRDTrainer(DistillationTrainer):
             raise RuntimeError(f"{where}, in rollouts of {prompts}") from error
 
     # What is saved
-
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """The model in one process's files, however many ranks hold it."""
-        if self.sharding is None:
-            return super().save_model(output_dir, _internal_call)
-        self._save(output_dir, state_dict=whole_weights(self.model, keep=self.args.should_save))
-        if self.args.push_to_hub and not _internal_call:
-            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
-
-    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        if self.sharding is None:
-            return super()._save_optimizer_and_scheduler(output_dir)
-        state = whole_optimizer_state(self.optimizer, keep=self.args.should_save)
-        if self.args.should_save:
-            torch.save(state, Path(output_dir) / OPTIMIZER_NAME)
-            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        if self.sharding is None:
-            return super()._load_from_checkpoint(resume_from_checkpoint, model)
-        if model is not None:  # asked a first time before the model is sharded, a second time after
-            load_weights(model, Path(resume_from_checkpoint))
-
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        if self.sharding is None:
-            return super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is not None:
-            load_optimizer_state(self.optimizer, Path(checkpoint) / OPTIMIZER_NAME)
-            schedule = torch.load(Path(checkpoint) / SCHEDULER_NAME, weights_only=True)
-            self.lr_scheduler.load_state_dict(schedule)
 
     def create_model_card(
         self, model_name: str | None = None, dataset_name: str | None = None, tags: Any = None

@@ -147,6 +147,7 @@ def main() -> None:
         if sharded:
             check_sharded(trainer)
         trainer.accelerator.wait_for_everyone()
+    torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":

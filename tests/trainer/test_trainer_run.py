@@ -11,10 +11,12 @@ from safetensors.torch import load_file, save_file
 from tiny_pair import QUICK, prompt_texts
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
+from oprd.checkpoints import last_whole_checkpoint
 from oprd.errors import UserError
 from oprd.recorder import keep_steps, read_metrics
-from oprd.run import is_finished, last_whole_checkpoint
+from oprd.run import is_finished
 from oprd.train import parse_training_recipe, train
+from oprd.whole import SEAL_FILE
 
 KEYS = {
     "step",
@@ -145,15 +147,46 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, recipe, finished, o
     assert same_weights(parts, whole)
 
 
-@pytest.mark.parametrize("damage", ["missing", "cut", "empty", "no step"])
-def test_a_half_written_checkpoint_is_not_chosen(copied, recipe, finished, damage):
+def test_a_run_may_be_resumed_in_other_micro_batches(tmp_path, recipe, finished):
+    train(*recipe(tmp_path, "--max_steps", "2"))
+    other = ["--per_device_train_batch_size", "1", "--gradient_accumulation_steps", "4"]
+    train(*recipe(tmp_path, *other, "--gradient_checkpointing", "true", "--output_chunk_size", "7"))
+    for one, two in zip(lasting(tmp_path), lasting(finished), strict=True):
+        assert one == pytest.approx(two, rel=1e-4)
+    weights = [load_file(folder / "model.safetensors") for folder in (tmp_path, finished)]
+    for name, one in weights[0].items():
+        torch.testing.assert_close(weights[1][name], one, rtol=1e-4, atol=1e-5)
+
+
+def test_another_number_of_rollouts_per_step_is_refused(finished, recipe):
+    with pytest.raises(UserError, match="a run of 4 rollouts per step, and this would be 8: keep"):
+        train(*recipe(finished, "--per_device_train_batch_size", "4"))
+
+
+def test_a_resumed_run_has_the_data_order_of_later_epochs(tmp_path, recipe):
+    """12 prompts, 4 rollouts of each a step: step 13 begins the second epoch, step 15 is within the third."""
+    objective = ["--num_generations", "4", "--per_device_train_batch_size", "2", "--max_steps", "30"]
+    whole = train(*recipe(tmp_path / "whole", *objective))
+    for step in (12, 15, 29):
+        parts = Path(shutil.copytree(whole, tmp_path / f"parts-{step}"))
+        (parts / SEAL_FILE).unlink()
+        for later in range(step + 1, 31):
+            shutil.rmtree(parts / f"checkpoint-{later}")
+        train(*recipe(parts, *objective))
+        assert lasting(parts) == lasting(whole), step
+        assert same_weights(parts, whole), step
+
+
+@pytest.mark.parametrize("fault", ["missing", "cut", "empty", "unsealed"])
+def test_a_half_written_checkpoint_is_not_chosen(copied, recipe, finished, fault):
     """Killed while it wrote checkpoint-3, with a line of metrics cut short: it goes on from step 2."""
-    for name in ("trainer_state.json", "model.safetensors"):
-        (copied / name).unlink()
+    (copied / SEAL_FILE).unlink()
     shutil.rmtree(copied / "checkpoint-4")
-    state = copied / "checkpoint-3" / "trainer_state.json"
-    text = {"cut": state.read_text()[:40], "empty": "", "no step": "{}"}.get(damage)
-    state.unlink() if text is None else state.write_text(text)
+    file = copied / "checkpoint-3" / ("optimizer.pt" if fault != "unsealed" else SEAL_FILE)
+    if fault in ("missing", "unsealed"):
+        file.unlink()
+    else:
+        file.write_bytes(file.read_bytes()[: 100 * (fault == "cut")])
     lines = (copied / "metrics.jsonl").read_text().splitlines(keepends=True)
     (copied / "metrics.jsonl").write_text("".join(lines[:3]) + lines[3][:20])
     assert last_whole_checkpoint(copied) == copied / "checkpoint-2"
@@ -165,22 +198,42 @@ def test_a_half_written_checkpoint_is_not_chosen(copied, recipe, finished, damag
 def test_a_folder_without_a_whole_checkpoint_starts_over(copied, recipe, finished):
     for folder in copied.glob("checkpoint-*"):
         shutil.rmtree(folder)
-    for name in ("trainer_state.json", "model.safetensors"):
-        (copied / name).unlink()
+    (copied / SEAL_FILE).unlink()
     assert last_whole_checkpoint(copied) is None
     train(*recipe(copied))
     assert lasting(copied) == lasting(finished)
     assert same_weights(copied, finished)
 
 
-def test_checkpoints_are_ordered_by_number(tmp_path):
-    for step in (9, 10, 2):
-        folder = tmp_path / f"checkpoint-{step}"
-        folder.mkdir()
-        (folder / "trainer_state.json").write_text(json.dumps({"global_step": step}))
-    assert last_whole_checkpoint(tmp_path) == tmp_path / "checkpoint-10"
-    assert last_whole_checkpoint(tmp_path / "none") is None
-    assert not is_finished(tmp_path, 1)
+@pytest.mark.parametrize("fault", ["no seal", "cut weights", "no state", "moved half-way"])
+def test_a_damaged_final_model_is_saved_again(copied, recipe, finished, fault):
+    """From the checkpoint of the last step, without another step."""
+    whole = files(copied)
+    weights, state = copied / "model.safetensors", copied / "trainer_state.json"
+    if fault == "cut weights":
+        weights.write_bytes(weights.read_bytes()[:-1])
+    elif fault == "no state":
+        state.unlink()
+    else:
+        (copied / SEAL_FILE).unlink()
+    if fault == "moved half-way":
+        (copied / "final.partial").mkdir()
+        state.rename(copied / "final.partial" / state.name)
+    assert not is_finished(copied, 4)
+    train(*recipe(copied))
+    assert is_finished(copied, 4) and files(copied).keys() == whole.keys()
+    assert lasting(copied) == lasting(finished)
+    assert same_weights(copied, finished)
+
+
+def test_checkpoints_without_an_optimiser_are_not_resumed(tmp_path, recipe, finished):
+    train(*recipe(tmp_path, "--save_only_model", "true"))
+    (tmp_path / SEAL_FILE).unlink()
+    assert (tmp_path / "checkpoint-4" / "model.safetensors").exists()
+    assert last_whole_checkpoint(tmp_path) is None
+    train(*recipe(tmp_path, "--save_only_model", "true"))
+    assert lasting(tmp_path) == lasting(finished)
+    assert same_weights(tmp_path, finished)
 
 
 def test_a_finished_run_is_left_alone(copied, recipe):

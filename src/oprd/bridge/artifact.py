@@ -1,7 +1,6 @@
 """The bridge: frozen projections of student and teacher states into one small space per layer (Eq. 12–14)."""
 
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -138,7 +137,7 @@ class Bridge:
         }
         pairs = {str(student): teacher for student, teacher in self.layer_map.pairs}
         header = {"format": FORMAT, "layer_map": json.dumps(pairs), "oprd": json.dumps(self.metadata)}
-        partial = file.with_name(f"{file.name}.{os.getpid()}.partial")
+        partial = file.with_name(f"{file.name}.partial")
         try:
             partial.write_bytes(save(tensors, metadata=header))
             partial.replace(file)

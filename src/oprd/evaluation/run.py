@@ -20,6 +20,7 @@ from oprd.errors import UserError
 from oprd.evaluation import metrics
 from oprd.evaluation.grade import extract_answer, grade
 from oprd.rollouts import Prompt, Rollout, Sampling, eos_token_ids, generate, render_prompt
+from oprd.whole import check_writable, write_whole
 
 FINGERPRINT_ENTRIES = 1024
 
@@ -183,6 +184,7 @@ def _claim(output_dir: Path, resolved: dict[str, Any]) -> None:
     if not file.exists():
         if (output_dir / "samples.jsonl").exists() or (output_dir / "summary.json").exists():
             raise UserError(f"{output_dir} holds results but no settings.json: choose another output folder")
+        check_writable(output_dir)
         output_dir.mkdir(parents=True, exist_ok=True)
         _write_json(file, resolved)
         return
@@ -257,7 +259,4 @@ def _sample(tokenizer: PreTrainedTokenizerBase, rollout: Rollout, reference: str
 
 
 def _write_json(file: Path, content: dict[str, Any]) -> None:
-    """Write `content` so that a killed process leaves the whole file or none."""
-    temporary = file.with_name(file.name + ".tmp")
-    temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
-    os.replace(temporary, file)
+    write_whole(file, json.dumps(content, indent=2, ensure_ascii=False) + "\n")

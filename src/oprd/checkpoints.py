@@ -1,0 +1,83 @@
+"""The checkpoints of a run folder: which one to resume from, how they are written, which may go."""
+
+import logging
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+from oprd.meters import MB
+from oprd.whole import damage, seal, unseal
+
+logger = logging.getLogger(__name__)
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """The folders `checkpoint-<step>`, whole or not, newest first."""
+    steps = {path: re.fullmatch(r"checkpoint-(\d+)", path.name) for path in folder.glob("checkpoint-*")}
+    found = {int(step[1]): path for path, step in steps.items() if step and path.is_dir()}
+    return [found[step] for step in sorted(found, reverse=True)]
+
+
+def last_whole_checkpoint(folder: Path) -> Path | None:
+    """The newest checkpoint that was written to its end and is as it was written; logs those passed over."""
+    passed_over = checkpoints(folder)
+    for checkpoint in passed_over:
+        fault = damage(checkpoint)
+        if fault is None:
+            return checkpoint
+        logger.warning("%s is passed over: %s", checkpoint, fault)
+    if passed_over:
+        logger.warning("%s holds no whole checkpoint: the run starts over", folder)
+    return None
+
+
+@contextmanager
+def written_whole(folder: Path, *, is_writer: bool, wait: Callable[[], None]) -> Iterator[None]:
+    """Around the code by which all ranks write `folder`: what lay there goes first, the seal comes last.
+
+    `is_writer`: whether this rank seals it; `wait` returns when every rank has called it. A fault, such as a
+    full disk, becomes a `RuntimeError` that names the folder, of which nothing is left.
+    """
+    if is_writer:
+        shutil.rmtree(folder, ignore_errors=True)
+    wait()
+    try:
+        yield
+        wait()
+        if is_writer:
+            seal(folder, [path for path in folder.rglob("*") if path.is_file()])
+    except (OSError, RuntimeError, SafetensorError) as error:
+        free = shutil.disk_usage(folder.parent).free / MB
+        shutil.rmtree(folder, ignore_errors=True)
+        raise RuntimeError(
+            f"{folder} could not be written, with {free:.0f} MB free on its disk ({error}): mend that, and "
+            "the same command resumes"
+        ) from error
+
+
+def rotate(folder: Path, keep: int | None, best: str | None = None) -> None:
+    """Delete every checkpoint but the `keep` newest whole ones and `best`; without `keep`, none."""
+    if not keep or keep < 0:
+        return
+    whole = [path for path in checkpoints(folder) if damage(path) is None]
+    kept = {path.resolve() for path in whole[:keep]} | ({Path(best).resolve()} if best else set())
+    for path in checkpoints(folder):
+        if path.resolve() not in kept:
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def publish(partial: Path, folder: Path) -> None:
+    """Move the files of `partial` to `folder`, where they alone are sealed: others may come and go."""
+    unseal(partial)
+    unseal(folder)
+    moved = []
+    for path in sorted(path for path in partial.rglob("*") if path.is_file()):
+        target = folder / path.relative_to(partial)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        moved.append(path.replace(target))
+    seal(folder, moved)
+    shutil.rmtree(partial)

@@ -1,0 +1,69 @@
+"""A trainer whose checkpoints are whole or not at all, and the same files for any number of ranks."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import Trainer
+from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
+
+from oprd.checkpoints import rotate, written_whole
+from oprd.sharded_state import load_optimizer_state, load_weights, whole_optimizer_state, whole_weights
+from oprd.sharding import Sharding
+
+
+class ResumableTrainer(Trainer):
+    """`transformers.Trainer`, which writes file by file, and sharded models in a format of their own."""
+
+    sharding: Sharding | None = None
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        """The base class would take one more step after resuming from a checkpoint of the last one."""
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(*args, **kwargs)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """The model in one process's files, however many ranks hold it."""
+        if self.sharding is None:
+            return super().save_model(output_dir, _internal_call)
+        self._save(output_dir, state_dict=whole_weights(self.model, keep=self.args.should_save))
+        if self.args.push_to_hub and not _internal_call:
+            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if self.sharding is None:
+            return super()._save_optimizer_and_scheduler(output_dir)
+        state = whole_optimizer_state(self.optimizer, keep=self.args.should_save)
+        if self.args.should_save:
+            torch.save(state, Path(output_dir) / OPTIMIZER_NAME)
+            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        if self.sharding is None:
+            return super()._load_from_checkpoint(resume_from_checkpoint, model)
+        if model is not None:  # asked a first time before the model is sharded, a second time after
+            load_weights(model, Path(resume_from_checkpoint))
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if self.sharding is None:
+            return super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None:
+            load_optimizer_state(self.optimizer, Path(checkpoint) / OPTIMIZER_NAME)
+            schedule = torch.load(Path(checkpoint) / SCHEDULER_NAME, weights_only=True)
+            self.lr_scheduler.load_state_dict(schedule)
+
+    def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
+        """The base class's checkpoint, sealed when every rank has written; only then may older ones go."""
+        if self.args.save_only_model:  # which nothing can resume from
+            super()._save_checkpoint(model, trial)
+            return
+        folder, is_writer = Path(self.args.output_dir), self.args.should_save
+        checkpoint, limit = folder / f"checkpoint-{self.state.global_step}", self.args.save_total_limit
+        self.args.save_total_limit = None
+        with written_whole(checkpoint, is_writer=is_writer, wait=self.accelerator.wait_for_everyone):
+            super()._save_checkpoint(model, trial)
+        self.args.save_total_limit = limit
+        if is_writer:
+            rotate(folder, limit, self.state.best_model_checkpoint)

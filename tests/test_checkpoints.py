@@ -1,0 +1,114 @@
+"""Which checkpoint is resumed from, how one is written, and which go."""
+
+import logging
+import shutil
+
+import pytest
+
+from oprd.checkpoints import checkpoints, last_whole_checkpoint, publish, rotate, written_whole
+from oprd.whole import SEAL_FILE, damage, seal
+
+
+def write(folder, *names, sealed=True):
+    """A folder with files of these names, each holding its name."""
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(name)
+    if sealed:
+        seal(folder, [folder / name for name in names])
+    return folder
+
+
+def names(folder):
+    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+
+
+def alone():
+    """The barrier of a single process."""
+
+
+def test_the_newest_whole_one_is_chosen_by_number(tmp_path, caplog):
+    for step in (9, 100, 10, 2):
+        write(tmp_path / f"checkpoint-{step}", "model")
+    write(tmp_path / "checkpoint-best", "model")
+    (tmp_path / "checkpoint-7").write_text("a file")
+    assert [path.name for path in checkpoints(tmp_path)] == [f"checkpoint-{n}" for n in (100, 10, 9, 2)]
+    assert last_whole_checkpoint(tmp_path) == tmp_path / "checkpoint-100"
+    assert not caplog.records
+    (tmp_path / "checkpoint-100" / SEAL_FILE).unlink()
+    (tmp_path / "checkpoint-10" / "model").write_text("")
+    assert last_whole_checkpoint(tmp_path) == tmp_path / "checkpoint-9"
+    assert caplog.messages[0].startswith(f"{tmp_path}/checkpoint-100 is passed over: it has no seal.json")
+    assert caplog.messages[1] == f"{tmp_path}/checkpoint-10 is passed over: model has 0 bytes, not 5"
+
+
+def test_without_a_whole_one_the_run_starts_over(tmp_path, caplog):
+    assert last_whole_checkpoint(tmp_path / "none") is None and not caplog.records
+    write(tmp_path / "checkpoint-3", "model", sealed=False)
+    assert last_whole_checkpoint(tmp_path) is None
+    assert caplog.messages[-1] == f"{tmp_path} holds no whole checkpoint: the run starts over"
+
+
+def test_what_lay_there_goes_first_and_the_seal_comes_last(tmp_path):
+    folder = write(tmp_path / "checkpoint-3", "model", "rng_state_7.pth")
+    waits = []
+    with written_whole(folder, is_writer=True, wait=lambda: waits.append(names(tmp_path))):
+        assert not folder.exists()
+        write(folder, "model", "shards/0", sealed=False)
+    assert waits == [[], ["checkpoint-3/model", "checkpoint-3/shards/0"]]
+    assert damage(folder) is None and names(folder) == ["model", SEAL_FILE, "shards/0"]
+
+
+def test_a_rank_that_does_not_write_leaves_the_folder_to_the_one_that_does(tmp_path):
+    folder = write(tmp_path / "checkpoint-3", "model", sealed=False)
+    with written_whole(folder, is_writer=False, wait=alone):
+        pass
+    assert names(folder) == ["model"]
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), RuntimeError("unexpected pos")])
+def test_a_fault_names_the_folder_and_frees_its_disk(tmp_path, error):
+    folder = tmp_path / "checkpoint-3"
+    with (
+        pytest.raises(RuntimeError, match=r"checkpoint-3 could not be written, with \d+ MB free .*resumes"),
+        written_whole(folder, is_writer=True, wait=alone),
+    ):
+        write(folder, "model", sealed=False)
+        raise error
+    assert names(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("keep", "best", "left"),
+    [
+        (None, None, [1, 2, 3, 4, 5, 6]),
+        (0, None, [1, 2, 3, 4, 5, 6]),
+        (1, None, [5]),
+        (2, None, [3, 5]),
+        (1, 2, [2, 5]),
+        (9, None, [1, 2, 3, 5]),
+    ],
+)
+def test_rotation_keeps_the_newest_whole_ones(tmp_path, keep, best, left):
+    """Checkpoints 4 and 6 were begun by a process that was killed."""
+    for step in range(1, 7):
+        write(tmp_path / f"checkpoint-{step}", "model", sealed=step not in (4, 6))
+    rotate(tmp_path, keep, best and str(tmp_path / f"checkpoint-{best}"))
+    assert [path.name for path in reversed(checkpoints(tmp_path))] == [f"checkpoint-{n}" for n in left]
+
+
+def test_publishing_seals_what_it_moved_and_nothing_else(tmp_path):
+    run = write(tmp_path / "run", "model", "log.txt")
+    partial = write(run / "final.partial", "model", "adapter/model")
+    publish(partial, run)
+    shutil.rmtree(tmp_path / "run" / "adapter")
+    assert damage(run) == "adapter/model is missing"
+    write(run, "adapter/model", "log.txt", sealed=False)
+    (run / "log.txt").write_text("grows on")
+    assert damage(run) is None
+    assert names(run) == ["adapter/model", "log.txt", "model", SEAL_FILE]
+
+
+@pytest.fixture(autouse=True)
+def _log_level(caplog):
+    caplog.set_level(logging.WARNING, logger="oprd")

@@ -1,0 +1,71 @@
+"""Files and folders that are there whole or not at all."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from oprd.errors import UserError
+from oprd.whole import SEAL_FILE, check_writable, damage, seal, unseal, write_whole
+
+
+@pytest.fixture
+def sealed(tmp_path):
+    """A sealed folder with a file, an empty file, and a file in a folder."""
+    for name in ("model.safetensors", "empty", "shards/0.distcp"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("" if name == "empty" else "x" * 9)
+    seal(tmp_path, [path for path in tmp_path.rglob("*") if path.is_file()])
+    return tmp_path
+
+
+def test_a_sealed_folder_is_whole(sealed):
+    assert damage(sealed) is None
+    assert json.loads((sealed / SEAL_FILE).read_text()) == {
+        "files": {"empty": 0, "model.safetensors": 9, "shards/0.distcp": 9}
+    }
+    (sealed / "log.txt").write_text("what came later is nobody's business")
+    assert damage(sealed) is None
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "empty", "shards/0.distcp"])
+def test_a_file_that_is_missing_or_of_another_size_is_named(sealed, name):
+    size = (sealed / name).stat().st_size
+    for content in ("", "x" * 8, "x" * 10):
+        (sealed / name).write_text(content)
+        if len(content) != size:
+            assert damage(sealed) == f"{name} has {len(content)} bytes, not {size}"
+    (sealed / name).unlink()
+    assert damage(sealed) == f"{name} is missing"
+
+
+def test_a_seal_that_is_cut_anywhere_is_none(sealed):
+    text = (sealed / SEAL_FILE).read_text()
+    for length in range(len(text) - 1):
+        (sealed / SEAL_FILE).write_text(text[:length])
+        assert "was not written to its end" in damage(sealed), length
+    unseal(sealed)
+    unseal(sealed)
+    assert "was not written to its end" in damage(sealed)
+
+
+def test_write_whole_replaces(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    for text in ("first", "second ×"):
+        write_whole(path, text)
+        assert path.read_text() == text
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_folder_that_can_be_written_is_left_as_it_was(tmp_path):
+    check_writable(tmp_path / "runs" / "one")
+    check_writable(tmp_path)
+    check_writable(Path("."))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_is_no_output_folder(tmp_path):
+    (tmp_path / "file").write_text("")
+    for folder in (tmp_path / "file", tmp_path / "file" / "run"):
+        with pytest.raises(UserError, match=r"file: Not a directory\): choose another output folder"):
+            check_writable(folder)

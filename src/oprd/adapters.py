@@ -4,11 +4,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from peft import AutoPeftModelForCausalLM, LoraConfig
+from peft import LoraConfig
+from transformers import PreTrainedTokenizerBase
 
 from oprd.errors import UserError
+from oprd.models import load_model
 
-ADAPTER_FILE = "adapter_config.json"
 MERGED_FOLDER = "merged"
 
 
@@ -49,8 +50,7 @@ class AdapterArguments:
         )
 
 
-def save_merged(folder: Path) -> Path:
-    """Save the model that the adapters in `folder` make of theirs to `folder/merged`, in its dtype."""
-    model = AutoPeftModelForCausalLM.from_pretrained(folder, dtype="auto").merge_and_unload()
-    model.save_pretrained(folder / MERGED_FOLDER)
-    return folder / MERGED_FOLDER
+def save_merged(folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Save what the adapters in `folder` make of their model in `folder/merged`, in its dtype."""
+    load_model(str(folder), dtype="auto").save_pretrained(folder / MERGED_FOLDER)
+    tokenizer.save_pretrained(folder / MERGED_FOLDER)

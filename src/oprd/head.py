@@ -131,13 +131,21 @@ class Head:
 def check_head(student: nn.Module, is_trained: bool) -> None:
     """Raise `UserError` for an LM head with adapters; also, if a loss trains it, for no plain linear one."""
     causal: Any = student
-    linear = causal.get_output_embeddings()
-    adapted = hasattr(linear, "base_layer") or hasattr(linear, "modules_to_save")
-    if adapted or (is_trained and not _is_plain(linear)):
+    linear, embedding = causal.get_output_embeddings(), causal.get_input_embeddings()
+    if _is_adapted(embedding) and embedding.weight is linear.weight:
+        raise UserError(
+            "the student's input embedding has adapters and is tied to its LM head, which would not see them "
+            "until they are merged: leave the embedding out of lora_target_modules"
+        )
+    if _is_adapted(linear) or (is_trained and not _is_plain(linear)):
         raise UserError(
             f"the student's LM head is {type(linear).__name__}, and no loss would train it right: leave "
             "lm_head out of lora_target_modules, modules_to_save, quantisation and offloading"
         )
+
+
+def _is_adapted(module: nn.Module) -> bool:
+    return hasattr(module, "base_layer") or hasattr(module, "modules_to_save")
 
 
 class _WeightedLoss(torch.autograd.Function):

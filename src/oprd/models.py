@@ -1,8 +1,11 @@
 """Models by name: the bundled `tiny:…` ones, folders and Hub names, with errors that speak to the user."""
 
+import json
 from pathlib import Path
 from typing import Any
 
+import torch
+from peft import AutoPeftModelForCausalLM
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -13,11 +16,14 @@ from transformers import (
 
 from oprd.errors import UserError
 
+ADAPTER_FILE = "adapter_config.json"
 TINY_MODELS = Path(__file__).parent / "tiny" / "models"
 
 
 def resolve_model(name: str, **hub_kwargs: Any) -> str:
     """A name that `from_pretrained` takes: `tiny:student` becomes a folder, others are checked and kept.
+
+    A folder of adapters stands for the model that they make of theirs.
 
     Raises `UserError` when no model is found there.
     """
@@ -28,6 +34,9 @@ def resolve_model(name: str, **hub_kwargs: Any) -> str:
             raise UserError(f"there is no bundled model {name}; the bundled ones are {known}")
         return str(folder)
     path = Path(name).expanduser()
+    if holds_adapters(name):
+        resolve_model(json.loads((path / ADAPTER_FILE).read_text())["base_model_name_or_path"])
+        return str(path)
     if path.exists() and not (path / "config.json").is_file():
         raise UserError(f"{name} is not a model folder: it holds no config.json")
     if not path.exists() and (name.startswith((".", "/", "~")) or name.count("/") > 1):
@@ -40,6 +49,12 @@ def resolve_model(name: str, **hub_kwargs: Any) -> str:
     return located
 
 
+def holds_adapters(name: str) -> bool:
+    """Whether a folder holds adapters and the name of the model they belong to, and no model."""
+    path = Path(name).expanduser()
+    return (path / ADAPTER_FILE).is_file() and not (path / "config.json").is_file()
+
+
 def load_tokenizer(name: str, **kwargs: Any) -> PreTrainedTokenizerBase:
     """The tokenizer of a resolved model name, padding on the left."""
     try:
@@ -49,8 +64,11 @@ def load_tokenizer(name: str, **kwargs: Any) -> PreTrainedTokenizerBase:
 
 
 def load_model(name: str, **kwargs: Any) -> PreTrainedModel:
-    """The causal language model of a resolved model name."""
+    """The causal language model of a resolved model name; adapters are merged into theirs."""
     try:
+        if holds_adapters(name):
+            with torch.random.fork_rng(devices=()):  # peft draws adapters before it loads them
+                return AutoPeftModelForCausalLM.from_pretrained(name, **kwargs).merge_and_unload()
         return AutoModelForCausalLM.from_pretrained(name, **kwargs)
     except (OSError, ValueError) as error:
         raise UserError(f"cannot load the model {name}: {_first_line(error)}") from error

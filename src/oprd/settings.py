@@ -12,6 +12,7 @@ from oprd.selection import Positions
 
 OUTPUT_LOSSES = ("none", "sampled_token", "sampled_text", "top_k", "top_k_authors", "full_vocab")
 TEACHER_TEMPLATES = ("student", "own")
+QUANTIZATIONS = ("none", "8bit", "4bit")
 TEACHER_TOKENIZATIONS = ("own", "student")
 
 
@@ -76,6 +77,7 @@ class ObjectiveSettings:
     teacher_offload: bool = key(
         False, "Keep the teacher's weights in host memory; a block's come to the device when it runs."
     )
+    teacher_quantization: str = key("none", " | ".join(QUANTIZATIONS) + ": the teacher, by bitsandbytes.")
     output_chunk_size: int = key(256, "Rows of logits that exist at a time in output losses.")
     diagnostics_steps: int = key(0, "Every n steps, measure what the loss does not show; 0 = never.")
 
@@ -91,6 +93,7 @@ class ObjectiveSettings:
         one_of("divergence", self.divergence, get_args(Divergence))
         one_of("reduction", self.reduction, get_args(Reduction))
         one_of("teacher_chat_template", self.teacher_chat_template, TEACHER_TEMPLATES)
+        one_of("teacher_quantization", self.teacher_quantization, QUANTIZATIONS)
         one_of("teacher_tokenization", self.teacher_tokenization, TEACHER_TOKENIZATIONS)
         for name in ("student_temperature", "teacher_temperature"):
             if not 0 < getattr(self, name) < math.inf:

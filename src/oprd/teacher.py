@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from accelerate import cpu_offload
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import is_bitsandbytes_available
 
 from oprd.alignment import same_vocabulary
 from oprd.capture import num_layers
@@ -106,6 +107,17 @@ class Teacher:
         reading = replace(reading, input_ids=ids)
         with torch.autocast(reading.input_ids.device.type, enabled=False):
             return self.reader(reading.to(device), wants)
+
+
+def quantization(kind: str) -> BitsAndBytesConfig:
+    """How bitsandbytes is to hold a teacher: `8bit` or `4bit`; raises `UserError` without it."""
+    if not is_bitsandbytes_available():
+        raise UserError(f"teacher_quantization: {kind} needs bitsandbytes: pip install bitsandbytes")
+    if kind == "8bit":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16
+    )
 
 
 def check_widths(student_width: int, student_layers: int, teacher: Teacher) -> None:

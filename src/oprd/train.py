@@ -6,9 +6,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from oprd.adapters import AdapterArguments, save_merged
 from oprd.checkpoints import last_whole_checkpoint, publish, written_whole
 from oprd.errors import UserError
 from oprd.evaluation.run import EvalSettings, evaluate
+from oprd.models import holds_adapters
 from oprd.prompts import load_prompts
 from oprd.recipe import parse_recipe
 from oprd.rollouts import Sampling
@@ -22,8 +24,8 @@ PARTIAL = "final.partial"  # where the final model is written
 
 
 @dataclass
-class RunArguments:
-    """The models' and the dataset's names, under TRL's keys."""
+class RunArguments(AdapterArguments):
+    """The models' and the dataset's names, and the student's adapters, under TRL's keys."""
 
     model_name_or_path: str = field(
         default="", metadata={"help": "Student: a Hub name, a folder or tiny:student."}
@@ -88,6 +90,8 @@ def _save_final(trainer: OPRDTrainer, folder: Path) -> None:
     with written_whole(partial, is_writer=is_writer, wait=trainer.accelerator.wait_for_everyone):
         trainer.save_model(str(partial), _internal_call=True)
         if is_writer:
+            if holds_adapters(str(partial)):
+                save_merged(partial, trainer.processing_class)
             trainer.state.save_to_json(str(partial / STATE_FILE))
     if is_writer:
         publish(partial, folder)
@@ -105,6 +109,7 @@ def _make_trainer(run: RunArguments, config: OPRDConfig, label: str) -> OPRDTrai
             teacher_model=config.teacher_model_name_or_path,
             args=config,
             train_dataset=prompts,
+            peft_config=run.lora,
         )
         trainer.recorder.label = label
         if run.accuracy_dataset_name:

@@ -15,7 +15,7 @@ import torch
 from datasets import Dataset
 from torch import Tensor
 from torch.utils.data import Sampler
-from transformers import PreTrainedModel, PrinterCallback, ProgressCallback, TrainerCallback
+from transformers import PreTrainedModel, PrinterCallback, ProgressCallback, TrainerCallback, set_seed
 from trl import DistillationConfig, DistillationTrainer
 from trl.trainer.utils import RepeatSampler
 
@@ -27,14 +27,14 @@ from oprd.errors import UserError
 from oprd.finite import NonFiniteLoss
 from oprd.intake import usable_prompts
 from oprd.meters import MemoryMeter
-from oprd.models import resolve_model
+from oprd.models import holds_adapters, resolve_model
 from oprd.packing import repack
 from oprd.recorder import Recorder
 from oprd.rollouts import render_prompt
 from oprd.saving import ResumableTrainer
 from oprd.settings import ObjectiveSettings
 from oprd.sharding import Sharding
-from oprd.teacher import Teacher
+from oprd.teacher import Teacher, quantization
 from oprd.translation import Translation
 from oprd.update import Update
 
@@ -122,11 +122,14 @@ class OPRDTrainer(ResumableTrainer, DistillationTrainer):
             raise UserError("no teacher: set teacher_model_name_or_path to a name, a folder or tiny:teacher")
         if not isinstance(train_dataset, Dataset):
             raise UserError(f"train_dataset must be a datasets.Dataset, got {type(train_dataset).__name__}")
+        if isinstance(model, str) and holds_adapters(model):
+            raise UserError(f"{model} holds adapters, which are not trained further: name its folder merged")
         if teacher_model is model and not isinstance(model, str):
             teacher_model = copy.deepcopy(model)  # the teacher is frozen, the student is not
         if any(term.ever_active and not term.always_active for term in args.schedules.values()):
             # What only one term reaches goes unused while that term is off, and DDP has to look for it.
             args.ddp_find_unused_parameters = True
+        set_seed(args.seed)  # of new adapters, which are drawn before the base class sets it
         super().__init__(
             model=resolve_model(model) if isinstance(model, str) else model,
             args=args,
@@ -158,6 +161,8 @@ class OPRDTrainer(ResumableTrainer, DistillationTrainer):
         init_kwargs.setdefault("trust_remote_code", args.trust_remote_code)
         # In full precision a teacher in its checkpoint's bfloat16 would differ from an equal student.
         init_kwargs.setdefault("dtype", "auto" if args.bf16 or args.fp16 else "float32")
+        if args.teacher_quantization != "none":
+            init_kwargs["quantization_config"] = quantization(args.teacher_quantization)
         if isinstance(teacher, str):
             return Teacher.load(teacher, init_kwargs)
         return Teacher.of(teacher)

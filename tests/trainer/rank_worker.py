@@ -98,7 +98,6 @@ def run_case(
         _ = args.device
         PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
     kind = type("Scripted", (ScriptedTrainer,), {"script": staticmethod(script) if scripted else None})
-    torch.manual_seed(0)
     trainer = kind(
         model=models[student],
         teacher_model=models[teacher],

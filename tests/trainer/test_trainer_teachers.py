@@ -6,6 +6,7 @@ import torch
 from datasets import Dataset
 from tiny_pair import prompt_texts
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import is_bitsandbytes_available
 
 from oprd.errors import UserError
 from oprd.tiny.tokenizer import train_tokenizer
@@ -280,3 +281,25 @@ def test_plain_use_of_the_class(student, teacher, dataset, tmp_path):
     trainer = OPRDTrainer(student, teacher, args, dataset)
     assert trainer.update.layer_map.pairs == ((1, 1), (2, 2))
     assert torch.equal(trainer.model.lm_head.weight, trainer.model.get_output_embeddings().weight)
+
+
+@pytest.mark.skipif(not is_bitsandbytes_available(), reason="bitsandbytes is not installed")
+@pytest.mark.parametrize("kind", ["8bit", "4bit"])
+def test_a_quantised_teacher_reads_like_a_whole_one(make_trainer, make_folder, roll_out, kind):
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "head_dim": 64}  # its CPU kernels take no odd ones
+    models = {"student": make_folder(1, **sizes), "teacher": make_folder(2, **sizes)}
+    losses = []
+    for quantization in ("none", kind):
+        keys = {"output_loss": "full_vocab", "representation_loss": "relative_mse"}
+        trainer = make_trainer(teacher_quantization=quantization, **models, **keys)
+        losses.append(trainer.compute_loss(trainer.model, roll_out(trainer)).item())
+    layer = trainer.teacher.model.model.layers[0].mlp.up_proj
+    assert layer.weight.dtype in (torch.int8, torch.uint8)
+    assert losses[1] != losses[0] and losses[1] == pytest.approx(losses[0], rel=0.2)
+    trainer.train()
+
+
+@pytest.mark.skipif(is_bitsandbytes_available(), reason="bitsandbytes is installed")
+def test_quantisation_without_bitsandbytes_is_refused(make_trainer):
+    with pytest.raises(UserError, match="pip install bitsandbytes"):
+        make_trainer(teacher_quantization="4bit")

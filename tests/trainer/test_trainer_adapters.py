@@ -1,0 +1,118 @@
+"""LoRA and DoRA students from a recipe: saved alone and merged, resumed, read as models, refused."""
+
+import json
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+from test_trainer_run import lasting
+from tiny_pair import QUICK, prompt_texts
+from transformers import AutoModelForCausalLM
+
+from oprd.errors import UserError
+from oprd.models import load_model, resolve_model
+from oprd.train import parse_training_recipe, train
+
+KINDS = {"lora": [], "rslora": ["--use_rslora", "true"], "dora": ["--use_dora", "true"]}
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory, student, teacher):
+    """`recipe(output_dir, *flags)`: the parsed recipe of a small run with adapters."""
+    folder = tmp_path_factory.mktemp("recipe")
+    rows = [{"prompt": [{"role": "user", "content": text}]} for text in prompt_texts(12)]
+    (folder / "prompts.json").write_text(json.dumps(rows))
+    names = {
+        "model_name_or_path": student,
+        "teacher_model_name_or_path": teacher,
+        "dataset_name": str(folder / "prompts.json"),
+        "save_strategy": "steps",
+        "save_steps": 1,
+        "max_steps": 3,
+        "use_peft": True,
+        "lora_r": 4,
+        "lora_alpha": 8,
+    }
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(QUICK | names))
+    return lambda output_dir, *flags: parse_training_recipe(
+        folder / "recipe.yaml", ["--output_dir", str(output_dir), *flags]
+    )
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def run(request, tmp_path_factory, recipe):
+    """The folder of a finished run, and its flags."""
+    flags = KINDS[request.param]
+    return train(*recipe(tmp_path_factory.mktemp("runs") / request.param, *flags)), flags
+
+
+def by_hand(folder, student, rslora):
+    """W + (α/r) B A; with DoRA, its rows scaled to the magnitudes that were learned."""
+    weights = AutoModelForCausalLM.from_pretrained(student).state_dict()
+    adapters = load_file(folder / "adapter_model.safetensors")
+    scale = 8 / (2 if rslora else 4)
+    for name in {name.partition(".lora_")[0] for name in adapters}:
+        a, b = (adapters[f"{name}.lora_{side}.weight"].double() for side in "AB")
+        target = name.removeprefix("base_model.model.") + ".weight"
+        merged = weights[target].double() + scale * b @ a
+        if (magnitude := adapters.get(f"{name}.lora_magnitude_vector")) is not None:
+            merged *= (magnitude.double() / merged.norm(dim=1))[:, None]
+        weights[target] = merged.to(weights[target].dtype)
+    return weights
+
+
+def test_adapters_are_saved_alone_and_merged(run, student):
+    folder, flags = run
+    adapters = load_file(folder / "adapter_model.safetensors")
+    assert adapters and all(".lora_" in name for name in adapters)
+    assert not (folder / "model.safetensors").exists()
+    wanted = by_hand(folder, student, "--use_rslora" in flags)
+    merged = AutoModelForCausalLM.from_pretrained(folder / "merged").state_dict()
+    read = load_model(resolve_model(str(folder))).state_dict()
+    changed = AutoModelForCausalLM.from_pretrained(student).state_dict()
+    for name, weight in wanted.items():
+        torch.testing.assert_close(merged[name], weight, rtol=1e-5, atol=1e-6)
+        assert torch.equal(merged[name], read[name])
+        assert torch.equal(merged[name], changed[name]) is ("proj" not in name)
+
+
+def test_a_resumed_run_equals_an_uninterrupted_one(run, recipe, tmp_path):
+    folder, flags = run
+    train(*recipe(tmp_path, *flags, "--max_steps", "1"))
+    train(*recipe(tmp_path, *flags))
+    assert lasting(tmp_path) == lasting(folder)
+    for name in ("adapter_model.safetensors", "merged/model.safetensors"):
+        one, two = load_file(folder / name), load_file(tmp_path / name)
+        assert one.keys() == two.keys() and all(torch.equal(one[key], two[key]) for key in one)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--lora_target_modules", "q_proj", "lm_head"], "lm_head"),
+        (["--lora_target_modules", "qproj"], "qproj"),
+        (["--lora_r", "0"], "lora_r is 0"),
+        (["--lora_dropout", "1"], r"lora_dropout 1\.0"),
+    ],
+    ids=str,
+)
+def test_adapters_that_cannot_be_are_refused(recipe, tmp_path, flags, message):
+    with pytest.raises(UserError, match=message):
+        train(*recipe(tmp_path / "run", *flags))
+    assert not (tmp_path / "run").exists()
+
+
+def test_adapters_of_a_tied_embedding_are_refused(recipe, tmp_path, make_folder):
+    flags = ["--model_name_or_path", make_folder(1, tie_word_embeddings=True)]
+    with pytest.raises(UserError, match="embedding has adapters and is tied to its LM head"):
+        train(*recipe(tmp_path / "run", *flags, "--lora_target_modules", "q_proj", "embed_tokens"))
+
+
+def test_adapters_are_no_student_but_a_teacher(run, recipe, tmp_path):
+    folder, _ = run
+    with pytest.raises(UserError, match="name its folder merged"):
+        train(*recipe(tmp_path / "run", "--model_name_or_path", str(folder)))
+    train(*recipe(tmp_path / "run", "--teacher_model_name_or_path", str(folder), "--max_steps", "1"))
+    train(*recipe(tmp_path / "two", "--teacher_model_name_or_path", f"{folder}/merged", "--max_steps", "1"))
+    assert lasting(tmp_path / "run") == lasting(tmp_path / "two")

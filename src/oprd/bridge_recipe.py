@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from oprd.bridge.pair import Directions, FitSettings, Method, Rank
+from oprd.engines import ENGINES
 from oprd.errors import UserError
 from oprd.recipe import parse_recipe
 from oprd.rollouts import Sampling
@@ -51,6 +52,9 @@ class BridgeArguments:
     chat_template_kwargs: dict | str | None = key(None, "Arguments of the student's chat template.")
     teacher_chat_template_kwargs: dict | str | None = key(None, "Arguments of the teacher's.")
     all_pairs_gib: float = key(4.0, "Memory for comparing all layers of both models (CKA, layers: best).")
+    engine: str = key("auto", "Of the rollouts: auto (vLLM if it is installed) | hf | vllm.")
+    vllm_server_base_url: str | None = key(None, "Roll out on a server of vllm serve.")
+    vllm_gpu_memory_utilization: float = key(0.3, "Share of the GPU's memory that vLLM may take.")
     dtype: str = key("auto", "Of both models: auto (the checkpoints') | float32 | bfloat16.")
     seed: int = key(42, "Seed of prompts and sampling.")
 
@@ -67,6 +71,7 @@ class BridgeArguments:
         one_of("teacher_chat_template", self.teacher_chat_template, TEACHER_TEMPLATES)
         one_of("teacher_tokenization", self.teacher_tokenization, TEACHER_TOKENIZATIONS)
         one_of("dtype", self.dtype, DTYPES)
+        one_of("engine", self.engine, ENGINES)
         self.affine = str(self.affine).lower()
         forms = {"auto": None, "true": True, "false": False}
         one_of("affine", self.affine, forms)

@@ -25,12 +25,13 @@ from oprd.bridge.identity import identity
 from oprd.bridge.report import plot_bridge
 from oprd.bridge_recipe import BridgeArguments
 from oprd.capture import num_layers
+from oprd.engines import choose_engine
 from oprd.errors import UserError
 from oprd.intake import usable_prompts
 from oprd.models import load_model, load_tokenizer, resolve_model
 from oprd.prompts import load_prompts
 from oprd.reading import Want, read_states
-from oprd.rollouts import Rollout, generate, left_pad, render_prompt
+from oprd.rollouts import Engine, Rollout, left_pad, render_prompt
 from oprd.run import RESOLVED_FILE, check_folder, resolved_settings, write_resolved
 from oprd.selection import LayerMap, Positions
 from oprd.teacher import Teacher
@@ -59,14 +60,16 @@ def fit_bridge(args: BridgeArguments) -> Path:
             return folder
     check_writable(folder)
     pair = ModelPair.load(args)
+    engine = pair.engine(args)
     prompts = _prompts(args, pair)
     fitter, layer_map = pair.fitter(args)
-    counts = accumulate(fitter, pair, prompts, args)
+    counts = accumulate(fitter, pair, prompts, args, engine)
     if layer_map is None:
         layer_map = fitter.best_layer_map()
         logger.info("best layer map: %s", ",".join(f"{s}={t}" for s, t in layer_map.pairs))
     bridge = fitter.fit(args.chosen_rank, layer_map=layer_map)
-    bridge = replace(bridge, metadata=bridge.metadata | _origin(args, pair, counts, fitter))
+    origin = _origin(args, pair, counts, fitter, engine)
+    bridge = replace(bridge, metadata=bridge.metadata | origin)
     write_resolved(folder, settings)
     (folder / REPORT_FILE).write_text(json.dumps(bridge.metadata, indent=1) + "\n")
     plot_bridge(bridge.metadata, folder)
@@ -116,6 +119,12 @@ class ModelPair:
             teacher.check_ids(student)
         return cls(student, tokenizer, teacher, translation)
 
+    def engine(self, args: BridgeArguments) -> Engine:
+        """What draws the student's rollouts."""
+        located = resolve_model(args.model_name_or_path)
+        chosen = args.engine, args.vllm_server_base_url
+        return choose_engine(*chosen, self.student, self.tokenizer, located, args.vllm_gpu_memory_utilization)
+
     def fitter(self, args: BridgeArguments) -> tuple[BridgeFitter, LayerMap | None]:
         """A fitter for the layers asked for, and their map unless the rows are to choose it."""
         depths = num_layers(self.student), self.teacher.num_layers
@@ -145,14 +154,14 @@ class ModelPair:
 
 
 def accumulate(
-    fitter: BridgeFitter, pair: ModelPair, prompts: Dataset, args: BridgeArguments
+    fitter: BridgeFitter, pair: ModelPair, prompts: Dataset, args: BridgeArguments, engine: Engine
 ) -> Counter[str]:
     """Roll out every prompt and give the fitter both models' states; returns what was counted."""
     counts: Counter[str] = Counter()
     total = len(prompts) * args.num_generations
     with tqdm(total=total, desc="bridge", unit="rollout", dynamic_ncols=True) as progress:
         for number, (texts, rendered) in enumerate(_batches(prompts, pair, args)):
-            rollouts = generate(pair.student, pair.tokenizer, rendered, args.sampling, args.seed + number)
+            rollouts = engine.generate(rendered, args.sampling, args.seed + number)
             ids = torch.arange(counts["rollouts"], counts["rollouts"] + len(rollouts))
             counts.update(_update(fitter, pair, texts, rollouts, ids, args))
             progress.update(len(rollouts))
@@ -239,7 +248,7 @@ def _inputs(
 
 
 def _origin(
-    args: BridgeArguments, pair: ModelPair, counts: Counter[str], fitter: BridgeFitter
+    args: BridgeArguments, pair: ModelPair, counts: Counter[str], fitter: BridgeFitter, engine: Engine
 ) -> dict[str, Any]:
     """Where a bridge comes from: models, text, settings, and how alike all layers are."""
     paired = counts["paired_rows"] if "paired_rows" in counts else counts["rows"]
@@ -250,7 +259,8 @@ def _origin(
         "reading": {name: getattr(args, name) for name in READING_KEYS}
         | {"chat_template_kwargs": args.template_kwargs}
         | {"teacher_chat_template_kwargs": args.teacher_template_kwargs},
-        "data": {"dataset": args.dataset_name, "coverage": paired / counts["rows"], **counts},
+        "data": {"dataset": args.dataset_name, "coverage": paired / counts["rows"], **counts}
+        | {"engine": engine.name},
         "settings": resolved_settings(args),
         "cka": {f"{s}={t}": value for (s, t), value in fitter.cka().items()},
     }

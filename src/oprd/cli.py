@@ -88,6 +88,12 @@ def _parser() -> argparse.ArgumentParser:
     evaluation.add_argument("--prompt_suffix", default="")
     evaluation.add_argument("--chat_template_kwargs", type=_json_object, help="a JSON object")
     evaluation.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"])
+    evaluation.add_argument(
+        "--engine", default="auto", choices=["auto", "hf", "vllm"], help="auto: vLLM if there"
+    )
+    evaluation.add_argument(
+        "--vllm_server_base_url", help="ask a server of vllm serve, e.g. http://localhost:8000"
+    )
     evaluation.set_defaults(function=_eval)
 
     tiny = commands.add_parser("tiny", help="rebuild the bundled models")
@@ -134,6 +140,7 @@ def _bridge(args: argparse.Namespace, flags: list[str]) -> None:
 def _eval(args: argparse.Namespace, _: list[str]) -> None:
     import torch
 
+    from oprd.engines import choose_engine
     from oprd.evaluation.run import EvalSettings, evaluate, response_room
     from oprd.models import load_model, load_tokenizer, resolve_model
     from oprd.prompts import load_prompts
@@ -143,7 +150,9 @@ def _eval(args: argparse.Namespace, _: list[str]) -> None:
     rows = rows if args.limit is None else rows.select(range(min(args.limit, len(rows))))
     located = resolve_model(args.model)
     tokenizer, model = load_tokenizer(located), load_model(located, dtype=args.dtype)
-    model = model.to("cuda" if torch.cuda.is_available() else "cpu")
+    engine = choose_engine(args.engine, args.vllm_server_base_url, model, tokenizer, located)
+    if engine.name == "hf" and torch.cuda.is_available():
+        model = model.to("cuda")
     settings = EvalSettings(
         samples=args.samples,
         batch_size=args.batch_size,
@@ -157,7 +166,7 @@ def _eval(args: argparse.Namespace, _: list[str]) -> None:
         limit = LONGEST_RESPONSE if room is None else max(1, min(LONGEST_RESPONSE, room))
     sampling = Sampling(limit, args.temperature, args.top_p, args.top_k)
     settings = replace(settings, sampling=sampling)
-    summary = evaluate(model, tokenizer, rows, settings, args.output, model_name=args.model)
+    summary = evaluate(model, tokenizer, rows, settings, args.output, args.model, engine=engine)
     print(json.dumps({key: value for key, value in summary.items() if key != "settings"}, indent=2))
 
 

@@ -1,12 +1,12 @@
 """What training logs besides the loss: how alike states and next-token distributions are."""
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from oprd.losses import cosine
 from oprd.meters import Averages
-from oprd.output_space import entropy, top_k_overlap
+from oprd.output_space import entropy, log_probs, top_k_overlap
 
 
 @torch.no_grad()
@@ -35,3 +35,15 @@ def add_output_statistics(
     averages.add("output/student_entropy", entropy(student_logits).sum(), rows)
     averages.add("output/teacher_entropy", entropy(teacher_logits).sum(), rows)
     averages.add("output/top_k_overlap", top_k_overlap(student_logits, teacher_logits, overlap_k).sum(), rows)
+
+
+@torch.no_grad()
+def add_log_prob_gap(
+    averages: Averages,
+    student_logits: Float[Tensor, "N V"],
+    tokens: Int[Tensor, " N"],
+    engine_log_probs: Float[Tensor, " N"],
+) -> None:
+    """Add the mean |log π_trainer − log π_engine| (nats) of tokens that a generation engine sampled."""
+    gaps = (log_probs(student_logits, tokens) - engine_log_probs).abs()
+    averages.add("rollout/logprob_gap", gaps.sum(), len(gaps))

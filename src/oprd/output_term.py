@@ -11,9 +11,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from oprd import output_space
 from oprd.alignment import same_vocabulary
 from oprd.batch import Batch, SupervisedRows
-from oprd.diagnostics import add_output_statistics
+from oprd.diagnostics import add_log_prob_gap, add_output_statistics
 from oprd.errors import UserError
 from oprd.head import Head
+from oprd.importance import importance_weights
 from oprd.meters import Averages
 from oprd.settings import ObjectiveSettings
 from oprd.teacher import Teacher, shared_vocabulary
@@ -81,7 +82,8 @@ class OutputTerm:
         ours, theirs = self.heads
         if self.vocabulary:
             per_row = partial(self._row_values, averages, _stride(len(tokens)))
-            return ours.weighted_loss(per_row, student, (teacher, tokens), weights, size)
+            others = (teacher, tokens, *self._engine_log_probs(batch, mask))
+            return ours.weighted_loss(per_row, student, others, weights, size)
         spans = batch.spans(mask)
         assert batch.teacher_tokens is not None
         written = batch.teacher_tokens[spans.teacher_mask].to(teacher.device)
@@ -107,17 +109,40 @@ class OutputTerm:
     def _teacher_log_probs(self, logits: Logits, tokens: Int[Tensor, " N"]) -> Float[Tensor, " N"]:
         return output_space.log_probs(_cooled(logits, self.settings.teacher_temperature), tokens)
 
+    def _engine_log_probs(self, batch: Batch, mask: Bool[Tensor, "B T"]) -> tuple[Float[Tensor, " N"], ...]:
+        """What the rollouts' engine held of the sampled tokens, if it said."""
+        if batch.engine_log_probs is not None:
+            return (batch.engine_log_probs[mask],)
+        if self.settings.vllm_importance_sampling_correction:
+            raise UserError(
+                "these rollouts come without the engine's log-probs, so they cannot be weighed (with tools "
+                "none are kept): set vllm_importance_sampling_correction: false"
+            )
+        return ()
+
     def _row_values(
-        self, averages: Averages, stride: int, logits: Logits, teacher: Rows, tokens: Int[Tensor, " N"]
+        self,
+        averages: Averages,
+        stride: int,
+        logits: Logits,
+        teacher: Rows,
+        tokens: Int[Tensor, " N"],
+        engine: Float[Tensor, " N"] | None = None,
     ) -> Float[Tensor, " N"]:
         settings = self.settings
         with torch.no_grad():
             teacher_logits = self.heads[1](teacher).to(logits.device)
             add_output_statistics(averages, logits[::stride], teacher_logits[::stride])
+            if engine is not None:
+                add_log_prob_gap(averages, logits[::stride], tokens[::stride], engine[::stride])
         student_logits = _cooled(logits, settings.student_temperature)
         teacher_logits = _cooled(teacher_logits, settings.teacher_temperature)
         if settings.output_loss in ("sampled_token", "sampled_text"):  # every token is a span of text
-            return output_space.sampled_token(student_logits, teacher_logits, tokens)
+            values = output_space.sampled_token(student_logits, teacher_logits, tokens)
+            if engine is None or not settings.vllm_importance_sampling_correction:
+                return values
+            cap = settings.vllm_importance_sampling_clip_max
+            return values * importance_weights(output_space.log_probs(logits, tokens), engine, cap)
         if settings.output_loss == "full_vocab":
             return output_space.full_vocab(student_logits, teacher_logits, settings.divergence)
         k, support = settings.output_top_k, settings.output_support

@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 import torch
 from jaxtyping import Int
@@ -47,6 +47,31 @@ class Rollout:
     prompt_ids: list[int]
     response_ids: list[int]
     truncated: bool
+
+
+class Engine(Protocol):
+    """Draws responses outside training. `name` tells engines apart whose samples differ."""
+
+    @property
+    def name(self) -> str:
+        """What stands in the settings of a folder."""
+
+    def generate(self, prompt_ids: Sequence[list[int]], sampling: Sampling, seed: int) -> list[Rollout]:
+        """One response per prompt; `sampling` and `seed` decide it as far as the engine allows."""
+        ...
+
+
+@dataclass(frozen=True)
+class HFEngine:
+    """`generate` of a model that is at hand."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    name: str = "hf"
+
+    def generate(self, prompt_ids: Sequence[list[int]], sampling: Sampling, seed: int) -> list[Rollout]:
+        """One response per prompt, exactly determined."""
+        return generate(self.model, self.tokenizer, prompt_ids, sampling, seed)
 
 
 def eos_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -116,14 +141,14 @@ def generate(
     eos = eos_token_ids(model, tokenizer)
     pad = eos[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     ids, mask = left_pad(prompt_ids, pad)
-    with _seeded(seed), _eval_mode(model), _blank_generation_config(model):
+    with _seeded(seed), eval_mode(model), _blank_generation_config(model):
         output = model.generate(
             ids.to(model.device),
             attention_mask=mask.to(model.device),
             generation_config=_generation_config(sampling, eos, pad),
         )
     responses = output[:, ids.shape[1] :].tolist()
-    return [_rollout(p, r, eos) for p, r in zip(prompt_ids, responses, strict=True)]
+    return [cut_at_eos(p, r, eos) for p, r in zip(prompt_ids, responses, strict=True)]
 
 
 def _generation_config(sampling: Sampling, eos: list[int], pad: int) -> GenerationConfig:
@@ -138,8 +163,8 @@ def _generation_config(sampling: Sampling, eos: list[int], pad: int) -> Generati
     )
 
 
-def _rollout(prompt_ids: list[int], response_ids: list[int], eos: list[int]) -> Rollout:
-    """Cut at the first EOS, which pads may equal."""
+def cut_at_eos(prompt_ids: list[int], response_ids: list[int], eos: Sequence[int]) -> Rollout:
+    """A response up to its first EOS, which pads may equal."""
     end = next((i for i, token in enumerate(response_ids) if token in eos), None)
     if end is None:
         return Rollout(prompt_ids, response_ids, truncated=True)
@@ -154,7 +179,8 @@ def _seeded(seed: int) -> Iterator[None]:
 
 
 @contextmanager
-def _eval_mode(model: PreTrainedModel) -> Iterator[None]:
+def eval_mode(model: PreTrainedModel) -> Iterator[None]:
+    """Evaluate within the block; every module's own mode is restored."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:

@@ -79,6 +79,10 @@ class ObjectiveSettings:
     )
     teacher_quantization: str = key("none", " | ".join(QUANTIZATIONS) + ": the teacher, by bitsandbytes.")
     output_chunk_size: int = key(256, "Rows of logits that exist at a time in output losses.")
+    vllm_importance_sampling_correction: bool = key(
+        False, "Weigh sampled tokens by min(π_trainer/π_engine, clip_max); of output_loss: sampled_token."
+    )
+    vllm_importance_sampling_clip_max: float = key(3.0, "Largest of these weights.")
     diagnostics_steps: int = key(0, "Every n steps, measure what the loss does not show; 0 = never.")
 
     def check(self) -> None:

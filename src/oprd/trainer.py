@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.utils.data import Sampler
 from transformers import PreTrainedModel, PrinterCallback, ProgressCallback, TrainerCallback, set_seed
 from trl import DistillationConfig, DistillationTrainer
+from trl.generation import vllm_generation
 from trl.trainer.utils import RepeatSampler
 
 from oprd.alignment import AlignedResponse
@@ -25,18 +26,21 @@ from oprd.bridge.drift import DriftMonitor
 from oprd.card import model_card
 from oprd.errors import UserError
 from oprd.finite import NonFiniteLoss
+from oprd.importance import check_correction
 from oprd.intake import usable_prompts
 from oprd.meters import MemoryMeter
 from oprd.models import holds_adapters, resolve_model
 from oprd.packing import repack
 from oprd.recorder import Recorder
-from oprd.rollouts import render_prompt
+from oprd.rollouts import eval_mode, render_prompt
 from oprd.saving import ResumableTrainer
 from oprd.settings import ObjectiveSettings
 from oprd.sharding import Sharding
+from oprd.student_engine import StudentEngine, check_gap, log_prob_gaps
 from oprd.teacher import Teacher, quantization
 from oprd.translation import Translation
 from oprd.update import Update
+from oprd.vllm_engine import check_server, check_training, training_engines
 
 logger = logging.getLogger(__name__)
 
@@ -89,6 +93,8 @@ class OPRDConfig(ObjectiveSettings, DistillationConfig):
                 "beta is TRL's name for the divergence; use divergence: reverse_kl, forward_kl or jsd"
             )
         self.check()
+        if self.vllm_importance_sampling_correction:
+            check_correction(self)
         # Without it, transformers refuses bf16 on a machine that has no accelerator.
         self.use_cpu: bool = self.use_cpu or not torch.accelerator.is_available()
         super().__post_init__()
@@ -105,6 +111,7 @@ class OPRDTrainer(ResumableTrainer, DistillationTrainer):
     _tag_names = ("trl", "oprd")
     _name = "OPRD"
     _buffered_inputs: Any
+    vllm_generation: Any
 
     def __init__(
         self,
@@ -116,6 +123,8 @@ class OPRDTrainer(ResumableTrainer, DistillationTrainer):
         **kwargs: Any,
     ) -> None:
         args = args or OPRDConfig()
+        if args.use_vllm:
+            check_training(args.vllm_mode, args.vllm_enable_sleep_mode)
         teacher_model = teacher_model or args.teacher_model_name_or_path
         self._names = {"student": _name(model), "teacher": _name(teacher_model)}
         if teacher_model is None:
@@ -130,13 +139,14 @@ class OPRDTrainer(ResumableTrainer, DistillationTrainer):
             # What only one term reaches goes unused while that term is off, and DDP has to look for it.
             args.ddp_find_unused_parameters = True
         set_seed(args.seed)  # of new adapters, which are drawn before the base class sets it
-        super().__init__(
-            model=resolve_model(model) if isinstance(model, str) else model,
-            args=args,
-            train_dataset=train_dataset,
-            callbacks=callbacks,
-            **kwargs,
-        )
+        with training_engines(vllm_generation) if args.use_vllm else nullcontext():
+            super().__init__(
+                model=resolve_model(model) if isinstance(model, str) else model,
+                args=args,
+                train_dataset=train_dataset,
+                callbacks=callbacks,
+                **kwargs,
+            )
         if self._is_vlm:
             raise UserError("the student is a vision-language model; oprd distils text-only models so far")
         self._check_batch(args)
@@ -150,6 +160,7 @@ class OPRDTrainer(ResumableTrainer, DistillationTrainer):
         self.translation = self._translate(args)
         self.update = Update.bind(args, self.model, self._tokenizer, self.teacher, self.accelerator.device)
         self.update.place(self.accelerator.device, self.sharding)
+        self.engine = self._take_over_engine()
         self._add_recorder()
 
     # Set-up
@@ -182,6 +193,14 @@ class OPRDTrainer(ResumableTrainer, DistillationTrainer):
         if not translation.is_identity:
             translation.prompts([self.train_dataset[0]["prompt"]], **self._tool_kwargs(translation))
         return translation
+
+    def _take_over_engine(self) -> StudentEngine | None:
+        if not self.use_vllm:
+            return None
+        if self.vllm_mode == "server" and self.accelerator.is_main_process:
+            check_server(self.vllm_generation.vllm_client, self.args)
+        self.vllm_generation = StudentEngine(self.vllm_generation, self.update.stopwatch, self.eos_token_ids)
+        return self.vllm_generation
 
     def _check_batch(self, args: OPRDConfig) -> None:
         if self._completions_per_step % args.num_generations:
@@ -251,6 +270,8 @@ class OPRDTrainer(ResumableTrainer, DistillationTrainer):
         """TRL's rollouts, with the weight of every row, counted over ranks and the whole window."""
         with self.update.stopwatch.part("rollout"):
             batch = on_host(super()._generate_and_score_completions(inputs))
+        if self.engine is not None:
+            batch |= self._read_engine(self.engine, batch)
         aligned: list[AlignedResponse] = []
         if not self.translation.is_identity:
             prompts = [row["prompt"] for row in inputs]
@@ -264,6 +285,20 @@ class OPRDTrainer(ResumableTrainer, DistillationTrainer):
             self._describe(batch, aligned)
             self._observe(batch)
         return batch
+
+    def _read_engine(self, engine: StudentEngine, batch: dict[str, Any]) -> dict[str, Tensor]:
+        """The engine's log-probs of the sampled tokens, after a check that it holds the student's weights."""
+        drawn, device = engine.take(), self.accelerator.device
+        if engine.unchecked:
+            with self.update.stopwatch.part("check"), eval_mode(self.model), self.accelerator.autocast():
+                gaps = log_prob_gaps(self.model_wrapped, drawn, device)
+            self.update.averages.add("rollout/logprob_gap", gaps.sum(), len(gaps))
+            worst = self.accelerator.gather(gaps.mean()[None]).max().item()  # every rank stops, or none
+            dtypes = (engine.dtype, self.model.dtype, _computed_in(self.args))
+            check_gap(worst, dtypes, self.state.global_step + 1)
+            engine.unchecked = False
+        width = batch["completion_ids"].shape[1]
+        return {} if self.tools else {"engine_log_probs": drawn.padded(width, device)}
 
     def _prepare_inputs(self, generation_batch: Any) -> Any:
         """The next micro-batch of the window; with a token budget, a list of them in its place."""
@@ -403,6 +438,10 @@ class OPRDTrainer(ResumableTrainer, DistillationTrainer):
         (folder / "README.md").write_text(
             model_card(folder, **self._names, dataset=dataset_name, settings=settings)
         )
+
+
+def _computed_in(args: OPRDConfig) -> torch.dtype:
+    return torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
 
 
 def _name(model: str | PreTrainedModel | None) -> str:

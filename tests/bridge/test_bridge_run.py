@@ -183,7 +183,7 @@ def test_files(fitted):
 def test_metadata(fitted, counts):
     stored = report(fitted)
     assert stored == Bridge.load(fitted).metadata
-    assert stored["data"] == {"dataset": "tiny", "coverage": 1.0, **counts}
+    assert stored["data"] == {"dataset": "tiny", "coverage": 1.0, "engine": "hf", **counts}
     for role, name in (("student", "student"), ("teacher", "bridge-teacher")):
         assert stored[role] == identity(*load(name)) | {"name": f"tiny:{name}"}
         assert stored[role] == identity(*load(name, "bfloat16")) | {"name": f"tiny:{name}"}

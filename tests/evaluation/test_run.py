@@ -6,8 +6,8 @@ import pytest
 import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
+from oprd import rollouts
 from oprd.errors import UserError
-from oprd.evaluation import run
 from oprd.evaluation.grade import grade
 from oprd.evaluation.run import EvalSettings, evaluate
 from oprd.rollouts import Sampling
@@ -117,21 +117,21 @@ def test_resuming_generates_only_what_is_missing(finished, model, tokenizer, tmp
     lines = (finished / "samples.jsonl").read_bytes().splitlines(keepends=True)
     (tmp_path / "settings.json").write_bytes((finished / "settings.json").read_bytes())
     (tmp_path / "samples.jsonl").write_bytes(b"".join(lines[:3]))
-    batches, generate = [], run.generate
-    monkeypatch.setattr(run, "generate", lambda *a: batches.append(len(a[2])) or generate(*a))
+    batches, generate = [], rollouts.generate
+    monkeypatch.setattr(rollouts, "generate", lambda *a: batches.append(len(a[2])) or generate(*a))
     evaluate(model, tokenizer, ROWS, SETTINGS, tmp_path, "random", progress=False)
     assert batches == [6, 3]
 
 
 def test_a_finished_folder_is_not_touched(finished, model, tokenizer, monkeypatch):
-    monkeypatch.setattr(run, "generate", never)
+    monkeypatch.setattr(rollouts, "generate", never)
     summary = evaluate(model, tokenizer, ROWS, SETTINGS, finished, "random", progress=False)
     assert summary == json.loads((finished / "summary.json").read_text())
 
 
 def test_groups_larger_than_a_batch_are_split(model, tokenizer, monkeypatch):
-    seeds, generate = [], run.generate
-    monkeypatch.setattr(run, "generate", lambda *a: seeds.append((len(a[2]), a[4])) or generate(*a))
+    seeds, generate = [], rollouts.generate
+    monkeypatch.setattr(rollouts, "generate", lambda *a: seeds.append((len(a[2]), a[4])) or generate(*a))
     settings = EvalSettings(samples=5, sampling=DRAWN, batch_size=2)
     summary = evaluate(model, tokenizer, ROWS[:2], settings, progress=False)
     assert [count for count, _ in seeds] == [2, 2, 1, 2, 2, 1]
@@ -217,6 +217,6 @@ def test_counts_below_one_are_refused(wrong):
 def test_a_dataset_works_like_a_list(finished, model, tokenizer, monkeypatch):
     from datasets import Dataset
 
-    monkeypatch.setattr(run, "generate", never)
+    monkeypatch.setattr(rollouts, "generate", never)
     summary = evaluate(model, tokenizer, Dataset.from_list(ROWS), SETTINGS, finished, "random", False)
     assert summary["num_problems"] == 5

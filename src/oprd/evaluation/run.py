@@ -19,7 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from oprd.errors import UserError
 from oprd.evaluation import metrics
 from oprd.evaluation.grade import extract_answer, grade
-from oprd.rollouts import Prompt, Rollout, Sampling, eos_token_ids, generate, render_prompt
+from oprd.rollouts import Engine, HFEngine, Prompt, Rollout, Sampling, eos_token_ids, render_prompt
 from oprd.whole import check_writable, write_whole
 
 FINGERPRINT_ENTRIES = 1024
@@ -64,6 +64,7 @@ class _Evaluation:
     problems: list[_Problem]
     settings: EvalSettings
     label: str
+    engine: Engine
 
     @property
     def group_size(self) -> int:
@@ -80,20 +81,24 @@ def evaluate(
     model_name: str = "",
     progress: bool = True,
     label: str = "eval",
+    engine: Engine | None = None,
 ) -> dict[str, Any]:
     """Sample, grade and summarise `rows` of {"prompt": text or messages, "solution": reference answer}.
 
     Returns the summary: accuracies, diversity and truncation as shares in [0, 1] (see `metrics`),
     `ci95` of avg_at_k over problems, and `mean_length` in response tokens with EOS by the model's own
-    tokenizer. With `output_dir` it is also written there; the same call on a stopped folder resumes,
-    on a finished one it returns the stored summary. Raises `UserError` for rows without a prompt or a
-    reference, prompts too long for the model, and a folder of another evaluation.
+    tokenizer. `engine` draws the samples, by default HF's of `model`. With `output_dir` it is also
+    written there; the same call on a stopped folder resumes, on a finished one it returns the stored
+    summary. Raises `UserError` for rows without a prompt or a reference, prompts too long for the
+    model, and a folder of another evaluation.
     """
     problems = [_problem(i, row, tokenizer, settings) for i, row in enumerate(rows)]
     if not problems:
         raise UserError("there are no problems to evaluate: the data set is empty")
     _check_context(model, problems, settings.sampling.max_new_tokens)
-    evaluation = _Evaluation(model, tokenizer, problems, settings, label)
+    evaluation = _Evaluation(
+        model, tokenizer, problems, settings, label, engine or HFEngine(model, tokenizer)
+    )
     resolved = _resolved(evaluation, model_name)
     if output_dir is None:
         records = list(_records(evaluation, 0, progress))
@@ -162,6 +167,7 @@ def _resolved(evaluation: _Evaluation, model_name: str) -> dict[str, Any]:
     return {
         "model_name": model_name,
         "model_fingerprint": _model_fingerprint(evaluation.model, evaluation.tokenizer),
+        "engine": evaluation.engine.name,
         **flat,
         "num_problems": len(evaluation.problems),
         "data_fingerprint": hashlib.sha256(data.encode()).hexdigest()[:16],
@@ -239,7 +245,7 @@ def _group_rollouts(evaluation: _Evaluation, group: list[_Problem], first: int) 
     for start in range(0, len(prompts), settings.batch_size):
         batch = prompts[start : start + settings.batch_size]
         seed = _derived_seed(settings.seed, first, start)
-        rollouts += generate(evaluation.model, evaluation.tokenizer, batch, settings.sampling, seed)
+        rollouts += evaluation.engine.generate(batch, settings.sampling, seed)
     return rollouts
 
 

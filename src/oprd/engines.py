@@ -1,0 +1,161 @@
+"""vLLM outside training: in this process, or a server that is asked over HTTP; and which engine is used."""
+
+import importlib
+import json
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
+from typing import Any
+from urllib.error import HTTPError, URLError
+from urllib.request import Request, urlopen
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from oprd.errors import UserError
+from oprd.rollouts import Engine, HFEngine, Rollout, Sampling, cut_at_eos, eos_token_ids
+from oprd.student_engine import CHECKED_TOKENS, Drawn, log_prob_gaps
+from oprd.vllm_engine import INSTALL, is_installed, make_llm
+
+ENGINES = ("auto", "hf", "vllm")
+REQUESTS_AT_A_TIME = 64
+ANSWER_SECONDS = 10
+# Mean |Δ log-prob| in nats over prompt tokens, which are improbable: bfloat16 against float32 is 0.06 of the
+# tiny pair, one of its models against the other 6.
+OTHER_MODEL = 0.25
+
+
+def choose_engine(
+    kind: str,
+    url: str | None,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: str,
+    memory_share: float = 0.9,
+) -> Engine:
+    """The engine of a command: `auto` is vLLM where it is installed or a server's `url` is given, else HF.
+
+    `folder` is where vLLM loads `model` from, `memory_share` what it may take of an accelerator. Raises
+    `UserError` for a server that does not answer and where vLLM is asked for and missing.
+    """
+    eos = eos_token_ids(model, tokenizer)
+    if url is not None:
+        if kind == "hf":
+            raise UserError("engine: hf, and vllm_server_base_url names a server: drop one of them")
+        return ServerEngine(url, model, eos)
+    if kind == "hf" or (kind == "auto" and not is_installed()):
+        return HFEngine(model, tokenizer)
+    if not is_installed():
+        raise UserError(f"engine: vllm, but there is no vLLM: {INSTALL}, or use engine: hf")
+    return VLLMEngine(folder, model.dtype, eos, memory_share)
+
+
+class VLLMEngine:
+    """A vLLM of its own in this process, started when it is first asked."""
+
+    name = "vllm"
+
+    def __init__(self, folder: str, dtype: torch.dtype, eos: Sequence[int], memory_share: float) -> None:
+        self._folder, self._dtype, self._eos, self._share = folder, dtype, eos, memory_share
+
+    @cached_property
+    def _llm(self) -> Any:
+        return make_llm(
+            model=self._folder,
+            # Left to itself vLLM computes float32 models in half precision.
+            dtype=str(self._dtype).removeprefix("torch."),
+            max_model_len=-1,  # as long as memory allows
+            gpu_memory_utilization=self._share,
+        )
+
+    def generate(self, prompt_ids: Sequence[list[int]], sampling: Sampling, seed: int) -> list[Rollout]:
+        """One response per prompt; every request has a seed of its own."""
+        params = importlib.import_module("vllm").SamplingParams
+        outputs = self._llm.generate(
+            [{"prompt_token_ids": ids} for ids in prompt_ids],
+            [
+                params(detokenize=False, **_request(sampling, self._eos, seed + i))
+                for i in range(len(prompt_ids))
+            ],
+            use_tqdm=False,
+        )
+        responses = [list(output.outputs[0].token_ids) for output in outputs]
+        return [cut_at_eos(p, r, self._eos) for p, r in zip(prompt_ids, responses, strict=True)]
+
+
+class ServerEngine:
+    """A server of `vllm serve`, one request per response; raises `UserError` where none answers.
+
+    Before the first response, its log-probs of a few tokens show whether it serves the weights of `model`.
+    """
+
+    name = "vllm server"
+
+    def __init__(self, url: str, model: PreTrainedModel, eos: Sequence[int]) -> None:
+        self._url, self._model, self._eos = url.rstrip("/"), model, eos
+        self._served = self._ask("/v1/models", timeout=ANSWER_SECONDS)["data"][0]["id"]
+        self._is_checked = False
+
+    def generate(self, prompt_ids: Sequence[list[int]], sampling: Sampling, seed: int) -> list[Rollout]:
+        """One response per prompt; raises `UserError` for a server of other weights."""
+        if not self._is_checked:
+            self._check(prompt_ids[0])
+        bodies = [
+            {"prompt": ids, **_request(sampling, self._eos, seed + i)} for i, ids in enumerate(prompt_ids)
+        ]
+        with ThreadPoolExecutor(REQUESTS_AT_A_TIME) as threads:
+            choices = list(threads.map(self._complete, bodies))
+        return [
+            cut_at_eos(ids, choice["token_ids"], self._eos)
+            for ids, choice in zip(prompt_ids, choices, strict=True)
+        ]
+
+    def _check(self, prompt_ids: list[int]) -> None:
+        # Log-probs of what the model did not write itself: models of one task hold the same of their answers.
+        ids = (prompt_ids * 2)[: CHECKED_TOKENS + 1]
+        choice = self._complete({"prompt": ids, "prompt_logprobs": 0, "max_tokens": 1})
+        told = [
+            at[str(token)]["logprob"]
+            for token, at in zip(ids[1:], choice["prompt_logprobs"][1:], strict=True)
+        ]
+        drawn = Drawn([ids[:1]], [ids[1:]], [told])
+        gap = log_prob_gaps(self._model, drawn, self._model.device).mean().item()
+        if not gap <= OTHER_MODEL:
+            raise UserError(
+                f"the server at {self._url} serves {self._served}, and its log-probs differ from the model's "
+                f"by {gap:.3g} nats on average: start it with the model that is asked for"
+            )
+        self._is_checked = True
+
+    def _complete(self, body: dict[str, Any]) -> dict[str, Any]:
+        body = {"model": self._served, "return_token_ids": True, **body}
+        return self._ask("/v1/completions", body)["choices"][0]
+
+    def _ask(self, path: str, body: dict[str, Any] | None = None, timeout: float | None = None) -> Any:
+        try:
+            data = None if body is None else json.dumps(body).encode()
+            request = Request(self._url + path, data, {"Content-Type": "application/json"})
+            with urlopen(request, timeout=timeout) as answer:
+                return json.load(answer)
+        except HTTPError as error:
+            said = error.read().decode(errors="replace")[:500]
+            raise RuntimeError(f"the server at {self._url} refused {path}: {error}: {said}") from error
+        except (URLError, OSError, ValueError) as error:
+            raise UserError(
+                f"no vLLM server answers at {self._url} ({error}): start one with vllm serve MODEL, or leave "
+                "vllm_server_base_url out"
+            ) from error
+
+
+def _request(sampling: Sampling, eos: Sequence[int], seed: int) -> dict[str, Any]:
+    """What vLLM is asked for, with nothing left to the defaults of the model's own generation config."""
+    return {
+        "max_tokens": sampling.max_new_tokens,
+        "temperature": sampling.temperature,
+        "top_p": sampling.top_p,
+        "top_k": sampling.top_k,
+        "min_p": 0.0,
+        "repetition_penalty": 1.0,
+        "stop_token_ids": list(eos),
+        "seed": seed,
+    }

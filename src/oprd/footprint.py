@@ -1,0 +1,111 @@
+"""The memory of a program that runs on weights without values: shapes alone, and nothing of size is allocated.
+
+Every tensor that an operation returns is counted for as long as its storage lives, so what is measured is the
+program itself: whatever an architecture, a loss or an optimiser keeps, for as long as it keeps it.
+"""
+
+import weakref
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensor,
+    FakeTensorMode,
+)
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+HOST_BYTES = 2**22  # results of real tensors up to this size are computed: rows are chosen by their values
+
+
+def has_values(tensor: Tensor) -> bool:
+    """Whether a tensor holds numbers, and not a shape alone."""
+    return not isinstance(tensor, FakeTensor)
+
+
+class Footprint(TorchDispatchMode):
+    """Counts the bytes that live on a device while it is active, by the part of the program that made them."""
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__()
+        self._device, self._shapes = device, FakeTensorMode(allow_non_fake_inputs=True)
+        self._held: dict[int, tuple[str, int]] = {}
+        self._parts = ["other"]
+        self.live: Counter[str] = Counter()
+        self.peak: Counter[str] = Counter()
+
+    def without_values(self, model: nn.Module, device: torch.device) -> list[Tensor]:
+        """Give the weights of `model`, made on the meta device, a device; returns them, in shape alone."""
+        made: dict[int, Tensor] = {}
+        for module in model.modules():
+            for tensors in (module._parameters, module._buffers):
+                for name, tensor in tensors.items():
+                    if tensor is None:
+                        continue
+                    if id(tensor) not in made:
+                        with self._shapes:
+                            shape = torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
+                        is_weight = isinstance(tensor, nn.Parameter)
+                        made[id(tensor)] = nn.Parameter(shape, tensor.requires_grad) if is_weight else shape
+                    tensors[name] = made[id(tensor)]
+        return list(made.values())
+
+    def hold(self, tensor: Tensor, part: str) -> None:
+        """Count a tensor under `part` from now on."""
+        storage = tensor.untyped_storage()
+        if tensor.device.type != self._device.type:
+            return
+        key, size = storage._cdata, storage.nbytes()
+        if key in self._held:
+            self.live[self._held[key][0]] -= size
+        else:
+            weakref.finalize(storage, self._release, key)
+        self._held[key] = part, size
+        self.live[part] += size
+        self._note_peak()
+
+    @contextmanager
+    def part(self, name: str) -> Iterator[None]:
+        """Count what the block makes under `name`."""
+        self._parts.append(name)
+        try:
+            yield
+        finally:
+            self._parts.pop()
+
+    def peak_of(self, program: Callable[[], Any]) -> dict[str, int]:
+        """Bytes by part at the moment of `program` at which they are most."""
+        self.peak = Counter(self.live)
+        with self:
+            program()
+        return {part: size for part, size in self.peak.items() if size}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = self._run(func, args, kwargs or {})
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, Tensor) and leaf.untyped_storage()._cdata not in self._held:
+                self.hold(leaf, self._parts[-1])
+        return result
+
+    def _run(self, func: Any, args: Any, kwargs: Any) -> Any:
+        if not all(has_values(x) for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)):
+            return func(*args, **kwargs)
+        with suppress(DynamicOutputShapeException, DataDependentOutputException), self._shapes:
+            shapes = func(*args, **kwargs)
+            if sum(x.nbytes for x in tree_leaves(shapes) if isinstance(x, Tensor)) > HOST_BYTES:
+                return shapes
+        return func(*args, **kwargs)
+
+    def _release(self, key: int) -> None:
+        part, size = self._held.pop(key)
+        self.live[part] -= size
+
+    def _note_peak(self) -> None:
+        if self.live.total() > self.peak.total():
+            self.peak = self.live.copy()

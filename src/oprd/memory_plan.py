@@ -8,6 +8,7 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -68,8 +69,8 @@ def plan_memory(
         rehearsal = Rehearsal(student, settings, longest, machine.device, peft_config)
         measure = rehearsal.footprint.peak_of
         measure(rehearsal.first_step)
+        updates = {step: measure(partial(rehearsal.update, step)) for step in _steps(settings)}
         rollout = measure((lambda: None) if settings.use_vllm else rehearsal.roll_out)
-        updates = {step: measure(lambda step=step: rehearsal.update(step)) for step in _steps(settings)}
         step = max(updates, key=lambda step: sum(updates[step].values()))
         rollout, update = (_on_rank(rehearsal, parts, machine) for parts in (rollout, updates[step]))
     if settings.use_vllm and settings.vllm_mode == "colocate":

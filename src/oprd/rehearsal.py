@@ -95,7 +95,7 @@ class Rehearsal:
 
     def _student(self, located: str, peft_config: Any) -> Any:
         settings = self.settings
-        model = _on_meta(located, settings.model_init_kwargs or {}, "float32")
+        model, is_mapped = _on_meta(located, settings.model_init_kwargs or {}, "float32")
         if peft_config is not None:
             from peft import get_peft_model
 
@@ -105,19 +105,22 @@ class Rehearsal:
                 model.enable_input_require_grads()
         if settings.gradient_checkpointing:
             model.gradient_checkpointing_enable(settings.gradient_checkpointing_kwargs)
-        return self._place(model, STUDENT, self.device).train()
+        return self._place(model, STUDENT, self.device, is_mapped).train()
 
     def _teacher(self, located: str) -> Teacher:
         settings = self.settings
         given = {"trust_remote_code": settings.trust_remote_code} | (settings.teacher_model_init_kwargs or {})
-        model = _on_meta(located, given, "auto" if settings.bf16 or settings.fp16 else "float32")
+        dtype = "auto" if settings.bf16 or settings.fp16 else "float32"
+        model, is_mapped = _on_meta(located, given, dtype)
         elsewhere = given.get("device_map") == "cpu"
         device = torch.device("cpu") if elsewhere else self.device
-        return Teacher(self._place(model, TEACHER, device), load_tokenizer(located))
+        model = self._place(model, TEACHER, device, is_mapped)
+        return Teacher(model, load_tokenizer(located))
 
-    def _place(self, model: Any, part: str, device: torch.device) -> Any:
+    def _place(self, model: Any, part: str, device: torch.device, is_mapped: bool) -> Any:
+        on_file = is_mapped and device.type == "cpu"
         for tensor in self.footprint.without_values(model, device):
-            self.footprint.hold(tensor, part)
+            (self.footprint.hold_when_read if on_file else self.footprint.hold)(tensor, part)
         return model
 
     def _bind(self) -> Update:
@@ -202,18 +205,21 @@ def _optimizer(settings: Any, student: Any, trained: list[nn.Parameter]) -> torc
     return kind(trained, **kwargs)
 
 
-def _on_meta(located: str, given: dict[str, Any], dtype: str) -> Any:
-    """The model of a config in the dtype that the run loads it in, without storage."""
+def _on_meta(located: str, given: dict[str, Any], dtype: str) -> tuple[Any, bool]:
+    """The model of a config in the dtype that the run loads it in, and whether its file has that dtype.
+
+    On a CPU such weights are mapped from the file: what is never read takes no memory.
+    """
     hub = {key: given[key] for key in ("revision", "trust_remote_code") if key in given}
     config = AutoConfig.from_pretrained(located, **hub)
-    wanted = given.get("dtype", dtype)
+    stored, wanted = config.dtype, given.get("dtype", dtype)
     if wanted in ("auto", None):
-        wanted = config.dtype or torch.float32
+        wanted = stored or torch.float32
+    wanted = getattr(torch, wanted) if isinstance(wanted, str) else wanted
     kwargs = {key: given[key] for key in ("attn_implementation", "trust_remote_code") if key in given}
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(
-            config, dtype=getattr(torch, wanted) if isinstance(wanted, str) else wanted, **kwargs
-        )
+        model = AutoModelForCausalLM.from_config(config, dtype=wanted, **kwargs)
+    return model, wanted == stored
 
 
 def _bytes(module: nn.Module) -> int:

@@ -38,6 +38,7 @@ EXECUTION_KEYS = {
     "resume_from_checkpoint",
     "project",
     "use_cpu",
+    "dry_run",
 }
 
 

@@ -209,7 +209,7 @@ class OPRDTrainer(DistillationTrainer):
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         """TRL's rollouts, with the weight of every row, counted over ranks and the whole window."""
-        with self.update.stopwatch.part("rollout"):
+        with self.update.stopwatch.part("rollout"), self.memory.rollout():
             batch = on_host(super()._generate_and_score_completions(inputs))
         aligned: list[AlignedResponse] = []
         if not self.translation.is_identity:

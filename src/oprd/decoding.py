@@ -47,9 +47,7 @@ def sample_last_token(model: PreTrainedModel, rollouts: Inputs, settings: Any) -
 def _lengthen(cache: DynamicCache, tokens: int) -> None:
     for number, layer in enumerate(cache.layers):
         if tokens > 0:
-            keys, values = (
-                x.new_zeros(*x.shape[:2], tokens, x.shape[3]) for x in (layer.keys, layer.values)
-            )
+            keys, values = (x.new_zeros(*x.shape[:2], tokens, x.shape[3]) for x in (layer.keys, layer.values))
             cache.update(keys, values, number)
 
 

@@ -1,4 +1,4 @@
-"""The memory of a program that runs on weights without values: shapes alone, and nothing of size is allocated.
+"""The memory of a program that runs on weights without values: in shape alone, and nothing large is made.
 
 Every tensor that an operation returns is counted for as long as its storage lives, so what is measured is the
 program itself: whatever an architecture, a loss or an optimiser keeps, for as long as it keeps it.
@@ -24,7 +24,7 @@ from torch.utils._pytree import tree_leaves
 from oprd.resident import ResidentBlocks
 
 HOST, KEPT = "rollouts and indices", "freed, kept by malloc"
-HOST_BYTES = 2**22  # results of real tensors up to this size are computed: rows are chosen by their values
+HOST_BYTES = 2**27  # results of real tensors up to this size are computed: rows are chosen by their values
 
 
 def has_values(tensor: Tensor) -> bool:
@@ -62,7 +62,7 @@ class Footprint(TorchDispatchMode):
                             shape = torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
                         is_weight = isinstance(tensor, nn.Parameter)
                         made[id(tensor)] = nn.Parameter(shape, tensor.requires_grad) if is_weight else shape
-                    tensors[name] = made[id(tensor)]
+                    tensors[name] = made[id(tensor)]  # type: ignore[assignment]
         return list(made.values())
 
     def hold(self, tensor: Tensor, part: str) -> None:
@@ -93,6 +93,11 @@ class Footprint(TorchDispatchMode):
             yield
         finally:
             self._parts.pop()
+
+    @property
+    def live_bytes(self) -> int:
+        """Bytes that live now."""
+        return self._live.total()
 
     def peak_of(self, program: Callable[[], Any]) -> dict[str, int]:
         """Bytes by part at the moment of `program` at which they are most."""

@@ -1,7 +1,7 @@
 """What a training run will hold in memory, from its recipe alone.
 
-The run's own optimiser, last sampled token and update are carried out at the longest rollout, on models without
-values, so there is no formula that could drift from the code.
+The run's own optimiser, last sampled token and update are carried out at the longest rollout, on models
+without values, so there is no formula that could drift from the code.
 """
 
 import logging
@@ -11,9 +11,15 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import torch
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    UnsupportedOperatorException,
+)
 
+from oprd.errors import UserError
 from oprd.longest import Longest
+from oprd.machine import Machine
 from oprd.meters import MB
 from oprd.rehearsal import GRADIENTS, OPTIMISER, STUDENT, TEACHER, Rehearsal
 
@@ -21,17 +27,6 @@ PROCESS, ENGINE = "process and libraries", "vLLM"
 BUCKETS, GATHERED = "DDP's buckets", "layers gathered whole"
 
 Parts = dict[str, int]
-
-
-@dataclass(frozen=True)
-class Machine:
-    """Where one rank runs: its device, what lies there before any weights, and who shares the weights."""
-
-    device: torch.device
-    device_bytes: int
-    process_bytes: int = 0
-    ranks: int = 1
-    sharded: bool = False
 
 
 @dataclass(frozen=True)
@@ -65,7 +60,7 @@ def plan_memory(
     student: str, settings: Any, longest: Longest, machine: Machine, peft_config: Any = None
 ) -> MemoryPlan:
     """The plan of a run with the keys of `settings`, an `OPRDConfig`; raises `UserError` as the run would."""
-    with _told_once():
+    with _told_once(), _explained(student):
         rehearsal = Rehearsal(student, settings, longest, machine.device, peft_config)
         measure = rehearsal.footprint.peak_of
         measure(rehearsal.first_step)
@@ -115,3 +110,15 @@ def _told_once() -> Iterator[None]:
         yield
     finally:
         logger.setLevel(level)
+
+
+@contextmanager
+def _explained(student: str) -> Iterator[None]:
+    """Speak for architectures whose computation depends on values, of which a plan has none."""
+    try:
+        yield
+    except (DataDependentOutputException, DynamicOutputShapeException, UnsupportedOperatorException) as error:
+        raise UserError(
+            f"the memory of {student} and its teacher cannot be planned, since what they compute depends on "
+            f"values ({error}): try it with oprd train --dry_run true"
+        ) from error

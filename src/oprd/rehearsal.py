@@ -41,7 +41,7 @@ class Rehearsal:
         self._tokenizer = load_tokenizer(located)
         self.student = self._student(located, peft_config)
         self.teacher = self._teacher(resolve_model(settings.teacher_model_name_or_path))
-        self._update = self._bind()
+        self.objective = self._bind()
         self._trained = [weight for weight in self.student.parameters() if weight.requires_grad]
         for weight in self._trained:
             weight.register_post_accumulate_grad_hook(lambda w: self.footprint.hold(w.grad, GRADIENTS))
@@ -61,7 +61,7 @@ class Rehearsal:
             sample_last_token(self.student, self.longest.rollouts(count, self.device), self.settings)
 
     def update(self, step: int) -> None:
-        """Update `step`, 0-based: a micro-batch, another on top of its gradients if there is one, the optimiser."""
+        """Update `step`, 0-based: a micro-batch, another on its gradients if there is one, the optimiser."""
         settings = self.settings
         size, count = rollouts_at_once(
             settings,
@@ -69,18 +69,18 @@ class Rehearsal:
             settings.per_device_train_batch_size,
             settings.gradient_accumulation_steps,
         )
-        batch = Batch.of(self._inputs(size))
+        batch = Batch.of(self.inputs(size))
         for _ in range(min(count, 2)):
             with self.footprint.part(ACTIVATIONS):
                 with self._autocast():
-                    loss = self._update.loss(batch, step)
+                    loss = self.objective.loss(batch, step)
                 loss.backward()
                 del loss
         if settings.max_grad_norm:
             nn.utils.clip_grad_norm_(self._trained, settings.max_grad_norm)
         self._step()
-        self._update.watch.clear()
-        self._update.averages.pop(lambda values: torch.zeros(values.shape))
+        self.objective.watch.clear()
+        self.objective.averages.pop(lambda values: torch.zeros(values.shape))
 
     def largest_block(self, model: nn.Module) -> int:
         """Bytes of the weights that a sharded `model` has whole at a time: a block's, or the root's."""
@@ -125,16 +125,15 @@ class Rehearsal:
 
     def _bind(self) -> Update:
         with self.footprint, self.footprint.part(REFERENCE):
-            update = Update.bind(
-                self.settings, self.student, self._tokenizer, self.teacher, self.device
-            )
+            update = Update.bind(self.settings, self.student, self._tokenizer, self.teacher, self.device)
         if update.anchor is not None and update.anchor.reference is not self.student:
             for weight in update.anchor.reference.parameters():
                 self.footprint.hold(weight, REFERENCE)
         output = _Output(self.settings, self.student, self.teacher, update.output.vocabulary, self.footprint)
         return replace(update, stopwatch=_Parts(self.footprint), output=output)
 
-    def _inputs(self, count: int) -> Inputs:
+    def inputs(self, count: int) -> Inputs:
+        """A micro-batch of `count` of the longest rollouts, with the weight of every row."""
         settings, batch = self.settings, self.longest.rollouts(count, self.device)
         translation = Translation(
             self._tokenizer,
@@ -148,7 +147,7 @@ class Rehearsal:
             batch |= read | {"teacher_prompt_ids": read["teacher_prompt_ids"].to(self.device)}
             batch |= translation.responses(batch["completion_ids"], batch["completion_mask"])[0]
         whole = torch.zeros(count, dtype=torch.bool)
-        vocabulary = self._update.output.vocabulary
+        vocabulary = self.objective.output.vocabulary
         return batch | weigh_rows(batch, whole, settings, lambda units: units, vocabulary)
 
     def _step(self) -> None:
@@ -187,7 +186,7 @@ class _Output(OutputTerm):
 class _EightBit(torch.optim.Optimizer):
     """The state of bitsandbytes' optimisers: two bytes a weight, and two float32 scales for 256 of them."""
 
-    def step(self, closure: Any = None) -> None:
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
         for weight in self.param_groups[0]["params"]:
             if weight not in self.state:
                 state = [weight.new_zeros(weight.numel(), dtype=torch.uint8) for _ in range(2)]

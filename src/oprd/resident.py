@@ -1,8 +1,8 @@
 """What blocks of memory keep resident on a CPU: glibc's malloc is asked where it would put them.
 
-It hands out blocks below a threshold, which moves up to 32 MB, from a heap, and what is freed there stays resident
-until a neighbour or the top takes it back: on models of 100 million weights that is a tenth of the peak and more. The
-blocks are taken in earnest and never written to, so none of them costs memory.
+Blocks below a threshold, which moves up to 32 MB, come from a heap, and what is freed there stays resident
+until it is handed out again: with 100 million weights a tenth of the peak and more. The blocks are taken in
+earnest and never written to, so none of them costs memory.
 """
 
 import ctypes

@@ -30,7 +30,7 @@ VOLATILE_KEYS = {
 
 
 def identity(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> dict[str, Any]:
-    """Name, shape and fingerprints of a model and its tokenizer, as plain JSON; of weights that have values."""
+    """Name, shape and fingerprints of a model and its tokenizer, as plain JSON."""
     config = model.config.get_text_config()
     weights = {"weights": weights_fingerprint(model)} if has_values(next(model.parameters())) else {}
     return weights | {

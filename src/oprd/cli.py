@@ -26,7 +26,7 @@ def run(argv: Sequence[str]) -> int:
     parser = _parser()
     try:
         args, rest = parser.parse_known_args(argv)
-        if rest and args.command not in ("train", "bridge"):
+        if rest and args.command not in ("train", "bridge", "doctor"):
             raise UserError(f"unknown argument {rest[0]!r}; see oprd {args.command} --help")
         _quiet()
         args.function(args, rest)
@@ -67,6 +67,14 @@ def _parser() -> argparse.ArgumentParser:
     train = commands.add_parser("train", help="run or resume a recipe; --key value overrides its keys")
     train.add_argument("recipe", type=Path)
     train.set_defaults(function=_train)
+
+    doctor = commands.add_parser("doctor", help="will this recipe run here? --key value overrides its keys")
+    doctor.add_argument("recipe", type=Path)
+    doctor.add_argument(
+        "--ranks", type=_positive, help="plan for so many processes; default: WORLD_SIZE, or 1"
+    )
+    doctor.add_argument("--json", action="store_true", help="for scripts")
+    doctor.set_defaults(function=_doctor)
 
     bridge = commands.add_parser("bridge", help="fit a bridge between two models; --key value overrides")
     bridge.add_argument("recipe", type=Path)
@@ -121,12 +129,31 @@ def _demo(args: argparse.Namespace, _: list[str]) -> None:
 def _train(args: argparse.Namespace, flags: list[str]) -> None:
     import torch.distributed as dist
 
+    from oprd.dry_run import try_longest
     from oprd.train import parse_training_recipe, train
 
-    folder = train(*parse_training_recipe(args.recipe, flags))
+    run, config = parse_training_recipe(args.recipe, flags)
+    if run.dry_run:
+        print(try_longest(run, config))
+        return
+    folder = train(run, config)
     print(f"the run is in {folder}")
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def _doctor(args: argparse.Namespace, flags: list[str]) -> None:
+    from oprd.doctor import examine, show
+    from oprd.train import parse_training_recipe
+
+    diagnosis = examine(*parse_training_recipe(args.recipe, flags), args.ranks)
+    if args.json:
+        print(json.dumps(diagnosis.as_json(), indent=2))
+    else:
+        show(diagnosis)
+    for finding in diagnosis.findings:
+        if not finding.is_well:
+            raise UserError(f"{args.recipe}: {finding.about}: {finding.says}")
 
 
 def _bridge(args: argparse.Namespace, flags: list[str]) -> None:

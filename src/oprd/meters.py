@@ -96,7 +96,7 @@ class Stopwatch:
 
 
 class MemoryMeter:
-    """Peak memory between two marks, and how far it rose above the first one.
+    """Peak memory of a step's rollouts and of its update, and how far the update rose above its start.
 
     CUDA: the allocator's peak. Linux without CUDA: the peak resident set, after freed memory has been
     handed back to the system. Elsewhere nothing is measured.
@@ -105,6 +105,15 @@ class MemoryMeter:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._baseline: float | None = None
+        self._rollout: dict[str, float] = {}
+
+    @contextmanager
+    def rollout(self) -> Iterator[None]:
+        """Measure the block as the rollouts of the step that `read` will tell of."""
+        self.start()
+        yield
+        if self._baseline is not None:
+            self._rollout = {"memory/rollout_peak_mb": self._peak()}
 
     def start(self) -> None:
         """Mark the baseline and forget earlier peaks."""
@@ -115,20 +124,31 @@ class MemoryMeter:
             with suppress(OSError, AttributeError):  # a sandbox without /proc, a C library without trimming
                 ctypes.CDLL(None).malloc_trim(0)
                 Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
-                self._baseline = _resident_mb("VmRSS")
+                self._baseline = resident_mb("VmRSS")
 
     def read(self) -> dict[str, float]:
-        """`memory/peak_mb` and `memory/transient_mb` since `start`; empty where nothing is measured."""
+        """`memory/peak_mb` and `memory/transient_mb` since `start`, and `memory/rollout_peak_mb` if measured.
+
+        Empty where nothing is measured.
+        """
         if self._baseline is None:
             return {}
+        rollout, self._rollout = self._rollout, {}
+        peak = self._peak()
+        return {
+            "memory/peak_mb": peak,
+            "memory/transient_mb": max(peak - self._baseline, 0.0),
+            **rollout,
+        }
+
+    def _peak(self) -> float:
         if self._device.type == "cuda":
-            peak = torch.cuda.max_memory_allocated(self._device) / MB
-        else:
-            peak = _resident_mb("VmHWM")
-        return {"memory/peak_mb": peak, "memory/transient_mb": max(peak - self._baseline, 0.0)}
+            return torch.cuda.max_memory_allocated(self._device) / MB
+        return resident_mb("VmHWM")
 
 
-def _resident_mb(field: str) -> float:
+def resident_mb(field: str) -> float:
+    """A field of this process's /proc status, such as VmRSS, in 10⁶ bytes."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(field):
             return int(line.split()[1]) * 1024 / MB

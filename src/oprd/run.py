@@ -51,6 +51,7 @@ EXECUTION_KEYS = {
     "max_tokens_per_micro_batch",
     "per_device_train_batch_size",
     "gradient_accumulation_steps",
+    "dry_run",
 }
 # Their product is what a step computes.
 BATCH_KEYS = ("per_device_train_batch_size", "gradient_accumulation_steps", "num_processes")

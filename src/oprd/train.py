@@ -42,6 +42,9 @@ class RunArguments(AdapterArguments):
     accuracy_steps: int = field(default=50, metadata={"help": "Measure accuracy every n steps."})
     accuracy_problems: int = field(default=64, metadata={"help": "How many problems, from the first on."})
     accuracy_samples: int = field(default=4, metadata={"help": "Samples per problem."})
+    dry_run: bool = field(
+        default=False, metadata={"help": "Try an update of the longest rollouts, report its memory and stop."}
+    )
 
 
 def parse_training_recipe(path: str | Path, flags: Sequence[str] = ()) -> tuple[RunArguments, OPRDConfig]:

@@ -268,7 +268,7 @@ class OPRDTrainer(ResumableTrainer, DistillationTrainer):
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         """TRL's rollouts, with the weight of every row, counted over ranks and the whole window."""
-        with self.update.stopwatch.part("rollout"):
+        with self.update.stopwatch.part("rollout"), self.memory.rollout():
             batch = on_host(super()._generate_and_score_completions(inputs))
         if self.engine is not None:
             batch |= self._read_engine(self.engine, batch)

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from oprd.bridge.artifact import Bridge
 from oprd.capture import num_layers
 from oprd.errors import UserError
+from oprd.footprint import has_values
 
 ADAPTER_PARTS = ("modules_to_save.", "trainable_tokens_")
 ADAPTER_WRAPPERS = (".base_layer.", ".original_module.", ".token_adapter.")
@@ -31,12 +32,12 @@ VOLATILE_KEYS = {
 def identity(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> dict[str, Any]:
     """Name, shape and fingerprints of a model and its tokenizer, as plain JSON."""
     config = model.config.get_text_config()
-    return {
+    weights = {"weights": weights_fingerprint(model)} if has_values(next(model.parameters())) else {}
+    return weights | {
         "name": model.config._name_or_path,
         "architecture": type(_base(model)).__name__,
         "num_layers": num_layers(model),
         "width": config.hidden_size,
-        "weights": weights_fingerprint(model),
         "tokenizer": tokenizer_fingerprint(tokenizer),
     }
 
@@ -63,7 +64,7 @@ def check_models(bridge: Bridge, student: dict[str, Any], teacher: dict[str, Any
                 )
         stored = bridge.metadata.get(role)
         for key in ("architecture", "num_layers", "width", "weights", "tokenizer"):
-            if stored is not None and stored[key] != found[key]:
+            if stored is not None and key in found and stored[key] != found[key]:
                 raise UserError(
                     f"the bridge was fitted for the {role} {stored['name']} and this is {found['name']} "
                     f"({key}: {stored[key]}, here {found[key]}): fit a bridge for this pair with oprd bridge"

@@ -1,0 +1,147 @@
+"""`oprd doctor RECIPE`: what is found out about a run before it starts, from its recipe and this machine."""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from oprd.footprint import HOST, KEPT
+from oprd.intake import usable_prompts
+from oprd.knobs import Knob, advice, first_knob
+from oprd.longest import Longest
+from oprd.machine import Machine
+from oprd.memory_plan import BUCKETS, ENGINE, GATHERED, PROCESS, MemoryPlan, plan_memory
+from oprd.meters import MB
+from oprd.models import load_tokenizer, resolve_model
+from oprd.prompts import load_prompts
+from oprd.rehearsal import (
+    ACTIVATIONS,
+    GRADIENTS,
+    LOGITS,
+    OPTIMISER,
+    READING,
+    REFERENCE,
+    SAMPLING,
+    STUDENT,
+    TEACHER,
+)
+from oprd.rollouts import Prompt, render_prompt
+from oprd.train import RunArguments
+from oprd.trainer import OPRDConfig
+
+ORDER = (
+    *(PROCESS, STUDENT, TEACHER, REFERENCE, GRADIENTS, OPTIMISER, BUCKETS, GATHERED),
+    *(ENGINE, SAMPLING, READING, ACTIVATIONS, LOGITS, HOST, KEPT),
+)
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that was looked at, and what was found; a run that is not well would fail."""
+
+    about: str
+    says: str
+    is_well: bool = True
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """What the doctor found."""
+
+    plan: MemoryPlan
+    machine: Machine
+    knob: Knob | None
+    findings: tuple[Finding, ...]
+
+    @property
+    def is_well(self) -> bool:
+        """Whether nothing that was looked at would make the run fail."""
+        return all(finding.is_well for finding in self.findings)
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain values; sizes in 10⁶ bytes."""
+        parts = {
+            phase: {part: size / MB for part, size in getattr(self.plan, phase).items()}
+            for phase in ("rollout", "update")
+        }
+        return {
+            "is_well": self.is_well,
+            "findings": [asdict(finding) for finding in self.findings],
+            "device": self.machine.device.type,
+            "ranks": self.machine.ranks,
+            "sharded": self.machine.sharded,
+            "free_mb": self.machine.free_bytes / MB,
+            "rollout_peak_mb": self.plan.rollout_mb,
+            "update_peak_mb": self.plan.update_mb,
+            "peak_mb": self.plan.peak_mb,
+            "parts_mb": parts,
+            "first_knob": asdict(self.knob) if self.knob else None,
+        }
+
+
+def examine(run: RunArguments, config: OPRDConfig, ranks: int | None = None) -> Diagnosis:
+    """Look at a recipe on this machine; raises `UserError` for what a run would refuse."""
+    longest, count = longest_rollout(run, config)
+    machine = Machine.here(config, ranks)
+    plan = plan_memory(run.model_name_or_path, config, longest, machine)
+    knob = first_knob(run.model_name_or_path, config, longest, machine, plan)
+    findings = (
+        Finding("recipe", f"{run.model_name_or_path} learns from {config.teacher_model_name_or_path}"),
+        Finding("prompts", f"{count}, the longest of {len(longest.prompt_ids)} tokens"),
+        Finding("rollouts", f"up to {len(longest.response_ids)} tokens after the prompt"),
+        _memory(plan, machine, knob),
+    )
+    return Diagnosis(plan, machine, knob, findings)
+
+
+def longest_rollout(run: RunArguments, config: OPRDConfig) -> tuple[Longest, int]:
+    """The longest rollout of a recipe, and how many prompts it can use; raises `UserError`."""
+    tokenizer = load_tokenizer(resolve_model(run.model_name_or_path))
+
+    def render(prompt: Prompt) -> list[int]:
+        return render_prompt(tokenizer, prompt, config.chat_template_kwargs)
+
+    rows = load_prompts(run.dataset_name, run.dataset_train_split, run.dataset_config)
+    prompts = usable_prompts(rows, render, config.max_prompt_length)["prompt"]
+    return Longest.of(prompts, render, tokenizer, config.max_completion_length), len(prompts)
+
+
+def _memory(plan: MemoryPlan, machine: Machine, knob: Knob | None) -> Finding:
+    needs = f"needs {plan.peak_mb:,.0f} MB a rank, and this {_named(machine.device)} has {{}} MB for it"
+    says = needs.format(f"{machine.free_bytes / MB:,.0f}")
+    fits = plan.peak_mb * MB <= machine.free_bytes
+    return Finding(
+        "memory", f"{says}: {'it fits' if fits else f'it does not fit; {advice(plan, knob)}'}", fits
+    )
+
+
+def _named(device: torch.device) -> str:
+    return "machine" if device.type == "cpu" else torch.cuda.get_device_name(device)
+
+
+def show(diagnosis: Diagnosis) -> None:
+    """Print the findings and the memory by part."""
+    console = Console()
+    for finding in diagnosis.findings:
+        console.print(
+            f"{'ok  ' if finding.is_well else 'BAD '} {finding.about}: {finding.says}", soft_wrap=True
+        )
+    console.print(memory_table(diagnosis.plan))
+    if diagnosis.is_well and diagnosis.knob is not None:
+        console.print(f"If memory runs short: {advice(diagnosis.plan, diagnosis.knob)}.", soft_wrap=True)
+
+
+def memory_table(plan: MemoryPlan) -> Table:
+    """MB by part, at the fullest moments of a step's rollouts and of its update."""
+    table = Table("MB on one rank, at most", title="Memory plan", title_justify="left")
+    for column in ("rollouts", "update"):
+        table.add_column(column, justify="right")
+    for part in ORDER:
+        sizes = [phase.get(part, 0) / MB for phase in (plan.rollout, plan.update)]
+        if max(sizes) >= 0.05:
+            table.add_row(part, *(f"{size:,.1f}" for size in sizes))
+    table.add_section()
+    table.add_row("sum", f"{plan.rollout_mb:,.1f}", f"{plan.update_mb:,.1f}")
+    return table

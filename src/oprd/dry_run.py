@@ -1,0 +1,144 @@
+"""`oprd train RECIPE --dry_run`: updates of the longest rollouts, to see whether they fit, and no run."""
+
+import copy
+import os
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from datasets import Dataset
+
+from oprd.decoding import sample_last_token
+from oprd.doctor import longest_rollout
+from oprd.knobs import advice, first_knob
+from oprd.longest import Longest, rollouts_at_once
+from oprd.machine import Machine
+from oprd.memory_plan import plan_memory
+from oprd.meters import MB, resident_mb
+from oprd.train import RunArguments
+from oprd.trainer import OPRDConfig, OPRDTrainer
+
+STEPS = 2  # the first makes the optimiser's state, which the second has to fit beside
+
+
+class DryRunTrainer(OPRDTrainer):
+    """An `OPRDTrainer` that is given the longest rollouts; the last token of each is sampled in earnest."""
+
+    longest: Longest
+    rollouts_per_step: int
+
+    def _generate_single_turn(self, prompt_ids: Any, *args: Any, **kwargs: Any) -> Any:
+        if not self.use_vllm:
+            rollouts = self.longest.rollouts(self.rollouts_per_step, self.accelerator.device)
+            with self.accelerator.autocast():
+                sample_last_token(self.accelerator.unwrap_model(self.model_wrapped), rollouts, self.args)
+        return [list(self.longest.response_ids) for _ in prompt_ids]
+
+
+def try_longest(run: RunArguments, config: OPRDConfig) -> str:
+    """Carry out the longest update of a recipe; what it took beside what was planned, in a sentence.
+
+    Raises `UserError` for what the user can mend and, if memory runs out, `RuntimeError` with what to turn.
+    """
+    longest, _ = longest_rollout(run, config)
+    machine = Machine.here(config)
+    plan = plan_memory(run.model_name_or_path, config, longest, machine)
+    started = time.perf_counter()
+    try:
+        with _ends_where_memory_does(machine):
+            peaks = dry_run(run.model_name_or_path, config, longest, plan.step)
+    except (RuntimeError, MemoryError) as error:
+        if not _is_out_of_memory(error):
+            raise
+        knob = first_knob(run.model_name_or_path, config, longest, machine, plan)
+        raise RuntimeError(
+            f"out of memory at the longest rollout ({longest.num_tokens} tokens, planned {plan.peak_mb:,.0f} "
+            f"of {machine.free_bytes / MB:,.0f} MB); {advice(plan, knob)}"
+        ) from error
+    planned = {"memory/peak_mb": plan.update_mb, "memory/rollout_peak_mb": plan.rollout_mb}
+    shown = [f"{name} {peaks[name]:,.0f} (planned {planned[name]:,.0f})" for name in planned if name in peaks]
+    took = (
+        f"{STEPS} steps of {longest.num_tokens}-token rollouts fit, in {time.perf_counter() - started:.0f} s"
+    )
+    return (
+        f"dry run: {took}; {', '.join(shown) or 'their memory cannot be measured here'}; no run was started"
+    )
+
+
+def dry_run(student: str, config: OPRDConfig, longest: Longest, step: int, **kwargs: Any) -> dict[str, float]:
+    """Two steps at the longest length with the terms of update `step`; returns the `memory/…` they reached.
+
+    A step has two micro-batches at most. Everything is thrown away: models, random state, folder.
+    Raises `UserError` as a run would, and whatever the memory running out raises.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        args = _short(config, longest, step, folder)
+        rows = args.per_device_train_batch_size * args.gradient_accumulation_steps * _world_size()
+        trainer = DryRunTrainer(
+            model=student,
+            args=args,
+            train_dataset=Dataset.from_list([{"prompt": longest.prompt}] * rows),
+            **kwargs,
+        )
+        trainer.longest = longest
+        trainer.rollouts_per_step = config.per_device_train_batch_size * config.gradient_accumulation_steps
+        peaks: dict[str, float] = {}
+
+        def keep(_: int, values: dict[str, float]) -> dict[str, float]:
+            for name in values.keys() & {"memory/peak_mb", "memory/rollout_peak_mb"}:
+                peaks[name] = max(values[name], peaks.get(name, 0.0))
+            return {}
+
+        trainer.recorder.observers.append(keep)
+        trainer.train()
+    return peaks
+
+
+def _short(config: OPRDConfig, longest: Longest, step: int, folder: str) -> OPRDConfig:
+    """The recipe for two steps that keep nothing."""
+    args = copy.copy(config)
+    for term, schedule in config.schedules.items():
+        setattr(args, f"{term}_weight", str(schedule(step)))
+    args.gradient_accumulation_steps = _accumulation(config, longest)
+    args.output_dir, args.max_steps, args.save_strategy = folder, STEPS, "no"
+    args.report_to, args.disable_tqdm, args.push_to_hub = [], True, False
+    return args
+
+
+def _accumulation(config: OPRDConfig, longest: Longest) -> int:
+    """The fewest micro-batches that hold two full ones, and whole prompts."""
+    each, most = config.per_device_train_batch_size, config.gradient_accumulation_steps
+    size, count = rollouts_at_once(config, longest, each, most)
+    wanted = -(-size * min(count, 2) // each)
+    whole = (n for n in range(wanted, most) if not n * each * _world_size() % config.num_generations)
+    return next(whole, most)
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    told = ("DefaultCPUAllocator", "not enough memory", "can't allocate memory", "out of memory")
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(x in str(error) for x in told)
+
+
+@contextmanager
+def _ends_where_memory_does(machine: Machine) -> Iterator[None]:
+    """On Linux without an accelerator, refuse memory that is not there, else the process is killed."""
+    if machine.device.type != "cpu" or not machine.process_bytes:
+        yield
+        return
+    import resource
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
+    room = int(resident_mb("VmData") * MB) + machine.free_bytes - machine.process_bytes
+    limits = [room, *(limit for limit in (soft, hard) if limit != resource.RLIM_INFINITY)]
+    resource.setrlimit(resource.RLIMIT_DATA, (min(limits), hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_DATA, (soft, hard))
+
+
+def _world_size() -> int:
+    return int(os.environ.get("WORLD_SIZE", "1"))

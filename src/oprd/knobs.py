@@ -1,0 +1,95 @@
+"""What can be turned so that a run takes less memory, and what that saves."""
+
+import copy
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+from oprd.longest import Longest
+from oprd.machine import Machine
+from oprd.memory_plan import MemoryPlan, plan_memory
+from oprd.meters import MB
+from oprd.trainer import OPRDConfig
+
+WORTHWHILE = 0.05  # of the peak: a knob that saves less is not worth naming
+
+
+@dataclass(frozen=True)
+class Knob:
+    """Keys to change, as they are written in a recipe or on the command line, and the peak with them."""
+
+    keys: str
+    peak_mb: float
+
+
+def first_knob(
+    student: str, config: OPRDConfig, longest: Longest, machine: Machine, plan: MemoryPlan
+) -> Knob | None:
+    """The first knob, cheapest first, that makes a run fit, or that saves something worth it if it fits.
+
+    Where none is enough by itself, the one that saves most. What it saves is what a plan with it says.
+    """
+    best: Knob | None = None
+    for keys, other, elsewhere in _knobs(config, longest, machine):
+        longest_then = replace(longest, response_ids=longest.response_ids[: other.max_completion_length])
+        knob = Knob(keys, plan_memory(student, other, longest_then, elsewhere).peak_mb)
+        if plan.peak_mb - knob.peak_mb < WORTHWHILE * plan.peak_mb:
+            continue
+        if knob.peak_mb * MB <= machine.free_bytes:
+            return knob
+        if best is None or knob.peak_mb < best.peak_mb:
+            best = knob
+    return best
+
+
+def _knobs(
+    config: OPRDConfig, longest: Longest, machine: Machine
+) -> Iterator[tuple[str, OPRDConfig, Machine]]:
+    """What may be turned, what costs least first: the recipe's keys, the recipe and the machine with them."""
+    micro_batch, accumulation = config.per_device_train_batch_size, config.gradient_accumulation_steps
+    budget = config.max_tokens_per_micro_batch
+    turns: list[dict[str, Any]] = []
+    if not config.gradient_checkpointing:
+        turns.append({"gradient_checkpointing": True})
+    if budget is not None and budget >= 2 * longest.num_tokens:
+        turns.append({"max_tokens_per_micro_batch": budget // 2})
+    elif budget is None and micro_batch % 2 == 0:
+        halved = {"per_device_train_batch_size": micro_batch // 2}
+        turns.append(halved | {"gradient_accumulation_steps": accumulation * 2})
+    if config.output_schedule.ever_active and config.output_chunk_size > 1:
+        turns.append({"output_chunk_size": -(-config.output_chunk_size // 4)})
+    yield from _turned(config, machine, turns)
+    if machine.ranks > 1 and not machine.sharded:
+        yield "FSDP, which shards both models", config, replace(machine, sharded=True)
+    teacher = dict(config.teacher_model_init_kwargs or {})
+    turns = []
+    if machine.device.type != "cpu" and "device_map" not in teacher:
+        turns.append({"teacher_model_init_kwargs": teacher | {"device_map": "cpu"}})
+    if teacher.get("dtype", "auto" if config.bf16 else "float32") == "float32":
+        turns.append({"teacher_model_init_kwargs": teacher | {"dtype": "bfloat16"}})
+    if len(longest.response_ids) > 1:
+        turns.append({"max_completion_length": len(longest.response_ids) // 2})
+    yield from _turned(config, machine, turns)
+
+
+def _turned(
+    config: OPRDConfig, machine: Machine, turns: list[dict[str, Any]]
+) -> Iterator[tuple[str, OPRDConfig, Machine]]:
+    for turn in turns:
+        other = copy.copy(config)
+        for key, value in turn.items():
+            setattr(other, key, value)
+        yield ", ".join(f"{key}: {_as_yaml(value)}" for key, value in turn.items()), other, machine
+
+
+def _as_yaml(value: Any) -> str:
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{key}: {_as_yaml(item)}" for key, item in value.items()) + "}"
+    return str(value).lower() if isinstance(value, bool) else str(value).removeprefix("torch.")
+
+
+def advice(plan: MemoryPlan, knob: Knob | None) -> str:
+    """What to turn first, in words."""
+    if knob is None:
+        return "shorter rollouts, a smaller model or more ranks are left"
+    return f"first turn {knob.keys} (saves {plan.peak_mb - knob.peak_mb:,.0f} MB)"

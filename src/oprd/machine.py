@@ -1,0 +1,49 @@
+"""What a rank runs on: its device, the memory there, and who shares the weights."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from oprd.meters import MB, resident_mb
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Where one rank runs, in bytes: its device, what is free there, what lies there before weights do."""
+
+    device: torch.device
+    device_bytes: int
+    free_bytes: int
+    process_bytes: int = 0
+    ranks: int = 1
+    sharded: bool = False
+
+    @classmethod
+    def here(cls, settings: Any, ranks: int | None = None) -> "Machine":
+        """This machine under the launcher's environment and the keys of `settings`, an `OPRDConfig`.
+
+        `ranks` overrides the number of processes. On a CPU the free memory is shared by the ranks of the
+        machine, and what this process holds now stands for what a run's does before it loads weights.
+        """
+        world = ranks or int(os.environ.get("WORLD_SIZE", "1"))
+        sharded = bool(settings.fsdp) or os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
+        if not settings.use_cpu and torch.cuda.is_available():
+            free, total = torch.cuda.mem_get_info()
+            return cls(torch.device("cuda"), total, free, ranks=world, sharded=sharded)
+        process = int(resident_mb("VmRSS") * MB) if Path("/proc/self/status").exists() else 0
+        free, total = _host_memory()
+        local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        return cls(torch.device("cpu"), total, free // local + process, process, world, sharded)
+
+
+def _host_memory() -> tuple[int, int]:
+    """Bytes that this machine has for new work, and in all."""
+    info = Path("/proc/meminfo")
+    if not info.exists():
+        total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        return total, total
+    fields = dict(line.split(":", 1) for line in info.read_text().splitlines())
+    return tuple(int(fields[name].split()[0]) * 1024 for name in ("MemAvailable", "MemTotal"))  # type: ignore

@@ -1,0 +1,124 @@
+"""What a training run will hold in memory, from its recipe alone.
+
+The run's own optimiser, last sampled token and update are carried out at the longest rollout, on models
+without values, so there is no formula that could drift from the code.
+"""
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    UnsupportedOperatorException,
+)
+
+from oprd.errors import UserError
+from oprd.longest import Longest
+from oprd.machine import Machine
+from oprd.meters import MB
+from oprd.rehearsal import GRADIENTS, OPTIMISER, STUDENT, TEACHER, Rehearsal
+
+PROCESS, ENGINE = "process and libraries", "vLLM"
+BUCKETS, GATHERED = "DDP's buckets", "layers gathered whole"
+
+Parts = dict[str, int]
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """Bytes by part on one rank, at the fullest moment of the rollouts and of the update.
+
+    `step` is the update, 0-based, that holds most: schedules switch terms on and off.
+    """
+
+    rollout: Parts
+    update: Parts
+    step: int
+
+    @property
+    def rollout_mb(self) -> float:
+        """The fullest moment of the rollouts, in 10⁶ bytes: what `memory/rollout_peak_mb` measures."""
+        return sum(self.rollout.values()) / MB
+
+    @property
+    def update_mb(self) -> float:
+        """The fullest moment of the update, in 10⁶ bytes: what `memory/peak_mb` measures."""
+        return sum(self.update.values()) / MB
+
+    @property
+    def peak_mb(self) -> float:
+        """The fullest moment of all, in 10⁶ bytes."""
+        return max(self.rollout_mb, self.update_mb)
+
+
+def plan_memory(
+    student: str, settings: Any, longest: Longest, machine: Machine, peft_config: Any = None
+) -> MemoryPlan:
+    """The plan of a run with the keys of `settings`, an `OPRDConfig`; raises `UserError` as the run would."""
+    with _told_once(), _explained(student):
+        rehearsal = Rehearsal(student, settings, longest, machine.device, peft_config)
+        measure = rehearsal.footprint.peak_of
+        measure(rehearsal.first_step)
+        updates = {step: measure(partial(rehearsal.update, step)) for step in _steps(settings)}
+        rollout = measure((lambda: None) if settings.use_vllm else rehearsal.roll_out)
+        step = max(updates, key=lambda step: sum(updates[step].values()))
+        rollout, update = (_on_rank(rehearsal, parts, machine) for parts in (rollout, updates[step]))
+    if settings.use_vllm and settings.vllm_mode == "colocate":
+        engine = int(settings.vllm_gpu_memory_utilization * machine.device_bytes)
+        rollout[ENGINE] = engine
+        update |= {} if settings.vllm_enable_sleep_mode else {ENGINE: engine}
+    return MemoryPlan(rollout, update, step)
+
+
+def _on_rank(rehearsal: Rehearsal, parts: Parts, machine: Machine) -> Parts:
+    """What one of several ranks holds: its share if the weights are sharded, and what sharing them takes."""
+    parts = {PROCESS: machine.process_bytes} | parts if machine.process_bytes else dict(parts)
+    if machine.ranks == 1:
+        return parts
+    if not machine.sharded:
+        return parts | {BUCKETS: rehearsal.trained_bytes}
+    for part in (STUDENT, GRADIENTS, OPTIMISER, TEACHER):
+        if part in parts:
+            parts[part] = -(-parts[part] // machine.ranks)
+    models = (rehearsal.student, rehearsal.teacher.model)
+    return parts | {GATHERED: max(map(rehearsal.largest_block, models))}
+
+
+def _steps(settings: Any) -> list[int]:
+    """One update, 0-based, of every kind: those that differ in the terms that are on."""
+    schedules = settings.schedules.values()
+    knots = {step + after for schedule in schedules for step, _ in schedule.knots for after in (0, 1)}
+    last = settings.max_steps - 1 if settings.max_steps > 0 else max(knots)
+    kinds: dict[tuple[bool, ...], int] = {}
+    for step in sorted(min(knot, last) for knot in knots):
+        kinds.setdefault(tuple(schedule(step) > 0 for schedule in schedules), step)
+    return list(kinds.values())
+
+
+@contextmanager
+def _told_once() -> Iterator[None]:
+    """The run will say what it freezes and ties; a plan is made many times."""
+    logger = logging.getLogger("oprd")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+@contextmanager
+def _explained(student: str) -> Iterator[None]:
+    """Speak for architectures whose computation depends on values, of which a plan has none."""
+    try:
+        yield
+    except (DataDependentOutputException, DynamicOutputShapeException, UnsupportedOperatorException) as error:
+        raise UserError(
+            f"the memory of {student} and its teacher cannot be planned, since what they compute depends on "
+            f"values ({error}): try it with oprd train --dry_run true"
+        ) from error

@@ -1,0 +1,225 @@
+"""A run's models in shape alone, and what the run does with them: its first step, last token and update."""
+
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, Trainer
+
+from oprd.batch import Batch, Inputs, weigh_rows
+from oprd.capture import blocks
+from oprd.decoding import sample_last_token
+from oprd.errors import UserError
+from oprd.footprint import Footprint
+from oprd.longest import Longest, rollouts_at_once
+from oprd.meters import Stopwatch
+from oprd.models import load_tokenizer, resolve_model
+from oprd.output_term import OutputTerm
+from oprd.teacher import Teacher
+from oprd.translation import Translation
+from oprd.update import Update
+
+STUDENT, GRADIENTS, OPTIMISER = "student's weights", "student's gradients", "optimiser's state"
+TEACHER, READING, REFERENCE = "teacher's weights", "teacher's forward", "bridge and anchor"
+SAMPLING, ACTIVATIONS, LOGITS = "cache and sampling", "student's activations", "output loss"
+
+
+class Rehearsal:
+    """What a run with the keys of `settings`, an `OPRDConfig`, would build on `device`, without values.
+
+    Raises `UserError` where the run would.
+    """
+
+    def __init__(
+        self, student: str, settings: Any, longest: Longest, device: torch.device, peft_config: Any = None
+    ) -> None:
+        self.settings, self.longest, self.device = settings, longest, device
+        self.footprint = Footprint(device)
+        located = resolve_model(student)
+        self._tokenizer = load_tokenizer(located)
+        self.student = self._student(located, peft_config)
+        self.teacher = self._teacher(resolve_model(settings.teacher_model_name_or_path))
+        self.objective = self._bind()
+        self._trained = [weight for weight in self.student.parameters() if weight.requires_grad]
+        for weight in self._trained:
+            weight.register_post_accumulate_grad_hook(lambda w: self.footprint.hold(w.grad, GRADIENTS))
+        self._optimizer = _optimizer(settings, self.student, self._trained)
+
+    def first_step(self) -> None:
+        """The optimiser's first step, after which its state is there."""
+        with self.footprint.part(GRADIENTS):
+            for weight in self._trained:
+                weight.grad = torch.zeros_like(weight)
+        self._step()
+
+    def roll_out(self) -> None:
+        """The last token of all the rollouts that a step asks Hugging Face's generate for."""
+        count = self.settings.per_device_train_batch_size * self.settings.gradient_accumulation_steps
+        with self.footprint.part(SAMPLING), self._autocast():
+            sample_last_token(self.student, self.longest.rollouts(count, self.device), self.settings)
+
+    def update(self, step: int) -> None:
+        """Update `step`, 0-based: a micro-batch, another on its gradients if there is one, the optimiser."""
+        settings = self.settings
+        size, count = rollouts_at_once(
+            settings,
+            self.longest,
+            settings.per_device_train_batch_size,
+            settings.gradient_accumulation_steps,
+        )
+        batch = Batch.of(self.inputs(size))
+        for _ in range(min(count, 2)):
+            with self.footprint.part(ACTIVATIONS):
+                with self._autocast():
+                    loss = self.objective.loss(batch, step)
+                loss.backward()
+                del loss
+        if settings.max_grad_norm:
+            nn.utils.clip_grad_norm_(self._trained, settings.max_grad_norm)
+        self._step()
+        self.objective.watch.clear()
+        self.objective.averages.pop(lambda values: torch.zeros(values.shape))
+
+    def largest_block(self, model: nn.Module) -> int:
+        """Bytes of the weights that a sharded `model` has whole at a time: a block's, or the root's."""
+        stack = list(blocks(model))
+        sizes = [_bytes(block) for block in stack]
+        return max(*sizes, _bytes(model) - sum(sizes))
+
+    @property
+    def trained_bytes(self) -> int:
+        """Bytes of the weights that are trained."""
+        return sum(weight.nbytes for weight in self._trained)
+
+    def _student(self, located: str, peft_config: Any) -> Any:
+        settings = self.settings
+        model, is_mapped = _on_meta(located, settings.model_init_kwargs or {}, "float32")
+        if peft_config is not None:
+            from peft import get_peft_model
+
+            with torch.device("meta"):
+                model = get_peft_model(model, peft_config)
+            if settings.gradient_checkpointing:
+                model.enable_input_require_grads()
+        if settings.gradient_checkpointing:
+            model.gradient_checkpointing_enable(settings.gradient_checkpointing_kwargs)
+        return self._place(model, STUDENT, self.device, is_mapped).train()
+
+    def _teacher(self, located: str) -> Teacher:
+        settings = self.settings
+        given = {"trust_remote_code": settings.trust_remote_code} | (settings.teacher_model_init_kwargs or {})
+        dtype = "auto" if settings.bf16 or settings.fp16 else "float32"
+        model, is_mapped = _on_meta(located, given, dtype)
+        elsewhere = given.get("device_map") == "cpu"
+        device = torch.device("cpu") if elsewhere else self.device
+        model = self._place(model, TEACHER, device, is_mapped)
+        return Teacher(model, load_tokenizer(located))
+
+    def _place(self, model: Any, part: str, device: torch.device, is_mapped: bool) -> Any:
+        on_file = is_mapped and device.type == "cpu"
+        for tensor in self.footprint.without_values(model, device):
+            (self.footprint.hold_when_read if on_file else self.footprint.hold)(tensor, part)
+        return model
+
+    def _bind(self) -> Update:
+        with self.footprint, self.footprint.part(REFERENCE):
+            update = Update.bind(self.settings, self.student, self._tokenizer, self.teacher, self.device)
+        if update.anchor is not None and update.anchor.reference is not self.student:
+            for weight in update.anchor.reference.parameters():
+                self.footprint.hold(weight, REFERENCE)
+        output = _Output(self.settings, self.student, self.teacher, update.output.vocabulary, self.footprint)
+        return replace(update, stopwatch=_Parts(self.footprint), output=output)
+
+    def inputs(self, count: int) -> Inputs:
+        """A micro-batch of `count` of the longest rollouts, with the weight of every row."""
+        settings, batch = self.settings, self.longest.rollouts(count, self.device)
+        translation = Translation(
+            self._tokenizer,
+            self.teacher.tokenizer,
+            settings.teacher_chat_template,
+            settings.teacher_tokenization,
+            settings.teacher_chat_template_kwargs,
+        )
+        if not translation.is_identity:
+            read = translation.prompts([self.longest.prompt] * count)
+            batch |= read | {"teacher_prompt_ids": read["teacher_prompt_ids"].to(self.device)}
+            batch |= translation.responses(batch["completion_ids"], batch["completion_mask"])[0]
+        whole = torch.zeros(count, dtype=torch.bool)
+        vocabulary = self.objective.output.vocabulary
+        return batch | weigh_rows(batch, whole, settings, lambda units: units, vocabulary)
+
+    def _step(self) -> None:
+        with self.footprint.part(OPTIMISER):
+            self._optimizer.step()
+        for weight in self._trained:
+            weight.grad = None
+
+    def _autocast(self) -> AbstractContextManager:
+        mixed = self.settings.bf16 or self.settings.fp16
+        dtype = torch.bfloat16 if self.settings.bf16 else torch.float16
+        return torch.autocast(self.device.type, dtype if mixed else None, enabled=mixed)
+
+
+class _Parts(Stopwatch):
+    """Tells what the parts of an update hold, where a stopwatch tells what they take."""
+
+    def __init__(self, footprint: Footprint) -> None:
+        self._footprint = footprint
+
+    def part(self, name: str) -> Any:
+        return self._footprint.part(READING)
+
+
+@dataclass(frozen=True)
+class _Output(OutputTerm):
+    """An output term whose memory is counted as a part of its own."""
+
+    footprint: Footprint
+
+    def loss(self, *args: Any) -> Any:
+        with self.footprint.part(LOGITS):
+            return super().loss(*args)
+
+
+class _EightBit(torch.optim.Optimizer):
+    """The state of bitsandbytes' optimisers: two bytes a weight, and two float32 scales for 256 of them."""
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for weight in self.param_groups[0]["params"]:
+            if weight not in self.state:
+                state = [weight.new_zeros(weight.numel(), dtype=torch.uint8) for _ in range(2)]
+                scales = weight.new_zeros(2, -(-weight.numel() // 256), dtype=torch.float32)
+                self.state[weight] = {"state": state, "scales": scales}
+
+
+def _optimizer(settings: Any, student: Any, trained: list[nn.Parameter]) -> torch.optim.Optimizer:
+    if "8bit" in settings.optim:
+        return _EightBit(trained, {})
+    try:
+        kind, kwargs = Trainer.get_optimizer_cls_and_kwargs(settings, student)
+    except (ImportError, ValueError) as error:
+        raise UserError(f"optim: {settings.optim}: {error}") from error
+    return kind(trained, **kwargs)
+
+
+def _on_meta(located: str, given: dict[str, Any], dtype: str) -> tuple[Any, bool]:
+    """The model of a config in the dtype that the run loads it in, and whether its file has that dtype.
+
+    On a CPU such weights are mapped from the file: what is never read takes no memory.
+    """
+    hub = {key: given[key] for key in ("revision", "trust_remote_code") if key in given}
+    config = AutoConfig.from_pretrained(located, **hub)
+    stored, wanted = config.dtype, given.get("dtype", dtype)
+    if wanted in ("auto", None):
+        wanted = stored or torch.float32
+    wanted = getattr(torch, wanted) if isinstance(wanted, str) else wanted
+    kwargs = {key: given[key] for key in ("attn_implementation", "trust_remote_code") if key in given}
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=wanted, **kwargs)
+    return model, wanted == stored
+
+
+def _bytes(module: nn.Module) -> int:
+    return sum(weight.nbytes for weight in module.parameters())

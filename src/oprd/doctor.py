@@ -85,8 +85,8 @@ def examine(run: RunArguments, config: OPRDConfig, ranks: int | None = None) -> 
     """Look at a recipe on this machine; raises `UserError` for what a run would refuse."""
     longest, count = longest_rollout(run, config)
     machine = Machine.here(config, ranks)
-    plan = plan_memory(run.model_name_or_path, config, longest, machine)
-    knob = first_knob(run.model_name_or_path, config, longest, machine, plan)
+    plan = plan_memory(run.model_name_or_path, config, longest, machine, run.lora)
+    knob = first_knob(run.model_name_or_path, config, longest, machine, plan, run.lora)
     findings = (
         Finding("recipe", f"{run.model_name_or_path} learns from {config.teacher_model_name_or_path}"),
         Finding("prompts", f"{count}, the longest of {len(longest.prompt_ids)} tokens"),

@@ -1,6 +1,7 @@
 """`oprd train RECIPE --dry_run`: updates of the longest rollouts, to see whether they fit, and no run."""
 
 import copy
+import gc
 import os
 import tempfile
 import time
@@ -45,19 +46,22 @@ def try_longest(run: RunArguments, config: OPRDConfig) -> str:
     """
     longest, _ = longest_rollout(run, config)
     machine = Machine.here(config)
-    plan = plan_memory(run.model_name_or_path, config, longest, machine)
+    plan = plan_memory(run.model_name_or_path, config, longest, machine, run.lora)
     started = time.perf_counter()
+    peaks = None
     try:
         with _ends_where_memory_does(machine):
-            peaks = dry_run(run.model_name_or_path, config, longest, plan.step)
+            peaks = dry_run(run.model_name_or_path, config, longest, plan.step, peft_config=run.lora)
     except (RuntimeError, MemoryError) as error:
         if not _is_out_of_memory(error):
             raise
-        knob = first_knob(run.model_name_or_path, config, longest, machine, plan)
+    if peaks is None:
+        gc.collect()  # what the run held, or no plan of a knob would find room
+        knob = first_knob(run.model_name_or_path, config, longest, machine, plan, run.lora)
         raise RuntimeError(
             f"out of memory at the longest rollout ({longest.num_tokens} tokens, planned {plan.peak_mb:,.0f} "
             f"of {machine.free_bytes / MB:,.0f} MB); {advice(plan, knob)}"
-        ) from error
+        )
     planned = {"memory/peak_mb": plan.update_mb, "memory/rollout_peak_mb": plan.rollout_mb}
     shown = [f"{name} {peaks[name]:,.0f} (planned {planned[name]:,.0f})" for name in planned if name in peaks]
     took = (

@@ -23,7 +23,12 @@ class Knob:
 
 
 def first_knob(
-    student: str, config: OPRDConfig, longest: Longest, machine: Machine, plan: MemoryPlan
+    student: str,
+    config: OPRDConfig,
+    longest: Longest,
+    machine: Machine,
+    plan: MemoryPlan,
+    peft_config: Any = None,
 ) -> Knob | None:
     """The first knob, cheapest first, that makes a run fit, or that saves something worth it if it fits.
 
@@ -32,7 +37,7 @@ def first_knob(
     best: Knob | None = None
     for keys, other, elsewhere in _knobs(config, longest, machine):
         longest_then = replace(longest, response_ids=longest.response_ids[: other.max_completion_length])
-        knob = Knob(keys, plan_memory(student, other, longest_then, elsewhere).peak_mb)
+        knob = Knob(keys, plan_memory(student, other, longest_then, elsewhere, peft_config).peak_mb)
         if plan.peak_mb - knob.peak_mb < WORTHWHILE * plan.peak_mb:
             continue
         if knob.peak_mb * MB <= machine.free_bytes:
@@ -63,8 +68,8 @@ def _knobs(
         yield "FSDP, which shards both models", config, replace(machine, sharded=True)
     teacher = dict(config.teacher_model_init_kwargs or {})
     turns = []
-    if machine.device.type != "cpu" and "device_map" not in teacher:
-        turns.append({"teacher_model_init_kwargs": teacher | {"device_map": "cpu"}})
+    if machine.device.type != "cpu" and "device_map" not in teacher and not config.teacher_offload:
+        turns.append({"teacher_offload": True})
     if teacher.get("dtype", "auto" if config.bf16 else "float32") == "float32":
         turns.append({"teacher_model_init_kwargs": teacher | {"dtype": "bfloat16"}})
     if len(longest.response_ids) > 1:

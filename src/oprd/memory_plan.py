@@ -78,6 +78,8 @@ def plan_memory(
 def _on_rank(rehearsal: Rehearsal, parts: Parts, machine: Machine) -> Parts:
     """What one of several ranks holds: its share if the weights are sharded, and what sharing them takes."""
     parts = {PROCESS: machine.process_bytes} | parts if machine.process_bytes else dict(parts)
+    if (resting := rehearsal.resting_teacher_bytes) is not None and TEACHER in parts:
+        parts[TEACHER] = resting
     if machine.ranks == 1:
         return parts
     if not machine.sharded:

@@ -35,7 +35,7 @@ def resolve_model(name: str, **hub_kwargs: Any) -> str:
         return str(folder)
     path = Path(name).expanduser()
     if holds_adapters(name):
-        resolve_model(json.loads((path / ADAPTER_FILE).read_text())["base_model_name_or_path"])
+        resolve_model(base_model(name))
         return str(path)
     if path.exists() and not (path / "config.json").is_file():
         raise UserError(f"{name} is not a model folder: it holds no config.json")
@@ -53,6 +53,13 @@ def holds_adapters(name: str) -> bool:
     """Whether a folder holds adapters and the name of the model they belong to, and no model."""
     path = Path(name).expanduser()
     return (path / ADAPTER_FILE).is_file() and not (path / "config.json").is_file()
+
+
+def base_model(name: str) -> str:
+    """The name of the model that a folder of adapters belongs to; that of a model is its own."""
+    if not holds_adapters(name):
+        return name
+    return json.loads((Path(name).expanduser() / ADAPTER_FILE).read_text())["base_model_name_or_path"]
 
 
 def load_tokenizer(name: str, **kwargs: Any) -> PreTrainedTokenizerBase:

@@ -15,7 +15,7 @@ from oprd.errors import UserError
 from oprd.footprint import Footprint
 from oprd.longest import Longest, rollouts_at_once
 from oprd.meters import Stopwatch
-from oprd.models import load_tokenizer, resolve_model
+from oprd.models import base_model, load_tokenizer, resolve_model
 from oprd.output_term import OutputTerm
 from oprd.teacher import Teacher
 from oprd.translation import Translation
@@ -23,6 +23,7 @@ from oprd.update import Update
 
 STUDENT, GRADIENTS, OPTIMISER = "student's weights", "student's gradients", "optimiser's state"
 TEACHER, READING, REFERENCE = "teacher's weights", "teacher's forward", "bridge and anchor"
+QUANTISED_BYTES = {"8bit": 1, "4bit": 0.5 + 4 / 64}  # with a float32 scale for 64 weights
 SAMPLING, ACTIVATIONS, LOGITS = "cache and sampling", "student's activations", "output loss"
 
 
@@ -40,7 +41,7 @@ class Rehearsal:
         located = resolve_model(student)
         self._tokenizer = load_tokenizer(located)
         self.student = self._student(located, peft_config)
-        self.teacher = self._teacher(resolve_model(settings.teacher_model_name_or_path))
+        self.teacher = self._teacher(base_model(resolve_model(settings.teacher_model_name_or_path)))
         self.objective = self._bind()
         self._trained = [weight for weight in self.student.parameters() if weight.requires_grad]
         for weight in self._trained:
@@ -89,6 +90,20 @@ class Rehearsal:
         return max(*sizes, _bytes(model) - sum(sizes))
 
     @property
+    def resting_teacher_bytes(self) -> int | None:
+        """Bytes of a teacher's weights that rest elsewhere or in fewer bits; None if it is neither."""
+        model, kind = self.teacher.model, self.settings.teacher_quantization
+        if kind != "none":
+            linear = [
+                m.weight for block in blocks(model) for m in block.modules() if isinstance(m, nn.Linear)
+            ]
+            saved = sum(weight.nbytes - weight.numel() * QUANTISED_BYTES[kind] for weight in linear)
+            return int(_bytes(model) - saved)
+        if self.settings.teacher_offload and self.device.type != "cpu":
+            return self.largest_block(model)
+        return None
+
+    @property
     def trained_bytes(self) -> int:
         """Bytes of the weights that are trained."""
         return sum(weight.nbytes for weight in self._trained)
@@ -126,7 +141,7 @@ class Rehearsal:
     def _bind(self) -> Update:
         with self.footprint, self.footprint.part(REFERENCE):
             update = Update.bind(self.settings, self.student, self._tokenizer, self.teacher, self.device)
-        if update.anchor is not None and update.anchor.reference is not self.student:
+        if update.anchor is not None and update.anchor.reference.model is not self.student:
             for weight in update.anchor.reference.parameters():
                 self.footprint.hold(weight, REFERENCE)
         output = _Output(self.settings, self.student, self.teacher, update.output.vocabulary, self.footprint)

@@ -82,6 +82,16 @@ def test_adapters_packed_batches_and_evaluation(start, tmp_path):
     assert not any("time/sync_seconds" in step or "rollout/logprob_gap" in step for step in later)
 
 
+def test_two_ranks_with_an_engine_each(start, tmp_path):
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "oprd.cli"]
+    flags = ["--use_vllm", "true", "--max_steps", "2", "--per_device_train_batch_size", "4"]
+    ended = start(*launcher, "train", RECIPES / "vanilla.yaml", *flags, "--output_dir", tmp_path / "run")
+    assert ended.returncode == 0, ended.stderr[-3000:]
+    steps = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert len(steps) == 2
+    assert all(step["rollout/logprob_gap"] < 1e-3 and step["grad_norm"] > 0 for step in steps)
+
+
 def test_log_probs_are_the_models_own_in_every_sampling_setting(start, tmp_path):
     assert work(start, "cuts", tmp_path / "run")["gap"] < 1e-3
 

@@ -142,6 +142,7 @@ def test_a_dry_run_tries_the_longest_rollouts_and_leaves_nothing(capsys, recipe,
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="limits the memory of a process as Linux does")
 def test_running_out_of_memory_names_the_first_knob(recipe):
     path = recipe(per_device_train_batch_size=32, max_completion_length=512)

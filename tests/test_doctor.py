@@ -29,7 +29,7 @@ RECIPE = {
     "gradient_checkpointing": False,
     "report_to": "none",
 }
-TOO_LONG = {"per_device_train_batch_size": 256, "max_completion_length": 16_384}
+TOO_LONG = {"per_device_train_batch_size": 128, "max_completion_length": 16_384}
 
 
 @pytest.fixture
@@ -55,6 +55,7 @@ def test_a_run_that_fits(capsys, recipe, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["prompts.jsonl", "recipe.yaml"]
 
 
+@pytest.mark.slow
 def test_a_run_that_does_not_fit(capsys, recipe):
     assert cli.run(["doctor", recipe(**TOO_LONG), "--json"]) == 2
     out, error = capsys.readouterr()
@@ -142,15 +143,25 @@ def test_a_dry_run_tries_the_longest_rollouts_and_leaves_nothing(capsys, recipe,
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="limits the memory of a process as Linux does")
 def test_running_out_of_memory_names_the_first_knob(recipe):
-    path = recipe(per_device_train_batch_size=32, max_completion_length=512)
-    script = (
-        "import resource, sys; from oprd import cli, trainer; from oprd.meters import resident_mb;"
-        "room = int(resident_mb('VmData') * 1e6) + 800 * 10**6;"
-        "resource.setrlimit(resource.RLIMIT_DATA, (room, room));"
-        "cli.main(sys.argv[1:])"
-    )
+    path = recipe(per_device_train_batch_size=32, max_completion_length=2048)
+    script = """
+import resource, sys
+from oprd import cli, dry_run
+from oprd.meters import MB, resident_mb
+
+begin = dry_run.dry_run
+
+def in_little_room(*args):
+    room = int((resident_mb("VmData") + 300) * MB)
+    resource.setrlimit(resource.RLIMIT_DATA, (room, resource.RLIM_INFINITY))
+    return begin(*args)
+
+dry_run.dry_run = in_little_room
+cli.main(sys.argv[1:])
+"""
     command = [sys.executable, "-c", script, "train", path, "--dry_run"]
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 1, result.stderr

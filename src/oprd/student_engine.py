@@ -16,7 +16,7 @@ from oprd.meters import Stopwatch
 CHECKED_TOKENS = 32
 # Mean |Δ log-prob| in nats over the checked tokens, above which weights and not rounding differ. Two float32
 # implementations are 1e-7 to 1e-5 apart, two bfloat16 ones 0.003 (at worst 0.015 in 16 steps of a tiny pair;
-# about 0.02 is told of models of many layers); one step at rate 1e-3 that did not arrive is 0.18 or more away.
+# about 0.02 is told of models of many layers); a step at rate 1e-3 that did not arrive is 0.18 or more away.
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.1}
 
 

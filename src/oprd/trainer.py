@@ -6,7 +6,7 @@ The only module that imports trl.
 import copy
 import logging
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -20,8 +20,7 @@ from trl import DistillationConfig, DistillationTrainer
 from trl.generation import vllm_generation
 from trl.trainer.utils import RepeatSampler
 
-from oprd.alignment import AlignedResponse
-from oprd.batch import TERMS, Batch, on_host, truncated_rollouts, weigh_rows
+from oprd.batch import Batch, on_host
 from oprd.bridge.drift import DriftMonitor
 from oprd.card import model_card
 from oprd.errors import UserError
@@ -30,21 +29,19 @@ from oprd.importance import check_correction
 from oprd.intake import usable_prompts
 from oprd.meters import MemoryMeter
 from oprd.models import holds_adapters, resolve_model
-from oprd.packing import repack
 from oprd.recorder import Recorder
-from oprd.rollouts import eval_mode, render_prompt
+from oprd.rollout_trainer import PACKED, RolloutTrainer
+from oprd.rollouts import render_prompt
 from oprd.saving import ResumableTrainer
 from oprd.settings import ObjectiveSettings
 from oprd.sharding import Sharding
-from oprd.student_engine import StudentEngine, check_gap, log_prob_gaps
+from oprd.student_engine import StudentEngine
 from oprd.teacher import Teacher, quantization
 from oprd.translation import Translation
 from oprd.update import Update
 from oprd.vllm_engine import check_server, check_training, training_engines
 
 logger = logging.getLogger(__name__)
-
-PACKED = "micro_batches"  # where a buffered batch is a list of others
 
 
 class EpochSampler(RepeatSampler):
@@ -100,7 +97,7 @@ class OPRDConfig(ObjectiveSettings, DistillationConfig):
         super().__post_init__()
 
 
-class OPRDTrainer(ResumableTrainer, DistillationTrainer):
+class OPRDTrainer(ResumableTrainer, RolloutTrainer, DistillationTrainer):
     """On-policy distillation in representation space, output space, or both (Eq. 6–7).
 
     `model` and `teacher_model` are names (`tiny:student`, a folder, a Hub name) or model objects;
@@ -110,7 +107,6 @@ class OPRDTrainer(ResumableTrainer, DistillationTrainer):
 
     _tag_names = ("trl", "oprd")
     _name = "OPRD"
-    _buffered_inputs: Any
     vllm_generation: Any
 
     def __init__(
@@ -245,16 +241,6 @@ class OPRDTrainer(ResumableTrainer, DistillationTrainer):
 
     # Rollouts
 
-    def _generate_single_turn(self, prompt_ids: Any, *args: Any, **kwargs: Any) -> Any:
-        with self.whole_student():
-            return super()._generate_single_turn(prompt_ids, *args, **kwargs)
-
-    def whole_student(self) -> AbstractContextManager[None]:
-        """Within it the student generates with weights of its own on every rank; vLLM needs none."""
-        if self.sharding is None or self.use_vllm:
-            return nullcontext()
-        return self.sharding.whole(self.model)
-
     def _get_train_sampler(self, dataset: Dataset | None = None) -> Sampler:
         return EpochSampler(
             epoch=lambda: int(self.state.epoch or 0),
@@ -264,91 +250,6 @@ class OPRDTrainer(ResumableTrainer, DistillationTrainer):
             repeat_count=self.args.gradient_accumulation_steps,
             shuffle=self.shuffle_dataset,
             seed=self.args.seed,
-        )
-
-    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
-        """TRL's rollouts, with the weight of every row, counted over ranks and the whole window."""
-        with self.update.stopwatch.part("rollout"), self.memory.rollout():
-            batch = on_host(super()._generate_and_score_completions(inputs))
-        if self.engine is not None:
-            batch |= self._read_engine(self.engine, batch)
-        aligned: list[AlignedResponse] = []
-        if not self.translation.is_identity:
-            prompts = [row["prompt"] for row in inputs]
-            read = self.translation.prompts(prompts, **self._tool_kwargs(self.translation))
-            ids = {"teacher_prompt_ids": read["teacher_prompt_ids"].to(self.accelerator.device)}
-            batch |= read | ids
-            read, aligned = self.translation.responses(batch["completion_ids"], batch["completion_mask"])
-            batch |= read
-        batch |= self._row_weights(batch)
-        if self.model.training:
-            self._describe(batch, aligned)
-            self._observe(batch)
-        return batch
-
-    def _read_engine(self, engine: StudentEngine, batch: dict[str, Any]) -> dict[str, Tensor]:
-        """The engine's log-probs of the sampled tokens, after a check that it holds the student's weights."""
-        drawn, device = engine.take(), self.accelerator.device
-        if engine.unchecked:
-            with self.update.stopwatch.part("check"), eval_mode(self.model), self.accelerator.autocast():
-                gaps = log_prob_gaps(self.model_wrapped, drawn, device)
-            self.update.averages.add("rollout/logprob_gap", gaps.sum(), len(gaps))
-            worst = self.accelerator.gather(gaps.mean()[None]).max().item()  # every rank stops, or none
-            dtypes = (engine.dtype, self.model.dtype, _computed_in(self.args))
-            check_gap(worst, dtypes, self.state.global_step + 1)
-            engine.unchecked = False
-        width = batch["completion_ids"].shape[1]
-        return {} if self.tools else {"engine_log_probs": drawn.padded(width, device)}
-
-    def _prepare_inputs(self, generation_batch: Any) -> Any:
-        """The next micro-batch of the window; with a token budget, a list of them in its place."""
-        inputs = super()._prepare_inputs(generation_batch)
-        budget = self.args.max_tokens_per_micro_batch
-        if budget is None or not self.model.training:
-            return inputs
-        if PACKED not in inputs:  # a window that has just been rolled out
-            window = self._buffered_inputs
-            self._buffered_inputs = [{PACKED: parts} for parts in repack(window, budget, self._most)]
-            inputs = self._buffered_inputs[self._step % self.args.gradient_accumulation_steps]
-        return inputs
-
-    def _most(self, count: int) -> int:
-        counts = torch.tensor([count], device=self.accelerator.device)
-        return int(self.accelerator.gather(counts).max())
-
-    def _row_weights(self, batch: dict[str, Any]) -> dict[str, Tensor]:
-        truncated = truncated_rollouts(batch, self.eos_token_ids)
-        vocabulary = self.update.output.vocabulary
-        return weigh_rows(batch, truncated, self.args, self._sum_over_ranks, vocabulary)
-
-    def _describe(self, batch: dict[str, Any], aligned: list[AlignedResponse]) -> None:
-        averages, lengths = self.update.averages, batch["completion_mask"].sum(-1).float()
-        truncated = truncated_rollouts(batch, self.eos_token_ids)
-        left_out = truncated.sum() * self.args.mask_truncated_completions
-        averages.add("rollout/mean_length", lengths.sum(), len(lengths))
-        averages.add("rollout/truncated_share", truncated.sum(), len(lengths))
-        averages.add("rollout/left_out", left_out)
-        if aligned:
-            paired, rows = sum(len(a.rows) for a in aligned), sum(a.num_rows for a in aligned)
-            averages.add("rollout/coverage", paired, rows)
-            averages.add("rollout/invalid_utf8", sum(a.invalid_utf8 for a in aligned))
-        for term in TERMS[:2]:
-            averages.add(f"rollout/{term}_rows", (batch[f"{term}_weights"] > 0).sum())
-
-    def _observe(self, batch: dict[str, Any]) -> None:
-        every = self.args.diagnostics_steps
-        if every and (self.state.global_step + 1) % every == 0:
-            size = self.args.per_device_train_batch_size
-            first = Batch.of({key: value[:size] for key, value in batch.items() if value.ndim})
-            with self.update.stopwatch.part("diagnostics"), torch.no_grad():
-                self._through(self.model_wrapped, self.update.observe, first)
-
-    def _tool_kwargs(self, translation: Translation) -> dict[str, Any]:
-        """Template arguments by which the teacher's prompts show the tools."""
-        if not self.tools:
-            return {}
-        return {"tools": self.tools} | (
-            {} if translation.own_template else {"chat_template": self.chat_template}
         )
 
     # The update
@@ -438,10 +339,6 @@ class OPRDTrainer(ResumableTrainer, DistillationTrainer):
         (folder / "README.md").write_text(
             model_card(folder, **self._names, dataset=dataset_name, settings=settings)
         )
-
-
-def _computed_in(args: OPRDConfig) -> torch.dtype:
-    return torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
 
 
 def _name(model: str | PreTrainedModel | None) -> str:

@@ -30,6 +30,7 @@ from oprd.errors import UserError
 from oprd.intake import usable_prompts
 from oprd.models import load_model, load_tokenizer, resolve_model
 from oprd.prompts import load_prompts
+from oprd.ranks import Ranks, joined_ranks
 from oprd.reading import Want, read_states
 from oprd.rollouts import Engine, Rollout, left_pad, render_prompt
 from oprd.run import RESOLVED_FILE, check_folder, resolved_settings, write_resolved
@@ -48,8 +49,14 @@ GIB = 2**30
 def fit_bridge(args: BridgeArguments) -> Path:
     """Fit the bridge of a recipe, or leave a finished one alone; returns its folder.
 
-    Raises `UserError` for what the user can mend, with nothing written.
+    Under torchrun every process takes its share of the rollouts, and the first one fits. Raises `UserError`
+    for what the user can mend, with nothing written.
     """
+    with joined_ranks() as ranks:
+        return _fit_bridge(args, ranks)
+
+
+def _fit_bridge(args: BridgeArguments, ranks: Ranks) -> Path:
     folder, settings = Path(args.output_dir), resolved_settings(args)
     check_folder(folder, settings)
     if (folder / BRIDGE_FILE).exists():
@@ -59,11 +66,13 @@ def fit_bridge(args: BridgeArguments) -> Path:
             logger.warning("%s holds this bridge: nothing to do", folder)
             return folder
     check_writable(folder)
-    pair = ModelPair.load(args)
-    engine = pair.engine(args)
+    pair = ModelPair.load(args, ranks.device)
+    engine = pair.engine(args, ranks)
     prompts = _prompts(args, pair)
     fitter, layer_map = pair.fitter(args)
-    counts = accumulate(fitter, pair, prompts, args, engine)
+    counts = accumulate(fitter, pair, prompts, args, engine, ranks)
+    if not ranks.is_first:
+        return folder
     if layer_map is None:
         layer_map = fitter.best_layer_map()
         logger.info("best layer map: %s", ",".join(f"{s}={t}" for s, t in layer_map.pairs))
@@ -100,9 +109,8 @@ class ModelPair:
         self.teacher, self.translation = teacher, translation
 
     @classmethod
-    def load(cls, args: BridgeArguments) -> "ModelPair":
+    def load(cls, args: BridgeArguments, device: torch.device) -> "ModelPair":
         """The models that a recipe names."""
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         located = resolve_model(args.model_name_or_path)
         tokenizer = load_tokenizer(located)
         teacher = Teacher.load(args.teacher_model_name_or_path, {"dtype": args.dtype})
@@ -119,10 +127,14 @@ class ModelPair:
             teacher.check_ids(student)
         return cls(student, tokenizer, teacher, translation)
 
-    def engine(self, args: BridgeArguments) -> Engine:
-        """What draws the student's rollouts."""
+    def engine(self, args: BridgeArguments, ranks: Ranks) -> Engine:
+        """What draws the student's rollouts; a vLLM in this process does not share a launcher with others."""
         located = resolve_model(args.model_name_or_path)
         chosen = args.engine, args.vllm_server_base_url
+        if ranks.count > 1 and args.vllm_server_base_url is None:
+            if args.engine == "vllm":
+                raise UserError("engine: vllm takes one process: name a server, or use engine: hf")
+            chosen = "hf", None
         return choose_engine(*chosen, self.student, self.tokenizer, located, args.vllm_gpu_memory_utilization)
 
     def fitter(self, args: BridgeArguments) -> tuple[BridgeFitter, LayerMap | None]:
@@ -154,18 +166,32 @@ class ModelPair:
 
 
 def accumulate(
-    fitter: BridgeFitter, pair: ModelPair, prompts: Dataset, args: BridgeArguments, engine: Engine
+    fitter: BridgeFitter,
+    pair: ModelPair,
+    prompts: Dataset,
+    args: BridgeArguments,
+    engine: Engine,
+    ranks: Ranks,
 ) -> Counter[str]:
-    """Roll out every prompt and give the fitter both models' states; returns what was counted."""
+    """Roll out every prompt and give the fitter both models' states; returns what was counted.
+
+    Every rank takes every so-manieth batch, and has in the end what all of them have seen.
+    """
     counts: Counter[str] = Counter()
     total = len(prompts) * args.num_generations
-    with tqdm(total=total, desc="bridge", unit="rollout", dynamic_ncols=True) as progress:
+    with tqdm(
+        total=total, desc="bridge", unit="rollout", dynamic_ncols=True, disable=not ranks.is_first
+    ) as progress:
         for number, (texts, rendered) in enumerate(_batches(prompts, pair, args)):
-            rollouts = engine.generate(rendered, args.sampling, args.seed + number)
-            ids = torch.arange(counts["rollouts"], counts["rollouts"] + len(rollouts))
-            counts.update(_update(fitter, pair, texts, rollouts, ids, args))
-            progress.update(len(rollouts))
-    return counts
+            if number % ranks.count == ranks.index:
+                rollouts = engine.generate(rendered, args.sampling, args.seed + number)
+                first = number * args.batch_size
+                ids = torch.arange(first, first + len(rollouts))
+                counts.update(_update(fitter, pair, texts, rollouts, ids, args))
+            progress.update(len(texts))
+    if ranks.count > 1:
+        fitter.gather()
+    return sum(ranks.gather(counts), Counter())
 
 
 def _prompts(args: BridgeArguments, pair: ModelPair) -> Dataset:

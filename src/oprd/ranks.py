@@ -1,0 +1,53 @@
+"""The processes that torchrun or accelerate launch started: which one this is, and how many there are."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """One process of `count`."""
+
+    index: int
+    count: int
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this process writes and reports for all."""
+        return self.index == 0
+
+    @property
+    def device(self) -> torch.device:
+        """The accelerator of this process, or the CPU."""
+        if not torch.cuda.is_available():
+            return torch.device("cpu")
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+
+    def gather(self, value: Any) -> list[Any]:
+        """The `value` of every process, in order."""
+        values = [value] * self.count
+        if self.count > 1:
+            dist.all_gather_object(values, value)
+        return values
+
+
+@contextmanager
+def joined_ranks() -> Iterator[Ranks]:
+    """Join the processes of the launcher for the length of the block, or stay alone where there is none."""
+    count = int(os.environ.get("WORLD_SIZE", "1"))
+    if count == 1:
+        yield Ranks(0, 1)
+        return
+    ranks = Ranks(int(os.environ["RANK"]), count)
+    if ranks.device.type == "cuda":
+        torch.cuda.set_device(ranks.device)
+    dist.init_process_group()
+    yield ranks
+    dist.barrier()
+    dist.destroy_process_group()

@@ -1,7 +1,11 @@
 """`oprd bridge` from recipe to folder: what it writes, that it is the fit by hand, and what it refuses."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,8 +19,12 @@ from oprd import cli
 from oprd.alignment import align_tokens, row_pairs
 from oprd.bridge import Bridge
 from oprd.bridge.identity import identity
+from oprd.bridge_recipe import parse_bridge_recipe
+from oprd.bridge_run import ModelPair
+from oprd.errors import UserError
 from oprd.models import TINY_MODELS
 from oprd.prompts import load_prompts
+from oprd.ranks import Ranks
 from oprd.rollouts import Sampling, generate
 
 RECIPE = {
@@ -406,3 +414,51 @@ def test_a_foreign_folder(run, fitted, tmp_path, capsys, content):
     assert run(folder) == 2
     assert "choose another output_dir" in capsys.readouterr().err
     assert snapshot(folder) == before
+
+
+@pytest.mark.slow
+def test_two_ranks_fit_the_bridge_of_one(tmp_path):
+    """40 prompts in batches of 7: rank 0 has one batch more, and the last one is short."""
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump(RECIPE | {"batch_size": 7, "rank": "auto", "engine": "hf"}))
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    for folder, launcher in (("one", [sys.executable]), ("two", torchrun)):
+        done = subprocess.run(
+            [*launcher, "-m", "oprd.cli", "bridge", str(recipe), "--output_dir", str(tmp_path / folder)],
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert {path.name for path in (tmp_path / folder).iterdir()} == FILES
+    one, two = (load_file(tmp_path / folder / "bridge.safetensors") for folder in ("one", "two"))
+    assert one.keys() == two.keys()
+    for name, tensor in one.items():
+        torch.testing.assert_close(two[name], tensor, rtol=1e-5, atol=1e-6)
+    reports = [json.loads((tmp_path / folder / "report.json").read_text()) for folder in ("one", "two")]
+    for report in reports:
+        report["settings"].pop("output_dir")
+    same_numbers(*reports)
+
+
+def same_numbers(one, two, where="report"):
+    """Equal but for rounding, through dictionaries and lists."""
+    if isinstance(one, dict):
+        assert one.keys() == two.keys(), where
+        for key in one:
+            same_numbers(one[key], two[key], f"{where}.{key}")
+    elif isinstance(one, list):
+        assert len(one) == len(two), where
+        for i, pair in enumerate(zip(one, two, strict=True)):
+            same_numbers(*pair, f"{where}[{i}]")
+    else:
+        assert two == (pytest.approx(one, rel=1e-4, abs=1e-6) if isinstance(one, float) else one), where
+
+
+def test_an_engine_in_the_process_is_refused_among_ranks():
+    args = parse_bridge_recipe(
+        Path(__file__).parents[2] / "recipes" / "tiny" / "bridge.yaml", ["--engine", "vllm"]
+    )
+    pair = ModelPair.load(args, torch.device("cpu"))
+    with pytest.raises(UserError, match="engine: vllm takes one process"):
+        pair.engine(args, Ranks(0, 2))

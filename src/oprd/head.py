@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor
 
 from oprd.capture import backbone
 from oprd.errors import UserError
-from oprd.footprint import has_values
+from oprd.models import weights_are_here
 
 HALF = (torch.bfloat16, torch.float16)
 
@@ -113,9 +113,7 @@ class Head:
     @torch.no_grad()
     def _check(self, model: Any) -> None:
         """Architectures scale their logits in ways no list of ours can keep up with: compare once."""
-        weight = self.linear.weight
-        awaited = weight.is_meta and not hasattr(self.linear, "_hf_hook")  # FSDP will send it from rank 0
-        if awaited or not has_values(weight):
+        if not weights_are_here(model):
             return
         ids = torch.arange(4, device=model.device)[None] % self.vocabulary
         training = model.training

@@ -6,6 +6,8 @@ from typing import Any
 
 import torch
 from peft import AutoPeftModelForCausalLM
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -60,6 +62,13 @@ def base_model(name: str) -> str:
     if not holds_adapters(name):
         return name
     return json.loads((Path(name).expanduser() / ADAPTER_FILE).read_text())["base_model_name_or_path"]
+
+
+def weights_are_here(model: nn.Module) -> bool:
+    """Whether this process has a model's values: not in a plan, under ZeRO-3, or before FSDP sends them."""
+    weight = next(model.parameters())
+    awaited = weight.is_meta and not hasattr(model, "hf_device_map")
+    return not awaited and not isinstance(weight, FakeTensor) and not hasattr(weight, "ds_id")
 
 
 def load_tokenizer(name: str, **kwargs: Any) -> PreTrainedTokenizerBase:

@@ -7,6 +7,7 @@ last response token is read by no row, so it is not fed.
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Int
@@ -69,9 +70,9 @@ class Want:
 class StateReader(nn.Module):
     """`read_states` of one frozen model as the forward of a module, which FSDP2 takes for its root."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: Any) -> None:
         super().__init__()
-        self.model = model
+        self.model, self.config = model, model.config
 
     def forward(self, reading: Reading, wants: Sequence[Want]) -> list[dict[int, Tensor]]:
         """`read_states`."""

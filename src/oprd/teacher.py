@@ -85,11 +85,11 @@ class Teacher:
     @property
     def vocabulary(self) -> int:
         """Rows of the input embedding, padding included."""
-        return self.model.get_input_embeddings().weight.shape[0]
+        return self.model.get_input_embeddings().num_embeddings
 
     def check_ids(self, student: PreTrainedModel) -> None:
         """Raise `UserError` if the student may sample ids that this teacher has no embedding for."""
-        ours, theirs = student.get_input_embeddings().weight.shape[0], self.vocabulary
+        ours, theirs = student.get_input_embeddings().num_embeddings, self.vocabulary
         if ours > theirs:
             raise UserError(
                 f"teacher_tokenization: student feeds the teacher the student's {ours} ids, and its "

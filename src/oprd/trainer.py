@@ -16,8 +16,10 @@ from datasets import Dataset
 from torch import Tensor
 from torch.utils.data import Sampler
 from transformers import PreTrainedModel, PrinterCallback, ProgressCallback, TrainerCallback, set_seed
+from transformers.integrations import is_deepspeed_zero3_enabled
 from trl import DistillationConfig, DistillationTrainer
 from trl.generation import vllm_generation
+from trl.models import prepare_deepspeed
 from trl.trainer.utils import RepeatSampler
 
 from oprd.batch import Batch, on_host
@@ -34,7 +36,7 @@ from oprd.rollout_trainer import PACKED, RolloutTrainer
 from oprd.rollouts import render_prompt
 from oprd.saving import ResumableTrainer
 from oprd.settings import ObjectiveSettings
-from oprd.sharding import Sharding
+from oprd.sharding import Sharding, check_zero3
 from oprd.student_engine import StudentEngine
 from oprd.teacher import Teacher, quantization
 from oprd.translation import Translation
@@ -149,13 +151,18 @@ class OPRDTrainer(ResumableTrainer, RolloutTrainer, DistillationTrainer):
         self.train_dataset = usable_prompts(
             train_dataset, self._render, args.max_prompt_length, self._prompts_per_step
         )
+        if is_deepspeed_zero3_enabled():
+            check_zero3(self.model, args)
         self.sharding = Sharding.of(self.accelerator)
         if self.sharding is not None:  # gradients of a window would be summed whole, on every rank
             self.accelerator.gradient_state.plugin_kwargs["sync_each_batch"] = True
         self.teacher = self._load_teacher(teacher_model, args)
         self.translation = self._translate(args)
         self.update = Update.bind(args, self.model, self._tokenizer, self.teacher, self.accelerator.device)
-        self.update.place(self.accelerator.device, self.sharding)
+        if is_deepspeed_zero3_enabled():
+            self.teacher.reader = prepare_deepspeed(self.teacher.reader, self.accelerator)
+        else:
+            self.update.place(self.accelerator.device, self.sharding)
         self.engine = self._take_over_engine()
         self._add_recorder()
 

@@ -1,10 +1,11 @@
 """Runs with given rollouts, alone or under torchrun: `rank_worker.py MODELS OUTPUT MODE [RUNS]`.
 
-MODELS is a JSON object of names and folders, MODE is ddp, fsdp or fsdp_from_rank_0, where the others load no
-weights; RUNS is a list of cases with settings of their own, by default all cases as they are.
+MODELS is a JSON object of names and folders, MODE is ddp, fsdp, fsdp_from_rank_0, where the others are sent
+their weights, zero2 or zero3; RUNS is a list of cases with settings of their own, by default all as they are.
 accelerate shards on CPU only when told that it is not one.
 """
 
+import importlib
 import json
 import os
 import sys
@@ -136,12 +137,23 @@ def check_sharded(trainer: ScriptedTrainer) -> None:
         assert trainer.accelerator.state.fsdp_plugin.mixed_precision_policy.reduce_dtype == torch.float32
 
 
+def deepspeed(stage: int) -> dict[str, Any]:
+    """DeepSpeed's arguments, on a CPU, where it has to be told."""
+    os.environ["DS_ACCELERATOR"] = "cpu"
+    importlib.import_module("deepspeed").init_distributed("gloo")
+    sizes = ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "train_batch_size")
+    return {"zero_optimization": {"stage": stage}, "zero_allow_untested_optimizer": True} | {
+        name: "auto" for name in (*sizes, "gradient_clipping")
+    }
+
+
 def main() -> None:
     models, output, mode = json.loads(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
     sharded = mode.startswith("fsdp")
     runs = json.loads(sys.argv[4]) if len(sys.argv) > 4 else [(case, {}) for case in CASES]
+    shared = {"deepspeed": deepspeed(int(mode[-1]))} if mode.startswith("zero") else {}
     for case, more in runs:
-        trainer = run_case(case, models, output, 2, sharded, **more)
+        trainer = run_case(case, models, output, 2, sharded, **more | shared)
         assert trainer.accelerator.num_processes == 2
         if sharded:
             check_sharded(trainer)

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -113,6 +114,22 @@ def test_in_half_precision_gradients_are_summed_in_float32(tmp_path, models):
     for case, settings in runs:
         rank_worker.run_case(case, models, tmp_path, **settings)
         same_metrics(tmp_path / "sharded" / case, tmp_path / case, rel=0.03)
+
+
+ZERO = {
+    "zero2": ("output", "tied", "bridge"),
+    "zero3": ("representation", "accumulated", "adapters_through_bridge"),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not find_spec("deepspeed"), reason="deepspeed is not installed")
+@pytest.mark.parametrize("mode", ZERO)
+def test_deepspeed_equals_one_process(tmp_path, models, mode):
+    launch(models, tmp_path / mode, mode, *((case, {}) for case in ZERO[mode]))
+    for case in ZERO[mode]:
+        rank_worker.run_case(case, models, tmp_path)
+        same_metrics(tmp_path / mode / case, tmp_path / case, rel=2e-5)
 
 
 ADAM = {"optim": "adamw_torch", "adam_epsilon": 1e-4, "save_strategy": "steps", "save_steps": 2}

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from oprd.bridge.artifact import Bridge
 from oprd.capture import num_layers
 from oprd.errors import UserError
-from oprd.footprint import has_values
+from oprd.models import weights_are_here
 
 ADAPTER_PARTS = ("modules_to_save.", "trainable_tokens_")
 ADAPTER_WRAPPERS = (".base_layer.", ".original_module.", ".token_adapter.")
@@ -32,7 +32,7 @@ VOLATILE_KEYS = {
 def identity(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> dict[str, Any]:
     """Name, shape and fingerprints of a model and its tokenizer, as plain JSON."""
     config = model.config.get_text_config()
-    weights = {"weights": weights_fingerprint(model)} if has_values(next(model.parameters())) else {}
+    weights = {"weights": weights_fingerprint(model)} if weights_are_here(model) else {}
     return weights | {
         "name": model.config._name_or_path,
         "architecture": type(_base(model)).__name__,

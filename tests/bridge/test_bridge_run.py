@@ -1,6 +1,7 @@
 """`oprd bridge` from recipe to folder: what it writes, that it is the fit by hand, and what it refuses."""
 
 import json
+import os
 import shutil
 
 import numpy as np
@@ -222,11 +223,15 @@ def test_the_same_command_leaves_it_alone(run, fitted, capsys):
     assert snapshot(fitted) == before
 
 
-def test_an_unfinished_folder_starts_over_with_the_same_result(run, fitted, tmp_path):
+@pytest.mark.parametrize("fault", ["missing", "cut"])
+def test_an_unfinished_folder_starts_over_with_the_same_result(run, fitted, tmp_path, capsys, fault):
     """To the last bit."""
     folder = shutil.copytree(fitted, tmp_path / "again")
-    for name in ("bridge.safetensors", "report.json"):
-        (folder / name).unlink()
+    (folder / "report.json").unlink()
+    if fault == "missing":
+        (folder / "bridge.safetensors").unlink()
+    else:
+        os.truncate(folder / "bridge.safetensors", 1000)
     assert run(folder) == 0
     assert {path.name for path in folder.iterdir()} == FILES
     whole, stored = (load_file(path / "bridge.safetensors") for path in (fitted, folder))

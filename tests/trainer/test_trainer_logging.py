@@ -252,6 +252,9 @@ SIGNATURES = {
     (DistillationTrainer, "_get_train_sampler"): ["self", "dataset"],
     (DistillationTrainer, "_prepare_inputs"): ["self", "generation_batch"],
     (Trainer, "_get_grad_norm"): ["self", "model", "grad_norm"],
+    (Trainer, "_run_epoch"): None,
+    (Trainer, "_get_output_dir"): ["self", "trial"],
+    (DistillationTrainer, "_save_checkpoint"): ["self", "model", "trial"],
     (Trainer, "create_model_card"): None,
 }
 

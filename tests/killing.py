@@ -93,7 +93,8 @@ def assert_same_run(one: Path, other: Path, last_step: int) -> None:
     """Equal metrics, final weights, and optimiser, schedule and random state at the last step."""
     assert [record["step"] for record in lasting(one)] == list(range(1, last_step + 1))
     assert lasting(one) == lasting(other)
-    assert_same(load_file(one / "model.safetensors"), load_file(other / "model.safetensors"))
+    for path in (*one.glob("*model.safetensors"), *one.glob("merged/*.safetensors")):
+        assert_same(load_file(path), load_file(other / path.relative_to(one)))
     left, right = (folder / f"checkpoint-{last_step}" for folder in (one, other))
     states = {path.name for path in left.iterdir() if path.suffix in (".pt", ".pth")}
     assert states >= {"optimizer.pt", "scheduler.pt"} and any(name.startswith("rng_state") for name in states)

@@ -1,10 +1,14 @@
 """The plain loop, the recipes and the real-prompt script do what their first lines say."""
 
 import importlib.util
+import subprocess
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 import yaml
+from accelerate.commands.config.config_args import load_config_from_file
+from accelerate.utils import FullyShardedDataParallelPlugin
 
 from oprd.bridge_recipe import parse_bridge_recipe
 from oprd.demo import at_share
@@ -12,6 +16,7 @@ from oprd.demo_pairs import BRIDGE, PAIRS, SHARED
 from oprd.train import parse_training_recipe
 
 ROOT = Path(__file__).parents[1]
+RECIPES = sorted(path for name in ("paper", "tiny") for path in (ROOT / "recipes" / name).glob("*.yaml"))
 REAL_PROMPTS = ROOT.parent / "shared" / "data" / "dapo-math-17k.parquet"
 
 
@@ -27,7 +32,7 @@ def test_the_plain_loop_learns():
     assert history[-1] < 0.8 * history[0]
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "recipes").rglob("*.yaml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_every_recipe_is_valid(path):
     if "num_prompts" in yaml.safe_load(path.read_text()):
         config = run = parse_bridge_recipe(path)
@@ -82,3 +87,25 @@ def test_tiny_bridges_are_those_of_the_demo(file, pair):
 def test_real_prompts(tmp_path):
     losses = load(Path("benchmarks/real_prompts.py")).run(REAL_PROMPTS, tmp_path, steps=4, width=64, depth=2)
     assert losses[-1] < losses[0]
+
+
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "recipes" / "accelerate").glob("*.yaml")), ids=lambda path: path.stem
+)
+def test_accelerate_takes_every_launcher(path):
+    config = load_config_from_file(str(path))
+    kind = {"one": "NO", "fsdp2": "FSDP", "zero3": "DEEPSPEED"}[path.stem.partition("_")[0]]
+    assert config.distributed_type.value == kind and config.mixed_precision == "bf16"
+    assert config.num_processes == {"one_gpu": 1, "fsdp2_nodes": 16}.get(path.stem, 8)
+    if kind == "FSDP":
+        keys = {field.name for field in fields(FullyShardedDataParallelPlugin)}
+        named = {name.removeprefix("fsdp_") for name in config.fsdp_config} - {"version", "offload_params"}
+        assert config.fsdp_config["fsdp_version"] == 2 and named <= keys
+    else:
+        assert not config.fsdp_config
+
+
+def test_the_slurm_script_is_a_script():
+    script = ROOT / "recipes" / "accelerate" / "train.slurm"
+    assert subprocess.run(["bash", "-n", script], check=False).returncode == 0
+    assert "recipes/accelerate/fsdp2_nodes.yaml" in script.read_text()

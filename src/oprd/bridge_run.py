@@ -62,7 +62,11 @@ def _fit_bridge(args: BridgeArguments, ranks: Ranks) -> Path:
     if (folder / BRIDGE_FILE).exists():
         if not (folder / RESOLVED_FILE).exists():
             raise UserError(f"{folder} holds a bridge of unknown origin: choose another output_dir")
-        if _is_readable(folder):
+        try:
+            Bridge.load(folder)
+        except UserError as error:
+            logger.warning("%s", error)
+        else:
             logger.warning("%s holds this bridge: nothing to do", folder)
             return folder
     check_writable(folder)
@@ -84,15 +88,6 @@ def _fit_bridge(args: BridgeArguments, ranks: Ranks) -> Path:
     plot_bridge(bridge.metadata, folder)
     bridge.save(folder)
     return folder
-
-
-def _is_readable(folder: Path) -> bool:
-    try:
-        Bridge.load(folder)
-    except UserError as error:
-        logger.warning("%s", error)
-        return False
-    return True
 
 
 class ModelPair:

@@ -59,7 +59,7 @@ class ResumableTrainer(Trainer):
         if self.args.save_only_model:  # which nothing can resume from
             super()._save_checkpoint(model, trial)
             return
-        folder, is_writer = Path(self.args.output_dir), self.args.should_save
+        folder, is_writer = Path(self._get_output_dir(trial)), self.args.should_save
         checkpoint, limit = folder / f"checkpoint-{self.state.global_step}", self.args.save_total_limit
         self.args.save_total_limit = None
         with written_whole(checkpoint, is_writer=is_writer, wait=self.accelerator.wait_for_everyone):

@@ -230,11 +230,15 @@ def test_the_same_command_leaves_it_alone(run, fitted, capsys):
     assert snapshot(fitted) == before
 
 
-def test_an_unfinished_folder_starts_over_with_the_same_result(run, fitted, tmp_path):
+@pytest.mark.parametrize("fault", ["missing", "cut"])
+def test_an_unfinished_folder_starts_over_with_the_same_result(run, fitted, tmp_path, capsys, fault):
     """To the last bit."""
     folder = shutil.copytree(fitted, tmp_path / "again")
-    for name in ("bridge.safetensors", "report.json"):
-        (folder / name).unlink()
+    (folder / "report.json").unlink()
+    if fault == "missing":
+        (folder / "bridge.safetensors").unlink()
+    else:
+        os.truncate(folder / "bridge.safetensors", 1000)
     assert run(folder) == 0
     assert {path.name for path in folder.iterdir()} == FILES
     whole, stored = (load_file(path / "bridge.safetensors") for path in (fitted, folder))

@@ -29,7 +29,7 @@ OBJECTIVES = {
         },
     ),
     "bridge": ("through_bridge", {"anchor_weight": 1}),
-    "packed": ("top_k", {"max_tokens_per_micro_batch": 80, "dataloader_num_workers": 1}),
+    "packed": ("top_k", {"max_tokens_per_micro_batch": 80, "dataloader_num_workers": 1, "use_peft": True}),
     "text": ("sampled_text", {}),
 }
 

@@ -257,6 +257,9 @@ SIGNATURES = {
     (Trainer, "_save_optimizer_and_scheduler"): ["self", "output_dir"],
     (Trainer, "_load_optimizer_and_scheduler"): ["self", "checkpoint"],
     (Trainer, "_load_from_checkpoint"): ["self", "resume_from_checkpoint", "model"],
+    (Trainer, "_run_epoch"): None,
+    (Trainer, "_get_output_dir"): ["self", "trial"],
+    (DistillationTrainer, "_save_checkpoint"): ["self", "model", "trial"],
     (Trainer, "create_model_card"): None,
 }
 

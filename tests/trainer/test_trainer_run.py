@@ -295,6 +295,14 @@ def test_nothing_is_written_on_a_users_error(tmp_path, recipe, flags, message):
     assert not (tmp_path / "run").exists()
 
 
+def test_an_output_dir_that_cannot_be_written_is_a_users_error(tmp_path, recipe):
+    (tmp_path / "file").write_text("")
+    before = files(tmp_path)
+    with pytest.raises(UserError, match=r"file/run cannot be written to .*Not a directory"):
+        train(*recipe(tmp_path / "file" / "run"))
+    assert files(tmp_path) == before
+
+
 def test_keep_steps_drops_later_and_cut_lines(tmp_path):
     path = tmp_path / "new" / "metrics.jsonl"
     keep_steps(path, 0)

@@ -66,8 +66,9 @@ def test_short_completions(completions):
     assert int(reading.rows(inputs["completion_mask"].bool()).sum()) == sum(map(len, completions))
 
 
+@pytest.mark.parametrize("padding_free", [False, True])
 @pytest.mark.parametrize("architecture", ["qwen3", "gemma2", "gpt2"])
-def test_states_of_a_padded_batch_are_those_of_each_sequence(tiny_model, architecture):
+def test_states_of_a_padded_batch_are_those_of_each_sequence(tiny_model, architecture, padding_free):
     """Learned positions (gpt2) too: they count real tokens, so left padding does not shift them."""
     model = tiny_model(architecture)
     inputs = padded(PROMPTS, COMPLETIONS, 3, 2, filler=39)
@@ -76,7 +77,7 @@ def test_states_of_a_padded_batch_are_those_of_each_sequence(tiny_model, archite
     reading = one_each(inputs)
     with torch.no_grad():
         wants = [Want((1, 3), mask), Want((2,), sparse), Want((0, 3), mask, final_norm=False)]
-        given = read_states(model, reading, wants)
+        given = read_states(model, reading, wants, padding_free)
     assert [sorted(states) for states in given] == [[1, 3], [2], [0, 3]]
     alone: dict[int, list[torch.Tensor]] = {layer: [] for layer in range(4)}
     for prompt, completion in zip(PROMPTS, COMPLETIONS, strict=True):
@@ -94,6 +95,29 @@ def test_states_of_a_padded_batch_are_those_of_each_sequence(tiny_model, archite
     torch.testing.assert_close(given[2][0], wanted[0], **close)
     norm = model.transformer.ln_f if architecture == "gpt2" else model.model.norm
     torch.testing.assert_close(norm(given[2][3]), wanted[3], **close)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_without_padding_the_gradient_is_that_of_padded_rollouts(tiny_model, family, checkpointing):
+    """Under a block-diagonal mask; flash attention takes the lengths instead."""
+    if family == "qwen3_moe":
+        pytest.skip("experts are weighed among the tokens of a batch")
+    inputs = padded(PROMPTS, COMPLETIONS, 3, 2, filler=39)
+    mask, shapes, gradients = inputs["completion_mask"].bool(), [], []
+    for padding_free in (False, True):
+        model = tiny_model(family).train()
+        if model.config._attn_implementation == "sdpa":  # eager attention overflows in float64
+            model = model.double()
+        if checkpointing:
+            model.gradient_checkpointing_enable()
+        model.get_input_embeddings().register_forward_hook(lambda m, a, out: shapes.append(out.shape))
+        wants = [Want((1, 3), mask), Want((2,), mask)]
+        states = read_states(model, one_each(inputs), wants, padding_free)
+        weights = torch.linspace(-1, 1, int(mask.sum()))
+        sum((weights[:, None] * x).pow(2).sum() for one in states for x in one.values()).backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
+    assert shapes[1][:2] == (1, one_each(inputs).attention_mask.sum()) and shapes[0][0] == len(PROMPTS)
+    assert (gradients[0] - gradients[1]).norm() <= 1e-6 * gradients[0].norm()
 
 
 @pytest.mark.parametrize("first", [(3,), (1,), (1, 2)])

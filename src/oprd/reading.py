@@ -6,7 +6,7 @@ last response token is read by no row, so it is not fed.
 
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from oprd.capture import backbone, capture
 
 @dataclass(frozen=True)
 class Reading:
-    """Token ids that a model reads and where the response rows lie among them."""
+    """Token ids that a model reads, their mask on the host, and where the response rows lie among them."""
 
     input_ids: Int[Tensor, "B S"]
     attention_mask: Int[Tensor, "B S"]
@@ -41,7 +41,6 @@ class Reading:
         longest = max(*completion_mask.sum(-1).tolist(), 1)
         ids = torch.cat([prompt_ids[:, skipped:], completion_ids[:, : longest - 1]], dim=1)
         mask = torch.cat([prompt_mask[:, skipped:], completion_mask[:, : longest - 1]], dim=1)
-        mask = mask.to(ids.device, non_blocking=True)
         return cls(ids, mask, prompt_ids.shape[1] - skipped - 1, longest)
 
     def rows(self, mask: Bool[Tensor, "B T"]) -> Bool[Tensor, "B S"]:
@@ -52,9 +51,7 @@ class Reading:
 
     def to(self, device: torch.device) -> "Reading":
         """The same reading on another device."""
-        return Reading(
-            self.input_ids.to(device), self.attention_mask.to(device), self.first_row, self.num_rows
-        )
+        return replace(self, input_ids=self.input_ids.to(device))
 
 
 @dataclass(frozen=True)
@@ -74,33 +71,58 @@ class StateReader(nn.Module):
         super().__init__()
         self.model, self.config = model, model.config
 
-    def forward(self, reading: Reading, wants: Sequence[Want]) -> list[dict[int, Tensor]]:
+    def forward(
+        self, reading: Reading, wants: Sequence[Want], padding_free: bool | None = None
+    ) -> list[dict[int, Tensor]]:
         """`read_states`."""
-        return read_states(self.model, reading, wants)
+        return read_states(self.model, reading, wants, padding_free)
 
 
-def read_states(model: nn.Module, reading: Reading, wants: Sequence[Want]) -> list[dict[int, Tensor]]:
+def read_states(
+    model: nn.Module, reading: Reading, wants: Sequence[Want], padding_free: bool | None = None
+) -> list[dict[int, Tensor]]:
     """Run the backbone once, no deeper than needed and without its LM head.
 
-    Returns, for every want, `{layer: [N, D]}`, transformed, with N the rows of its mask, row-major.
+    Returns, for every want, `{layer: [N, D]}`, transformed, with N the rows of its mask, row-major. With
+    `padding_free` all rollouts are read as one sequence of their tokens, in which none sees another; None:
+    where the model's attention takes sequences of any lengths.
     """
     # Among equally deep wants the last one stops the forward, once the others' hooks have run.
     deepest = max(range(len(wants)), key=lambda i: (max(wants[i].layers), i))
-    # Positions count real tokens, so the amount of padding does not shift them.
-    positions = (reading.attention_mask.cumsum(-1) - 1).clamp(min=0)
+    inputs, real = _inputs(model, reading, padding_free)
     with ExitStack() as captures:
-        states = [
-            captures.enter_context(
-                capture(
-                    model, want.layers, reading.rows(want.mask), want.final_norm, i == deepest, want.transform
-                )
-            )
-            for i, want in enumerate(wants)
-        ]
-        backbone(model)(
-            input_ids=reading.input_ids,
-            attention_mask=reading.attention_mask,
-            position_ids=positions,
-            use_cache=False,
-        )
+        states = []
+        for i, want in enumerate(wants):
+            rows = reading.rows(want.mask)
+            rows = rows if real is None else rows[real.to(rows.device)][None]
+            captured = capture(model, want.layers, rows, want.final_norm, i == deepest, want.transform)
+            states.append(captures.enter_context(captured))
+        backbone(model)(**inputs, use_cache=False)
     return states
+
+
+def _inputs(
+    model: nn.Module, reading: Reading, padding_free: bool | None
+) -> tuple[dict[str, Any], Bool[Tensor, "B S"] | None]:
+    """What the backbone is called with, and which of the padded tokens are in it, unless all are."""
+    ids, mask = reading.input_ids, reading.attention_mask
+    # Positions count real tokens, so the amount of padding does not shift them.
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    varlen = "flash" in str(getattr(backbone(model).config, "_attn_implementation", ""))
+    if not (varlen if padding_free is None else padding_free):
+        padded = {"attention_mask": mask, "position_ids": positions}
+        return {"input_ids": ids} | {name: x.to(ids.device) for name, x in padded.items()}, None
+    real = mask > 0
+    inputs = {
+        "input_ids": ids.flatten()[real.flatten().nonzero()[:, 0].to(ids.device)][None],
+        "position_ids": positions[real][None].to(ids.device),
+    }
+    return inputs | (_lengths(mask, ids.device) if varlen else {}), real
+
+
+def _lengths(mask: Int[Tensor, "B S"], device: torch.device) -> dict[str, Any]:
+    """Where sequences begin and end, as flash attention wants it: it would wait for the device to ask."""
+    lengths = mask.sum(-1)
+    ends = nn.functional.pad(lengths.cumsum(0), (1, 0)).to(torch.int32).to(device)
+    longest = int(lengths.max())
+    return {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends, "max_length_q": longest, "max_length_k": longest}

@@ -63,6 +63,10 @@ class ObjectiveSettings:
     max_tokens_per_micro_batch: int | None = key(
         None, "Pack rollouts of like length into micro-batches of at most so many padded tokens."
     )
+    padding_free: bool | None = key(
+        None,
+        "Read rollouts as one sequence without padding; default: where the attention is flash attention.",
+    )
     max_prompt_length: int | None = key(None, "Drop (never cut) prompts of more tokens than this.")
     final_norm: bool = key(True, "Take the last layer after the final norm, as hidden_states[L].")
     teacher_chat_template: str = key(

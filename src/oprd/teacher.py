@@ -97,7 +97,9 @@ class Teacher:
             )
 
     @torch.no_grad()
-    def read(self, reading: Reading, wants: Sequence[Want]) -> list[dict[int, Tensor]]:
+    def read(
+        self, reading: Reading, wants: Sequence[Want], padding_free: bool | None = None
+    ) -> list[dict[int, Tensor]]:
         """`read_states` in the teacher's own dtype and on its own device, whatever the student's autocast."""
         device = self._device or self.model.get_input_embeddings().weight.device
         if device.type == "meta":  # offloaded: accelerate's hooks bring weights and inputs together
@@ -106,7 +108,7 @@ class Teacher:
         ids = reading.input_ids.clamp(max=self.vocabulary - 1)
         reading = replace(reading, input_ids=ids)
         with torch.autocast(reading.input_ids.device.type, enabled=False):
-            return self.reader(reading.to(device), wants)
+            return self.reader(reading.to(device), wants, padding_free)
 
 
 def quantization(kind: str) -> BitsAndBytesConfig:

@@ -146,7 +146,7 @@ class Update:
         wanted: dict[str, States] = {}
         if wants:
             with self.stopwatch.part("teacher"):
-                states = self.teacher.read(batch.teacher, list(wants.values()))
+                states = self.teacher.read(batch.teacher, list(wants.values()), self.settings.padding_free)
             wanted = dict(zip(wants, states, strict=True))
         if "representation" in wanted:
             wanted["representation"] = here.by_student_layer(wanted["representation"])
@@ -166,7 +166,8 @@ class Update:
         }
         if not wants:
             return {}
-        return dict(zip(wants, read_states(self.student, batch.student, list(wants.values())), strict=True))
+        states = read_states(self.student, batch.student, list(wants.values()), self.settings.padding_free)
+        return dict(zip(wants, states, strict=True))
 
     def _representation(
         self, batch: Batch, rows: Terms, teacher: States, layer: int, states: Tensor

@@ -60,8 +60,9 @@ def test_a_budget_of_tokens(make_trainer, objective, budget):
         return log, torch.cat([p.detach().flatten() for p in trainer.model.parameters()])
 
     log, weights = run(1)
-    for accumulation in (1, 3):
-        packed, given = run(accumulation, max_tokens_per_micro_batch=budget)
+    for accumulation, padding_free in ((1, False), (3, False), (3, True)):
+        keys = {"max_tokens_per_micro_batch": budget, "padding_free": padding_free}
+        packed, given = run(accumulation, **keys)
         assert len(packed) == len(log) == 3
         for one, other in zip(log, packed, strict=True):
             assert one == pytest.approx(other, rel=1e-5, abs=1e-6)  # the sampled token's terms nearly cancel

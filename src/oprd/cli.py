@@ -138,7 +138,7 @@ def _train(args: argparse.Namespace, flags: list[str]) -> None:
         return
     folder = train(run, config)
     print(f"the run is in {folder}")
-    if dist.is_initialized():
+    if dist.is_initialized() and not config.use_vllm:  # vLLM takes its groups down itself
         dist.destroy_process_group()
 
 

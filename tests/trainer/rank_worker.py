@@ -158,7 +158,8 @@ def main() -> None:
         if sharded:
             check_sharded(trainer)
         trainer.accelerator.wait_for_everyone()
-    torch.distributed.destroy_process_group()
+    if not any(more.get("use_vllm") for _, more in runs):  # vLLM takes its groups down itself
+        torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from oprd.models import resolve_model
+from oprd.models import TINY_MODELS, resolve_model
 
 pytest.importorskip("vllm")
 
@@ -90,6 +90,21 @@ def test_two_ranks_with_an_engine_each(start, tmp_path):
     steps = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert len(steps) == 2
     assert all(step["rollout/logprob_gap"] < 1e-3 and step["grad_norm"] > 0 for step in steps)
+
+
+@pytest.mark.parametrize("case", ["representation", "adapters"])
+def test_two_sharded_ranks_with_an_engine_each(start, tmp_path, case):
+    """Each step moves the weights far, so an engine that missed one would be told by the check."""
+    worker = Path(__file__).parents[1] / "trainer" / "rank_worker.py"
+    models = json.dumps({name: str(TINY_MODELS / name) for name in ("student", "teacher")})
+    more = {"use_vllm": True, "scripted": False, "max_completion_length": 24, "learning_rate": 0.1}
+    runs = json.dumps([[case, more]])
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", worker]
+    ended = start(*launcher, models, tmp_path, "fsdp", runs)
+    assert ended.returncode == 0, ended.stderr[-3000:]
+    steps = [json.loads(line) for line in (tmp_path / case / "metrics.jsonl").read_text().splitlines()]
+    assert [step["step"] for step in steps] == [1, 2, 3]
+    assert all(step["rollout/logprob_gap"] < 1e-4 and step["grad_norm"] > 0 for step in steps)
 
 
 def test_log_probs_are_the_models_own_in_every_sampling_setting(start, tmp_path):

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from accelerate.utils import DistributedType
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.distributed.device_mesh import DeviceMesh
@@ -41,9 +42,9 @@ class Sharding:
 
         Raises `UserError` for FSDP1.
         """
-        plugin = getattr(accelerator.state, "fsdp_plugin", None)
-        if plugin is None:
+        if accelerator.distributed_type != DistributedType.FSDP:  # without an accelerator it stays with DDP
             return None
+        plugin = accelerator.state.fsdp_plugin
         if plugin.fsdp_version != 2:
             raise UserError("the accelerate config has fsdp_version 1: set fsdp_version: 2")
         if plugin.mixed_precision_policy is not None:

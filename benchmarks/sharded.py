@@ -5,7 +5,7 @@
 A teacher of 24 layers, 768 wide, in float32 reads the same rollouts on each of two gloo ranks, in two arms:
 `whole` on every rank, and `sharded` by layer (FSDP2). Resident memory over what a rank held before it had the
 teacher, at rest and at the most; seconds are those of gloo on one machine and say nothing of NCCL. What a
-sharded forward takes beyond its shards is the largest unit, twice: a block, or a large vocabulary's embedding.
+sharded forward takes beyond its shards is the largest unit, twice: a block, or a large embedding.
 """
 
 import argparse

@@ -7,7 +7,7 @@ import torch
 from transformers import Trainer
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 
-from oprd.checkpoints import rotate, written_whole
+from oprd.checkpoints import last_whole_checkpoint, rotate, written_whole
 from oprd.sharded_state import load_optimizer_state, load_weights, whole_optimizer_state, whole_weights
 from oprd.sharding import Sharding
 
@@ -16,6 +16,13 @@ class ResumableTrainer(Trainer):
     """`transformers.Trainer`, which writes file by file, and sharded models in a format of their own."""
 
     sharding: Sharding | None = None
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
+        """Train; `resume_from_checkpoint=True` is the last whole one of the output folder, or none."""
+        if resume_from_checkpoint is True:
+            last = last_whole_checkpoint(Path(self.args.output_dir))
+            resume_from_checkpoint = str(last) if last else None
+        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         """The base class would take one more step after resuming from a checkpoint of the last one."""

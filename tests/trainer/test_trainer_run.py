@@ -226,6 +226,20 @@ def test_a_damaged_final_model_is_saved_again(copied, recipe, finished, fault):
     assert same_weights(copied, finished)
 
 
+def test_the_trainer_itself_resumes_from_the_last_whole_checkpoint(make_trainer, tmp_path):
+    keys = {"save_strategy": "steps", "save_steps": 1, "optim": "sgd"}
+    make_trainer(max_steps=3, **keys).train(resume_from_checkpoint=True)  # there is none yet
+    (tmp_path / "run" / "checkpoint-3" / "optimizer.pt").write_bytes(b"")
+    resumed = make_trainer(max_steps=4, **keys)
+    resumed.train(resume_from_checkpoint=True)
+    assert [record["step"] for record in read_metrics(tmp_path / "run" / "metrics.jsonl")] == [1, 2, 3, 4]
+    assert resumed.state.global_step == 4
+    straight = make_trainer(max_steps=4, output_dir=str(tmp_path / "straight"), **keys)
+    straight.train()
+    for one, two in zip(straight.model.parameters(), resumed.model.parameters(), strict=True):
+        assert torch.equal(one, two)
+
+
 def test_checkpoints_without_an_optimiser_are_not_resumed(tmp_path, recipe, finished):
     train(*recipe(tmp_path, "--save_only_model", "true"))
     (tmp_path / SEAL_FILE).unlink()

@@ -14,6 +14,7 @@ from torch.distributed.tensor import DTensor
 from oprd.capture import backbone
 from oprd.errors import UserError
 from oprd.models import weights_are_here
+from oprd.sharded_state import whole_tensor
 
 HALF = (torch.bfloat16, torch.float16)
 
@@ -45,14 +46,20 @@ class Head:
 
     @contextmanager
     def gathered(self) -> Iterator[None]:
-        """The weights whole on this rank, where FSDP2 shards the head on its own; all ranks have to ask."""
-        unit: Any = self.linear
-        sharded = isinstance(unit.weight, DTensor) and isinstance(unit, FSDPModule)
-        if sharded:
-            unit.unshard()
-        yield
-        if sharded and not unit.weight.requires_grad:  # else the backward has use for them
-            unit.reshard()
+        """The weights whole on this rank, where they are sharded on their own; all ranks have to ask."""
+        linear, sharded = self.linear, {}
+        if isinstance(linear, FSDPModule) and isinstance(getattr(linear, "weight", None), DTensor):
+            linear.unshard()  # a student's, which the backward reduces
+        else:
+            own = linear.named_parameters(recurse=False)
+            sharded = {name: weight for name, weight in own if isinstance(weight, DTensor)}
+        for name, weight in sharded.items():
+            linear.register_parameter(name, nn.Parameter(whole_tensor(weight), requires_grad=False))
+        try:
+            yield
+        finally:
+            for name, weight in sharded.items():
+                linear.register_parameter(name, weight)
 
     def finish(self, product: Float[Tensor, "N V"]) -> Float[Tensor, "N V"]:
         """From W h to logits."""

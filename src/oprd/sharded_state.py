@@ -51,7 +51,7 @@ def _whole(tensors: dict[str, Any], keep: bool) -> dict[str, Any]:
     for value in tensors.values():
         if id(value) in whole:  # tied weights stay one
             continue
-        full = _on_mesh(value.detach()).full_tensor() if isinstance(value, DTensor) else value
+        full = whole_tensor(value) if isinstance(value, DTensor) else value
         if keep:
             whole[id(value)] = full.detach().cpu() if torch.is_tensor(full) else full
         else:
@@ -59,9 +59,9 @@ def _whole(tensors: dict[str, Any], keep: bool) -> dict[str, Any]:
     return {name: whole[id(value)] for name, value in tensors.items()} if keep else {}
 
 
-def _on_mesh(value: Any) -> Any:
-    """Shards where the ranks can exchange them, and not in host memory."""
-    return value.to(value.device_mesh.device_type)
+def whole_tensor(shards: Any) -> Tensor:
+    """All of a sharded tensor, without gradient, where the ranks can exchange it and not in host memory."""
+    return shards.detach().to(shards.device_mesh.device_type).full_tensor()
 
 
 def _sharded(value: Tensor, like: Tensor) -> Tensor:

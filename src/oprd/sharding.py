@@ -9,10 +9,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from accelerate.utils import DistributedType
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
-from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import (
     CPUOffloadPolicy,
     FSDPModule,
@@ -25,6 +26,7 @@ from oprd.capture import blocks
 from oprd.errors import UserError
 from oprd.reading import StateReader
 from oprd.settings import ObjectiveSettings
+from oprd.sharded_table import RowFetcher, shard_tables
 
 
 @dataclass(frozen=True)
@@ -60,16 +62,19 @@ class Sharding:
     def shard(self, reader: StateReader, offload: bool = False) -> None:
         """Shard a frozen model in place, block by block; its weights are let go as soon as they were used.
 
-        With `offload` the shards rest in host memory. Who uses the LM head gathers it (`Head.gathered`).
+        With `offload` the shards rest in host memory. The embedding fetches the rows that it reads, and who
+        uses the LM head gathers it (`Head.gathered`).
         """
         model: Any = reader.model
         policy = CPUOffloadPolicy(pin_memory=self.device.type == "cuda") if offload else OffloadPolicy()
-        how: dict[str, Any] = {"mesh": self.mesh, "offload_policy": policy, "reshard_after_forward": True}
+        mesh = self.mesh or init_device_mesh(self.device.type, (dist.get_world_size(),))
+        how: dict[str, Any] = {"mesh": mesh, "offload_policy": policy, "reshard_after_forward": True}
         embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
         loaded = model.state_dict() if self.weights_from_rank_0 else None
-        ends = [[embedding, head]] if head.weight is embedding.weight else [embedding, head]
-        for unit in (*blocks(model), *ends, reader):
-            fully_shard(unit, **how)
+        tables = shard_tables((embedding, head), mesh, torch.device("cpu") if offload else self.device)
+        RowFetcher(embedding)
+        for unit in (*blocks(model), reader):
+            fully_shard(unit, **how, ignored_params=tables)
         if loaded is not None:
             options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
             set_model_state_dict(model, loaded, options=options)

@@ -23,6 +23,7 @@ from oprd.update import Update
 
 STUDENT, GRADIENTS, OPTIMISER = "student's weights", "student's gradients", "optimiser's state"
 TEACHER, READING, REFERENCE = "teacher's weights", "teacher's forward", "bridge and anchor"
+BYTES_OF_A_TOKEN = 32  # on the host: four ids, as a tokenizer of bytes may make of one
 QUANTISED_BYTES = {"8bit": 1, "4bit": 0.5 + 4 / 64}  # with a float32 scale for 64 weights
 SAMPLING, ACTIVATIONS, LOGITS = "cache and sampling", "student's activations", "output loss"
 
@@ -37,7 +38,7 @@ class Rehearsal:
         self, student: str, settings: Any, longest: Longest, device: torch.device, peft_config: Any = None
     ) -> None:
         self.settings, self.longest, self.device = settings, longest, device
-        self.footprint = Footprint(device)
+        self.footprint = Footprint(device, BYTES_OF_A_TOKEN * _rollouts(settings) * longest.num_tokens)
         located = resolve_model(student)
         self._tokenizer = load_tokenizer(located)
         self.student = self._student(located, peft_config)
@@ -50,19 +51,17 @@ class Rehearsal:
 
     def first_step(self) -> None:
         """The optimiser's first step, after which its state is there."""
-        with self.footprint.part(GRADIENTS):
-            for weight in self._trained:
-                weight.grad = torch.zeros_like(weight)
+        self._fill_gradients()
         self._step()
 
     def roll_out(self) -> None:
         """The last token of all the rollouts that a step asks Hugging Face's generate for."""
-        count = self.settings.per_device_train_batch_size * self.settings.gradient_accumulation_steps
+        rollouts = self.longest.rollouts(_rollouts(self.settings), self.device)
         with self.footprint.part(SAMPLING), self._autocast():
-            sample_last_token(self.student, self.longest.rollouts(count, self.device), self.settings)
+            sample_last_token(self.student, rollouts, self.settings)
 
     def update(self, step: int) -> None:
-        """Update `step`, 0-based: a micro-batch, another on its gradients if there is one, the optimiser."""
+        """Update `step`, 0-based: a micro-batch, on gradients of another if there is one, and the optimiser."""
         settings = self.settings
         size, count = rollouts_at_once(
             settings,
@@ -71,12 +70,13 @@ class Rehearsal:
             settings.gradient_accumulation_steps,
         )
         batch = Batch.of(self.inputs(size))
-        for _ in range(min(count, 2)):
-            with self.footprint.part(ACTIVATIONS):
-                with self._autocast():
-                    loss = self.objective.loss(batch, step)
-                loss.backward()
-                del loss
+        if count > 1:
+            self._fill_gradients()
+        with self.footprint.part(ACTIVATIONS):
+            with self._autocast():
+                loss = self.objective.loss(batch, step)
+            loss.backward()
+            del loss
         if settings.max_grad_norm:
             nn.utils.clip_grad_norm_(self._trained, settings.max_grad_norm)
         self._step()
@@ -165,6 +165,11 @@ class Rehearsal:
         vocabulary = self.objective.output.vocabulary
         return batch | weigh_rows(batch, whole, settings, lambda units: units, vocabulary)
 
+    def _fill_gradients(self) -> None:
+        with self.footprint.part(GRADIENTS):
+            for weight in self._trained:
+                weight.grad = torch.zeros_like(weight)
+
     def _step(self) -> None:
         with self.footprint.part(OPTIMISER):
             self._optimizer.step()
@@ -234,6 +239,11 @@ def _on_meta(located: str, given: dict[str, Any], dtype: str) -> tuple[Any, bool
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=wanted, **kwargs)
     return model, wanted == stored
+
+
+def _rollouts(settings: Any) -> int:
+    """The rollouts of one rank's step."""
+    return settings.per_device_train_batch_size * settings.gradient_accumulation_steps
 
 
 def _bytes(module: nn.Module) -> int:

@@ -41,7 +41,7 @@ class DryRunTrainer(OPRDTrainer):
     def _generate_single_turn(self, prompt_ids: Any, *args: Any, **kwargs: Any) -> Any:
         if not self.use_vllm:
             rollouts = self.longest.rollouts(self.rollouts_per_step, self.accelerator.device)
-            with self.accelerator.autocast():
+            with self.whole_student(), self.accelerator.autocast():
                 sample_last_token(self.accelerator.unwrap_model(self.model_wrapped), rollouts, self.args)
         return [list(self.longest.response_ids) for _ in prompt_ids]
 

@@ -1,19 +1,22 @@
 """A run's models in shape alone, and what the run does with them: its first step, last token and update."""
 
+from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, Trainer
 
 from oprd.batch import Batch, Inputs, weigh_rows
+from oprd.bridge.artifact import TENSORS
 from oprd.capture import blocks
 from oprd.decoding import sample_last_token
 from oprd.errors import UserError
 from oprd.footprint import Footprint
 from oprd.longest import Longest, rollouts_at_once
+from oprd.machine import Machine
 from oprd.meters import Stopwatch
 from oprd.models import base_model, load_tokenizer, resolve_model
 from oprd.output_term import OutputTerm
@@ -29,16 +32,17 @@ SAMPLING, ACTIVATIONS, LOGITS = "cache and sampling", "student's activations", "
 
 
 class Rehearsal:
-    """What a run with the keys of `settings`, an `OPRDConfig`, would build on `device`, without values.
+    """What a run with the keys of `settings`, an `OPRDConfig`, would build on `machine`, without values.
 
     Raises `UserError` where the run would.
     """
 
     def __init__(
-        self, student: str, settings: Any, longest: Longest, device: torch.device, peft_config: Any = None
+        self, student: str, settings: Any, longest: Longest, machine: Machine, peft_config: Any = None
     ) -> None:
-        self.settings, self.longest, self.device = settings, longest, device
-        self.footprint = Footprint(device, BYTES_OF_A_TOKEN * _rollouts(settings) * longest.num_tokens)
+        self.settings, self.longest, self.device = settings, longest, machine.device
+        self._maps_files = machine.device.type == "cpu" and machine.ranks == 1  # several move their weights
+        self.footprint = Footprint(self.device, BYTES_OF_A_TOKEN * _rollouts(settings) * longest.num_tokens)
         located = resolve_model(student)
         self._tokenizer = load_tokenizer(located)
         self.student = self._student(located, peft_config)
@@ -133,17 +137,14 @@ class Rehearsal:
         return Teacher(model, load_tokenizer(located))
 
     def _place(self, model: Any, part: str, device: torch.device, is_mapped: bool) -> Any:
-        on_file = is_mapped and device.type == "cpu"
         for tensor in self.footprint.without_values(model, device):
-            (self.footprint.hold_when_read if on_file else self.footprint.hold)(tensor, part)
+            (self.footprint.hold_when_read if is_mapped and self._maps_files else self.footprint.hold)(tensor, part)
         return model
 
     def _bind(self) -> Update:
-        with self.footprint, self.footprint.part(REFERENCE):
-            update = Update.bind(self.settings, self.student, self._tokenizer, self.teacher, self.device)
-        if update.anchor is not None and update.anchor.reference.model is not self.student:
-            for weight in update.anchor.reference.parameters():
-                self.footprint.hold(weight, REFERENCE)
+        update = Update.bind(self.settings, self.student, self._tokenizer, self.teacher, self.device)
+        for tensor in _references(update):
+            self.footprint.hold(tensor, REFERENCE)
         output = _Output(self.settings, self.student, self.teacher, update.output.vocabulary, self.footprint)
         return replace(update, stopwatch=_Parts(self.footprint), output=output)
 
@@ -239,6 +240,17 @@ def _on_meta(located: str, given: dict[str, Any], dtype: str) -> tuple[Any, bool
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=wanted, **kwargs)
     return model, wanted == stored
+
+
+def _references(update: Update) -> Iterator[Tensor]:
+    """The tensors of an update's bridge and anchor that belong to neither model."""
+    if update.comparison.bridge is not None:
+        for projector in update.comparison.bridge.projectors.values():
+            yield from (getattr(projector, name) for name in TENSORS)
+    if update.anchor is not None:
+        yield from update.anchor.determined.values()
+        if update.anchor.reference.model is not update.student:
+            yield from update.anchor.reference.parameters()
 
 
 def _rollouts(settings: Any) -> int:

@@ -1,6 +1,7 @@
 """`oprd doctor` and `oprd train --dry_run`: what they say, what they exit with, and what they leave."""
 
 import json
+import math
 import subprocess
 import sys
 from dataclasses import replace
@@ -9,7 +10,7 @@ import pytest
 import torch
 import yaml
 
-from oprd import cli
+from oprd import cli, machine
 from oprd.doctor import examine, longest_rollout
 from oprd.knobs import first_knob
 from oprd.machine import Machine
@@ -111,10 +112,10 @@ def test_ranks_share_a_sharded_run(recipe):
 def test_the_first_knob_is_the_cheapest_that_is_enough(recipe, changes, room, keys):
     run, config = parse_training_recipe(recipe(max_completion_length=400, **changes))
     longest, _ = longest_rollout(run, config)
-    machine = Machine(torch.device("cpu"), 0, 0)
-    plan = plan_memory(run.model_name_or_path, config, longest, machine)
-    machine = replace(machine, free_bytes=int(room * plan.peak_mb * MB))
-    knob = first_knob(run.model_name_or_path, config, longest, machine, plan)
+    here = Machine(torch.device("cpu"), 0, 0)
+    plan = plan_memory(run.model_name_or_path, config, longest, here)
+    here = replace(here, free_bytes=int(room * plan.peak_mb * MB))
+    knob = first_knob(run.model_name_or_path, config, longest, here, plan)
     assert knob.keys == keys and knob.peak_mb < plan.peak_mb
 
 
@@ -145,26 +146,26 @@ def test_a_dry_run_tries_the_longest_rollouts_and_leaves_nothing(capsys, recipe,
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="limits the memory of a process as Linux does")
-def test_running_out_of_memory_names_the_first_knob(recipe):
+@pytest.mark.parametrize("megabytes", [800, 2500])  # before the models are there, and in the first update
+def test_running_out_of_memory_names_the_first_knob(recipe, megabytes):
     path = recipe(per_device_train_batch_size=32, max_completion_length=2048)
-    script = """
-import resource, sys
-from oprd import cli, dry_run
-from oprd.meters import MB, resident_mb
-
-begin = dry_run.dry_run
-
-def in_little_room(*args):
-    room = int((resident_mb("VmData") + 300) * MB)
-    resource.setrlimit(resource.RLIMIT_DATA, (room, resource.RLIM_INFINITY))
-    return begin(*args)
-
-dry_run.dry_run = in_little_room
-cli.main(sys.argv[1:])
-"""
+    room = f"import resource; resource.setrlimit(resource.RLIMIT_DATA, ({megabytes}_000_000,) * 2)"
+    script = f"{room}; import sys; from oprd import cli; cli.main(sys.argv[1:])"
     command = [sys.executable, "-c", script, "train", path, "--dry_run"]
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 1, result.stderr
     last = result.stderr.strip().splitlines()[-1]
     assert "out of memory at the longest rollout" in last
     assert "first turn gradient_checkpointing: true" in last
+
+
+@pytest.mark.parametrize(
+    ("limit", "free"), [("3000000000", 2_200_000_000), ("max", math.inf), (None, math.inf)]
+)
+def test_a_container_may_have_less_than_its_machine(monkeypatch, tmp_path, limit, free):
+    monkeypatch.setattr(machine, "CONTAINER", tmp_path)
+    if limit is not None:
+        (tmp_path / "memory.max").write_text(f"{limit}\n")
+        (tmp_path / "memory.current").write_text("1000000000\n")
+        (tmp_path / "memory.stat").write_text("anon 700000000\ninactive_file 200000000\n")
+    assert machine._container_memory() == free

@@ -125,7 +125,7 @@ def test_shapes_hold_what_values_hold(read, tiny_model, tmp_path, family, checkp
     run, config, longest = read(
         model_name_or_path=folder, teacher_model_name_or_path=folder, gradient_checkpointing=checkpointing
     )
-    rehearsal = Rehearsal(run.model_name_or_path, config, longest, CPU)
+    rehearsal = Rehearsal(run.model_name_or_path, config, longest, HERE)
     student, teacher = (load_model(folder, dtype="float32") for _ in range(2))
     if checkpointing:
         student.gradient_checkpointing_enable()

@@ -133,11 +133,9 @@ def _train(args: argparse.Namespace, flags: list[str]) -> None:
     from oprd.train import parse_training_recipe, train
 
     run, config = parse_training_recipe(args.recipe, flags)
-    if run.dry_run:
-        print(try_longest(run, config))
-        return
-    folder = train(run, config)
-    print(f"the run is in {folder}")
+    report = try_longest(run, config) if run.dry_run else f"the run is in {train(run, config)}"
+    if config.process_index == 0:
+        print(report)
     if dist.is_initialized() and not config.use_vllm:  # vLLM takes its groups down itself
         dist.destroy_process_group()
 

@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from datasets import Dataset
 
 from oprd.decoding import sample_last_token
@@ -22,6 +21,14 @@ from oprd.meters import MB, resident_mb
 from oprd.train import RunArguments
 from oprd.trainer import OPRDConfig, OPRDTrainer
 
+OUT_OF_MEMORY = (
+    "out of memory",
+    "not enough memory",
+    "allocate memory",
+    "bad_alloc",
+    "CPUAllocator",
+    "start new thread",
+)
 STEPS = 2  # the first makes the optimiser's state, which the second has to fit beside
 
 
@@ -34,7 +41,7 @@ class DryRunTrainer(OPRDTrainer):
     def _generate_single_turn(self, prompt_ids: Any, *args: Any, **kwargs: Any) -> Any:
         if not self.use_vllm:
             rollouts = self.longest.rollouts(self.rollouts_per_step, self.accelerator.device)
-            with self.accelerator.autocast():
+            with self.whole_student(), self.accelerator.autocast():
                 sample_last_token(self.accelerator.unwrap_model(self.model_wrapped), rollouts, self.args)
         return [list(self.longest.response_ids) for _ in prompt_ids]
 
@@ -46,13 +53,14 @@ def try_longest(run: RunArguments, config: OPRDConfig) -> str:
     """
     longest, _ = longest_rollout(run, config)
     machine = Machine.here(config)
+    room = _room(machine)  # before planning, which widens the heap without filling it
     plan = plan_memory(run.model_name_or_path, config, longest, machine, run.lora)
     started = time.perf_counter()
     peaks = None
     try:
-        with _ends_where_memory_does(machine):
+        with _limited(room):
             peaks = dry_run(run.model_name_or_path, config, longest, plan.step, peft_config=run.lora)
-    except (RuntimeError, MemoryError) as error:
+    except Exception as error:
         if not _is_out_of_memory(error):
             raise
     if peaks is None:
@@ -121,21 +129,30 @@ def _accumulation(config: OPRDConfig, longest: Longest) -> int:
     return next(whole, most)
 
 
-def _is_out_of_memory(error: BaseException) -> bool:
-    told = ("DefaultCPUAllocator", "not enough memory", "can't allocate memory", "out of memory")
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(x in str(error) for x in told)
+def _is_out_of_memory(error: BaseException | None) -> bool:
+    """Whether an error, or the one it came of, is that memory ran out: every library says so its own way."""
+    if error is None:
+        return False
+    told = isinstance(error, MemoryError) or any(words in str(error) for words in OUT_OF_MEMORY)
+    return told or _is_out_of_memory(error.__cause__ or error.__context__)
+
+
+def _room(machine: Machine) -> int | None:
+    """What this process may hold by `RLIMIT_DATA`, with all that is free: on Linux without an accelerator."""
+    if machine.device.type != "cpu" or not machine.process_bytes:
+        return None
+    return int(resident_mb("VmData") * MB) + machine.free_bytes - machine.process_bytes
 
 
 @contextmanager
-def _ends_where_memory_does(machine: Machine) -> Iterator[None]:
-    """On Linux without an accelerator, refuse memory that is not there, else the process is killed."""
-    if machine.device.type != "cpu" or not machine.process_bytes:
+def _limited(room: int | None) -> Iterator[None]:
+    """Refuse memory beyond `room`, which is not there: else the system ends the process, without a word."""
+    if room is None:
         yield
         return
     import resource
 
     soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
-    room = int(resident_mb("VmData") * MB) + machine.free_bytes - machine.process_bytes
     limits = [room, *(limit for limit in (soft, hard) if limit != resource.RLIM_INFINITY)]
     resource.setrlimit(resource.RLIMIT_DATA, (min(limits), hard))
     try:

@@ -24,7 +24,7 @@ from torch.utils._pytree import tree_leaves
 from oprd.resident import ResidentBlocks
 
 HOST, KEPT = "rollouts and indices", "freed, kept by malloc"
-HOST_BYTES = 2**27  # results of real tensors up to this size are computed: rows are chosen by their values
+ROW_BYTES = 2**20
 
 
 def has_values(tensor: Tensor) -> bool:
@@ -35,12 +35,15 @@ def has_values(tensor: Tensor) -> bool:
 class Footprint(TorchDispatchMode):
     """Counts the bytes that live on a device while it is active, by the part of the program that made them.
 
-    On a CPU freed blocks that malloc would keep are a part of their own.
+    On a CPU freed blocks that malloc would keep are a part of their own. Rows are chosen by their values, so
+    what is made of real tensors has values too, unless it outgrows them and `row_bytes`, as masks do that
+    pair rows with rows.
     """
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, row_bytes: int = ROW_BYTES) -> None:
         super().__init__()
         self._device, self._shapes = device, FakeTensorMode(allow_non_fake_inputs=True)
+        self._row_bytes = row_bytes
         self._held: dict[int, tuple[str, int]] = {}
         self._unread: dict[int, tuple[Tensor, str]] = {}
         self._parts = [HOST]
@@ -117,7 +120,7 @@ class Footprint(TorchDispatchMode):
             for tensor in given:
                 if found := self._unread.pop(tensor.untyped_storage()._cdata, None):
                     self.hold(*found)
-        result = self._run(func, args, kwargs or {}, all(map(has_values, given)))
+        result = self._run(func, args, kwargs or {}, given)
         for leaf in tree_leaves(result):
             if isinstance(leaf, Tensor):
                 key = leaf.untyped_storage()._cdata
@@ -125,13 +128,13 @@ class Footprint(TorchDispatchMode):
                     self.hold(leaf, self._parts[-1])
         return result
 
-    def _run(self, func: Any, args: Any, kwargs: Any, have_values: bool) -> Any:
-        if not have_values:
-            return func(*args, **kwargs)
-        with suppress(DynamicOutputShapeException, DataDependentOutputException), self._shapes:
-            shapes = func(*args, **kwargs)
-            if sum(x.nbytes for x in tree_leaves(shapes) if isinstance(x, Tensor)) > HOST_BYTES:
-                return shapes
+    def _run(self, func: Any, args: Any, kwargs: Any, given: list[Tensor]) -> Any:
+        if all(map(has_values, given)):
+            largest = max([self._row_bytes, *(x.nbytes for x in given)])
+            with suppress(DynamicOutputShapeException, DataDependentOutputException), self._shapes:
+                shapes = func(*args, **kwargs)
+                if any(x.nbytes > largest for x in tree_leaves(shapes) if isinstance(x, Tensor)):
+                    return shapes
         return func(*args, **kwargs)
 
     def _release(self, key: int) -> None:

@@ -1,5 +1,6 @@
 """What a rank runs on: its device, the memory there, and who shares the weights."""
 
+import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,6 +9,8 @@ from typing import Any
 import torch
 
 from oprd.meters import MB, resident_mb
+
+CONTAINER = Path("/sys/fs/cgroup")
 
 
 @dataclass(frozen=True)
@@ -46,4 +49,15 @@ def _host_memory() -> tuple[int, int]:
         total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
         return total, total
     fields = dict(line.split(":", 1) for line in info.read_text().splitlines())
-    return tuple(int(fields[name].split()[0]) * 1024 for name in ("MemAvailable", "MemTotal"))  # type: ignore
+    free, total = (int(fields[name].split()[0]) * 1024 for name in ("MemAvailable", "MemTotal"))
+    return int(min(free, _container_memory())), total
+
+
+def _container_memory() -> float:
+    """Bytes that a container may still take, cached files given up; endless where nothing limits it."""
+    try:
+        limit, used = ((CONTAINER / f"memory.{name}").read_text().strip() for name in ("max", "current"))
+        stat = dict(line.split() for line in (CONTAINER / "memory.stat").read_text().splitlines())
+    except OSError:
+        return math.inf
+    return math.inf if limit == "max" else int(limit) - int(used) + int(stat["inactive_file"])

@@ -61,7 +61,7 @@ def plan_memory(
 ) -> MemoryPlan:
     """The plan of a run with the keys of `settings`, an `OPRDConfig`; raises `UserError` as the run would."""
     with _told_once(), _explained(student):
-        rehearsal = Rehearsal(student, settings, longest, machine.device, peft_config)
+        rehearsal = Rehearsal(student, settings, longest, machine, peft_config)
         measure = rehearsal.footprint.peak_of
         measure(rehearsal.first_step)
         updates = {step: measure(partial(rehearsal.update, step)) for step in _steps(settings)}

@@ -1,19 +1,22 @@
 """A run's models in shape alone, and what the run does with them: its first step, last token and update."""
 
+from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, Trainer
 
 from oprd.batch import Batch, Inputs, weigh_rows
+from oprd.bridge.artifact import TENSORS
 from oprd.capture import blocks
 from oprd.decoding import sample_last_token
 from oprd.errors import UserError
 from oprd.footprint import Footprint
 from oprd.longest import Longest, rollouts_at_once
+from oprd.machine import Machine
 from oprd.meters import Stopwatch
 from oprd.models import base_model, load_tokenizer, resolve_model
 from oprd.output_term import OutputTerm
@@ -23,21 +26,23 @@ from oprd.update import Update
 
 STUDENT, GRADIENTS, OPTIMISER = "student's weights", "student's gradients", "optimiser's state"
 TEACHER, READING, REFERENCE = "teacher's weights", "teacher's forward", "bridge and anchor"
+BYTES_OF_A_TOKEN = 32  # on the host: four ids, as a tokenizer of bytes may make of one
 QUANTISED_BYTES = {"8bit": 1, "4bit": 0.5 + 4 / 64}  # with a float32 scale for 64 weights
 SAMPLING, ACTIVATIONS, LOGITS = "cache and sampling", "student's activations", "output loss"
 
 
 class Rehearsal:
-    """What a run with the keys of `settings`, an `OPRDConfig`, would build on `device`, without values.
+    """What a run with the keys of `settings`, an `OPRDConfig`, would build on `machine`, without values.
 
     Raises `UserError` where the run would.
     """
 
     def __init__(
-        self, student: str, settings: Any, longest: Longest, device: torch.device, peft_config: Any = None
+        self, student: str, settings: Any, longest: Longest, machine: Machine, peft_config: Any = None
     ) -> None:
-        self.settings, self.longest, self.device = settings, longest, device
-        self.footprint = Footprint(device)
+        self.settings, self.longest, self.device = settings, longest, machine.device
+        self._maps_files = machine.device.type == "cpu" and machine.ranks == 1  # several move their weights
+        self.footprint = Footprint(self.device, BYTES_OF_A_TOKEN * _rollouts(settings) * longest.num_tokens)
         located = resolve_model(student)
         self._tokenizer = load_tokenizer(located)
         self.student = self._student(located, peft_config)
@@ -50,19 +55,17 @@ class Rehearsal:
 
     def first_step(self) -> None:
         """The optimiser's first step, after which its state is there."""
-        with self.footprint.part(GRADIENTS):
-            for weight in self._trained:
-                weight.grad = torch.zeros_like(weight)
+        self._fill_gradients()
         self._step()
 
     def roll_out(self) -> None:
         """The last token of all the rollouts that a step asks Hugging Face's generate for."""
-        count = self.settings.per_device_train_batch_size * self.settings.gradient_accumulation_steps
+        rollouts = self.longest.rollouts(_rollouts(self.settings), self.device)
         with self.footprint.part(SAMPLING), self._autocast():
-            sample_last_token(self.student, self.longest.rollouts(count, self.device), self.settings)
+            sample_last_token(self.student, rollouts, self.settings)
 
     def update(self, step: int) -> None:
-        """Update `step`, 0-based: a micro-batch, another on its gradients if there is one, the optimiser."""
+        """Update `step`, 0-based: a micro-batch, on gradients of another if there is one, and the optimiser."""
         settings = self.settings
         size, count = rollouts_at_once(
             settings,
@@ -71,12 +74,13 @@ class Rehearsal:
             settings.gradient_accumulation_steps,
         )
         batch = Batch.of(self.inputs(size))
-        for _ in range(min(count, 2)):
-            with self.footprint.part(ACTIVATIONS):
-                with self._autocast():
-                    loss = self.objective.loss(batch, step)
-                loss.backward()
-                del loss
+        if count > 1:
+            self._fill_gradients()
+        with self.footprint.part(ACTIVATIONS):
+            with self._autocast():
+                loss = self.objective.loss(batch, step)
+            loss.backward()
+            del loss
         if settings.max_grad_norm:
             nn.utils.clip_grad_norm_(self._trained, settings.max_grad_norm)
         self._step()
@@ -133,17 +137,16 @@ class Rehearsal:
         return Teacher(model, load_tokenizer(located))
 
     def _place(self, model: Any, part: str, device: torch.device, is_mapped: bool) -> Any:
-        on_file = is_mapped and device.type == "cpu"
         for tensor in self.footprint.without_values(model, device):
-            (self.footprint.hold_when_read if on_file else self.footprint.hold)(tensor, part)
+            (self.footprint.hold_when_read if is_mapped and self._maps_files else self.footprint.hold)(
+                tensor, part
+            )
         return model
 
     def _bind(self) -> Update:
-        with self.footprint, self.footprint.part(REFERENCE):
-            update = Update.bind(self.settings, self.student, self._tokenizer, self.teacher, self.device)
-        if update.anchor is not None and update.anchor.reference.model is not self.student:
-            for weight in update.anchor.reference.parameters():
-                self.footprint.hold(weight, REFERENCE)
+        update = Update.bind(self.settings, self.student, self._tokenizer, self.teacher, self.device)
+        for tensor in _references(update):
+            self.footprint.hold(tensor, REFERENCE)
         output = _Output(self.settings, self.student, self.teacher, update.output.vocabulary, self.footprint)
         return replace(update, stopwatch=_Parts(self.footprint), output=output)
 
@@ -164,6 +167,11 @@ class Rehearsal:
         whole = torch.zeros(count, dtype=torch.bool)
         vocabulary = self.objective.output.vocabulary
         return batch | weigh_rows(batch, whole, settings, lambda units: units, vocabulary)
+
+    def _fill_gradients(self) -> None:
+        with self.footprint.part(GRADIENTS):
+            for weight in self._trained:
+                weight.grad = torch.zeros_like(weight)
 
     def _step(self) -> None:
         with self.footprint.part(OPTIMISER):
@@ -234,6 +242,22 @@ def _on_meta(located: str, given: dict[str, Any], dtype: str) -> tuple[Any, bool
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=wanted, **kwargs)
     return model, wanted == stored
+
+
+def _references(update: Update) -> Iterator[Tensor]:
+    """The tensors of an update's bridge and anchor that belong to neither model."""
+    if update.comparison.bridge is not None:
+        for projector in update.comparison.bridge.projectors.values():
+            yield from (getattr(projector, name) for name in TENSORS)
+    if update.anchor is not None:
+        yield from update.anchor.determined.values()
+        if update.anchor.reference.model is not update.student:
+            yield from update.anchor.reference.parameters()
+
+
+def _rollouts(settings: Any) -> int:
+    """The rollouts of one rank's step."""
+    return settings.per_device_train_batch_size * settings.gradient_accumulation_steps
 
 
 def _bytes(module: nn.Module) -> int:

@@ -19,7 +19,7 @@ class ResidentBlocks:
     """Bytes that live and freed blocks keep resident, were they written to."""
 
     def __init__(self) -> None:
-        self._is_glibc = sys.platform == "linux" and platform.libc_ver()[0] == "glibc"
+        self._tracks = sys.platform == "linux" and platform.libc_ver()[0] == "glibc" and not _is_limited()
         self._libc = ctypes.CDLL(None)
         self._libc.free.argtypes = [ctypes.c_void_p]
         self._heap: dict[int, tuple[int, int]] = {}
@@ -48,7 +48,7 @@ class ResidentBlocks:
 
     def trim(self) -> None:
         """Hand freed memory back to the system, as the memory meter does before it measures."""
-        if self._is_glibc:
+        if self._tracks:
             self._libc.malloc_trim(0)
         self.size -= sum(end - start for start, end in self._touched)
         self._touched = []
@@ -57,7 +57,7 @@ class ResidentBlocks:
 
     def _allocate(self, size: int) -> int | None:
         """An address; None where blocks are not tracked, or there is no room even for an empty one."""
-        if not self._is_glibc or not size:
+        if not self._tracks or not size:
             return None
         at = ctypes.c_void_p()
         failed = self._libc.posix_memalign(
@@ -80,3 +80,11 @@ class ResidentBlocks:
             last += 1
         stretches[first:last] = [(start, end)]
         self.size += end - start
+
+
+def _is_limited() -> bool:
+    """Whether this process may take so much memory only: then empty blocks would leave no room for others."""
+    import resource
+
+    kinds = resource.RLIMIT_DATA, resource.RLIMIT_AS
+    return any(resource.getrlimit(kind)[0] != resource.RLIM_INFINITY for kind in kinds)

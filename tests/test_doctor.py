@@ -16,7 +16,10 @@ from oprd.knobs import first_knob
 from oprd.machine import Machine
 from oprd.memory_plan import plan_memory
 from oprd.meters import MB
+from oprd.models import load_tokenizer, resolve_model
+from oprd.run import resolved_settings, write_resolved
 from oprd.train import parse_training_recipe
+from oprd.vllm_engine import is_installed
 
 RECIPE = {
     "model_name_or_path": "tiny:student",
@@ -80,6 +83,64 @@ def test_flags_override_and_mistakes_are_told(capsys, recipe):
     ):
         assert cli.run(["doctor", recipe(), *flags]) == 2
         assert says in capsys.readouterr().err.strip().splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (["--num_generations", "3"], "num_generations=3 does not divide"),
+        (["--per_device_train_batch_size", "4096"], "a step takes 8192 prompts, and the dataset has 4200"),
+        (["--output_dir", "{model}"], "is not a run of oprd"),
+        (["--use_vllm", "true"], "there is no vLLM"),
+        (["--max_steps", "1000000000", "--save_steps", "1"], "set save_total_limit"),
+        (
+            ["--model_name_or_path", "{experts}", "--teacher_model_name_or_path", "{experts}"],
+            "cannot be planned",
+        ),
+    ],
+    ids=str,
+)
+def test_what_a_run_would_stumble_over(capsys, recipe, tmp_path, experts, flags, says):
+    if "--use_vllm" in flags and is_installed():
+        pytest.skip("vLLM is installed")
+    named = {"model": resolve_model("tiny:student"), "experts": experts}
+    assert cli.run(["doctor", recipe(), *(flag.format(**named) for flag in flags)]) == 2
+    assert says in capsys.readouterr().err.strip().splitlines()[-1]
+
+
+def test_a_folder_that_holds_a_run(capsys, recipe, tmp_path):
+    run, config = parse_training_recipe(recipe())
+    write_resolved(tmp_path / "run", resolved_settings(config, run) | {"num_processes": 1})
+    assert cli.run(["doctor", recipe()]) == 0
+    assert "holds this run, which would resume" in capsys.readouterr().out
+    assert cli.run(["doctor", recipe(), "--learning_rate", "0.5"]) == 2
+    assert "holds a run with learning_rate" in capsys.readouterr().err.strip().splitlines()[-1]
+
+
+@pytest.fixture
+def experts(tiny_model, tmp_path):
+    """A folder with a mixture of experts, which computes on a CPU, but not on shapes alone."""
+    folder = tmp_path / "experts"
+    tiny_model("qwen3_moe", vocab_size=289).save_pretrained(folder)
+    load_tokenizer(resolve_model("tiny:student")).save_pretrained(folder)
+    return str(folder)
+
+
+def test_what_cannot_be_planned_can_be_tried(capsys, recipe, experts):
+    path = recipe(model_name_or_path=experts, teacher_model_name_or_path=experts)
+    assert cli.run(["train", path, "--dry_run"]) == 0
+    assert "2 steps of" in (out := capsys.readouterr().out) and "(not planned)" in out
+
+
+def test_a_dry_run_through_a_bridge(capsys, recipe, tmp_path):
+    fit = ["recipes/tiny/bridge.yaml", "--num_prompts", "32", "--rank", "4"]
+    assert cli.run(["bridge", *fit, "--output_dir", str(tmp_path / "bridge")]) == 0
+    keys = {"teacher_model_name_or_path": "tiny:bridge-teacher", "bridge": str(tmp_path / "bridge")}
+    path = recipe(**keys, anchor_weight=1, positions="all")
+    assert cli.run(["train", path, "--dry_run"]) == 0
+    assert "2 steps of" in capsys.readouterr().out
+    assert cli.run(["doctor", path, "--teacher_model_name_or_path", "tiny:teacher"]) == 2
+    assert "it belongs to another pair" in capsys.readouterr().err.strip().splitlines()[-1]
 
 
 def test_ranks_share_a_sharded_run(recipe):

@@ -14,7 +14,17 @@ LEAVES = ["selection", "capture", "losses", "output_space"]
 BELOW_THE_TRAINER = [
     *LEAVES,
     *("objective", "alignment", "bridge", "prompts", "rollouts", "evaluation", "report", "teacher", "tiny"),
-    *("footprint", "resident", "longest", "decoding", "rehearsal", "machine", "memory_plan"),
+    *(
+        "footprint",
+        "resident",
+        "longest",
+        "decoding",
+        "rehearsal",
+        "machine",
+        "memory_plan",
+        "blueprint",
+        "checks",
+    ),
 ]
 
 

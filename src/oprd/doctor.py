@@ -1,14 +1,16 @@
 """`oprd doctor RECIPE`: what is found out about a run before it starts, from its recipe and this machine."""
 
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
 from rich.table import Table
 
+from oprd.checks import Finding, check_disk, check_engine, check_output, checked
 from oprd.footprint import HOST, KEPT
-from oprd.intake import usable_prompts
+from oprd.intake import prompts_per_step, usable_prompts
 from oprd.knobs import Knob, advice, first_knob
 from oprd.longest import Longest
 from oprd.machine import Machine
@@ -28,6 +30,7 @@ from oprd.rehearsal import (
     TEACHER,
 )
 from oprd.rollouts import Prompt, render_prompt
+from oprd.run import resolved_settings
 from oprd.train import RunArguments
 from oprd.trainer import OPRDConfig
 
@@ -35,15 +38,6 @@ ORDER = (
     *(PROCESS, STUDENT, TEACHER, REFERENCE, GRADIENTS, OPTIMISER, BUCKETS, GATHERED),
     *(ENGINE, SAMPLING, READING, ACTIVATIONS, LOGITS, HOST, KEPT),
 )
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One thing that was looked at, and what was found; a run that is not well would fail."""
-
-    about: str
-    says: str
-    is_well: bool = True
 
 
 @dataclass(frozen=True)
@@ -83,28 +77,37 @@ class Diagnosis:
 
 def examine(run: RunArguments, config: OPRDConfig, ranks: int | None = None) -> Diagnosis:
     """Look at a recipe on this machine; raises `UserError` for what a run would refuse."""
-    longest, count = longest_rollout(run, config)
     machine = Machine.here(config, ranks)
+    longest, count = longest_rollout(run, config, machine.ranks)
     plan = plan_memory(run.model_name_or_path, config, longest, machine, run.lora)
     knob = first_knob(run.model_name_or_path, config, longest, machine, plan, run.lora)
+    folder = Path(config.output_dir)
+    settings = resolved_settings(config, run) | {"num_processes": machine.ranks}
     findings = (
         Finding("recipe", f"{run.model_name_or_path} learns from {config.teacher_model_name_or_path}"),
         Finding("prompts", f"{count}, the longest of {len(longest.prompt_ids)} tokens"),
         Finding("rollouts", f"up to {len(longest.response_ids)} tokens after the prompt"),
+        checked("engine", lambda: check_engine(config)),
+        checked("folder", lambda: check_output(folder, settings)),
+        checked("disk", lambda: check_disk(folder, config, plan)),
         _memory(plan, machine, knob),
     )
     return Diagnosis(plan, machine, knob, findings)
 
 
-def longest_rollout(run: RunArguments, config: OPRDConfig) -> tuple[Longest, int]:
-    """The longest rollout of a recipe, and how many prompts it can use; raises `UserError`."""
+def longest_rollout(run: RunArguments, config: OPRDConfig, ranks: int = 1) -> tuple[Longest, int]:
+    """The longest rollout of a recipe, and how many prompts it can use.
+
+    Raises `UserError` for data or batches that a run on so many ranks would refuse.
+    """
     tokenizer = load_tokenizer(resolve_model(run.model_name_or_path))
 
     def render(prompt: Prompt) -> list[int]:
         return render_prompt(tokenizer, prompt, config.chat_template_kwargs)
 
     rows = load_prompts(run.dataset_name, run.dataset_train_split, run.dataset_config)
-    prompts = usable_prompts(rows, render, config.max_prompt_length)["prompt"]
+    needed = prompts_per_step(config, ranks)
+    prompts = usable_prompts(rows, render, config.max_prompt_length, needed)["prompt"]
     return Longest.of(prompts, render, tokenizer, config.max_completion_length), len(prompts)
 
 

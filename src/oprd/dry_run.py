@@ -16,7 +16,7 @@ from oprd.doctor import longest_rollout
 from oprd.knobs import advice, first_knob
 from oprd.longest import Longest, rollouts_at_once
 from oprd.machine import Machine
-from oprd.memory_plan import plan_memory
+from oprd.memory_plan import MemoryPlan, Unplannable, fullest_step, plan_memory
 from oprd.meters import MB, resident_mb
 from oprd.train import RunArguments
 from oprd.trainer import OPRDConfig, OPRDTrainer
@@ -29,6 +29,8 @@ OUT_OF_MEMORY = (
     "CPUAllocator",
     "start new thread",
 )
+PEAKS = "memory/peak_mb", "memory/rollout_peak_mb"
+UNPLANNED = "first turn gradient_checkpointing: true, then halve the micro-batch"
 STEPS = 2  # the first makes the optimiser's state, which the second has to fit beside
 
 
@@ -51,33 +53,49 @@ def try_longest(run: RunArguments, config: OPRDConfig) -> str:
 
     Raises `UserError` for what the user can mend and, if memory runs out, `RuntimeError` with what to turn.
     """
-    longest, _ = longest_rollout(run, config)
     machine = Machine.here(config)
+    longest, _ = longest_rollout(run, config, machine.ranks)
     room = _room(machine)  # before planning, which widens the heap without filling it
-    plan = plan_memory(run.model_name_or_path, config, longest, machine, run.lora)
+    plan = _plan(run, config, longest, machine)
+    step = plan.step if plan else fullest_step(config)
     started = time.perf_counter()
     peaks = None
     try:
         with _limited(room):
-            peaks = dry_run(run.model_name_or_path, config, longest, plan.step, peft_config=run.lora)
+            peaks = dry_run(run.model_name_or_path, config, longest, step, peft_config=run.lora)
     except Exception as error:
         if not _is_out_of_memory(error):
             raise
     if peaks is None:
         gc.collect()  # what the run held, or no plan of a knob would find room
+        where = f"out of memory at the longest rollout ({longest.num_tokens} tokens"
+        if plan is None:
+            raise RuntimeError(f"{where}); {UNPLANNED}")
         knob = first_knob(run.model_name_or_path, config, longest, machine, plan, run.lora)
-        raise RuntimeError(
-            f"out of memory at the longest rollout ({longest.num_tokens} tokens, planned {plan.peak_mb:,.0f} "
-            f"of {machine.free_bytes / MB:,.0f} MB); {advice(plan, knob)}"
-        )
-    planned = {"memory/peak_mb": plan.update_mb, "memory/rollout_peak_mb": plan.rollout_mb}
-    shown = [f"{name} {peaks[name]:,.0f} (planned {planned[name]:,.0f})" for name in planned if name in peaks]
+        sizes = f"planned {plan.peak_mb:,.0f} of {machine.free_bytes / MB:,.0f} MB"
+        raise RuntimeError(f"{where}, {sizes}); {advice(plan, knob)}")
     took = (
         f"{STEPS} steps of {longest.num_tokens}-token rollouts fit, in {time.perf_counter() - started:.0f} s"
     )
-    return (
-        f"dry run: {took}; {', '.join(shown) or 'their memory cannot be measured here'}; no run was started"
-    )
+    return f"dry run: {took}; {_beside(peaks, plan)}; no run was started"
+
+
+def _plan(run: RunArguments, config: OPRDConfig, longest: Longest, machine: Machine) -> MemoryPlan | None:
+    try:
+        return plan_memory(run.model_name_or_path, config, longest, machine, run.lora)
+    except Unplannable:
+        return None
+
+
+def _beside(peaks: dict[str, float], plan: MemoryPlan | None) -> str:
+    """What was measured beside what was planned."""
+    planned = (plan.update_mb, plan.rollout_mb) if plan else (None, None)
+    shown = [
+        f"{name} {peaks[name]:,.0f} ({'not planned' if size is None else f'planned {size:,.0f}'})"
+        for name, size in zip(PEAKS, planned, strict=True)
+        if name in peaks
+    ]
+    return ", ".join(shown) or "their memory cannot be measured here"
 
 
 def dry_run(student: str, config: OPRDConfig, longest: Longest, step: int, **kwargs: Any) -> dict[str, float]:
@@ -100,7 +118,7 @@ def dry_run(student: str, config: OPRDConfig, longest: Longest, step: int, **kwa
         peaks: dict[str, float] = {}
 
         def keep(_: int, values: dict[str, float]) -> dict[str, float]:
-            for name in values.keys() & {"memory/peak_mb", "memory/rollout_peak_mb"}:
+            for name in values.keys() & set(PEAKS):
                 peaks[name] = max(values[name], peaks.get(name, 0.0))
             return {}
 

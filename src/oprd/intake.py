@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable
+from typing import Any
 
 from datasets import Dataset
 
@@ -36,3 +37,16 @@ def usable_prompts(
             f"a step takes {needed} prompts, and the dataset has {len(kept)}: make the batch smaller"
         )
     return kept
+
+
+def prompts_per_step(settings: Any, num_processes: int) -> int:
+    """How many prompts a step takes on all ranks; raises `UserError` unless that is a whole number."""
+    micro_batch, accumulation = settings.per_device_train_batch_size, settings.gradient_accumulation_steps
+    completions = micro_batch * accumulation * num_processes
+    if completions % settings.num_generations:
+        raise UserError(
+            f"a step has {completions} completions (per_device_train_batch_size × "
+            "gradient_accumulation_steps × processes), which num_generations="
+            f"{settings.num_generations} does not divide: change one of them"
+        )
+    return completions // settings.num_generations

@@ -11,12 +11,6 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from torch._subclasses.fake_tensor import (
-    DataDependentOutputException,
-    DynamicOutputShapeException,
-    UnsupportedOperatorException,
-)
-
 from oprd.errors import UserError
 from oprd.longest import Longest
 from oprd.machine import Machine
@@ -29,16 +23,23 @@ BUCKETS, GATHERED = "DDP's buckets", "layers gathered whole"
 Parts = dict[str, int]
 
 
+class Unplannable(UserError):
+    """What a model computes cannot be carried out on shapes alone."""
+
+
 @dataclass(frozen=True)
 class MemoryPlan:
     """Bytes by part on one rank, at the fullest moment of the rollouts and of the update.
 
-    `step` is the update, 0-based, that holds most: schedules switch terms on and off.
+    `step` is the update, 0-based, that holds most: schedules switch terms on and off. On disk the trained
+    model takes `model_bytes` and a checkpoint, which has the optimiser's state too, `checkpoint_bytes`.
     """
 
     rollout: Parts
     update: Parts
     step: int
+    model_bytes: int
+    checkpoint_bytes: int
 
     @property
     def rollout_mb(self) -> float:
@@ -59,7 +60,10 @@ class MemoryPlan:
 def plan_memory(
     student: str, settings: Any, longest: Longest, machine: Machine, peft_config: Any = None
 ) -> MemoryPlan:
-    """The plan of a run with the keys of `settings`, an `OPRDConfig`; raises `UserError` as the run would."""
+    """The plan of a run with the keys of `settings`, an `OPRDConfig`.
+
+    Raises `UserError` as the run would, and `Unplannable` where only the run itself can tell.
+    """
     with _told_once(), _explained(student):
         rehearsal = Rehearsal(student, settings, longest, machine, peft_config)
         measure = rehearsal.footprint.peak_of
@@ -72,7 +76,7 @@ def plan_memory(
         engine = int(settings.vllm_gpu_memory_utilization * machine.device_bytes)
         rollout[ENGINE] = engine
         update |= {} if settings.vllm_enable_sleep_mode else {ENGINE: engine}
-    return MemoryPlan(rollout, update, step)
+    return MemoryPlan(rollout, update, step, *rehearsal.saved_bytes)
 
 
 def _on_rank(rehearsal: Rehearsal, parts: Parts, machine: Machine) -> Parts:
@@ -89,6 +93,12 @@ def _on_rank(rehearsal: Rehearsal, parts: Parts, machine: Machine) -> Parts:
             parts[part] = -(-parts[part] // machine.ranks)
     models = (rehearsal.student, rehearsal.teacher.model)
     return parts | {GATHERED: max(map(rehearsal.largest_block, models))}
+
+
+def fullest_step(settings: Any) -> int:
+    """The update, 0-based, with most terms: which one to try where none can be planned."""
+    schedules = settings.schedules.values()
+    return max(_steps(settings), key=lambda step: sum(schedule(step) > 0 for schedule in schedules))
 
 
 def _steps(settings: Any) -> list[int]:
@@ -116,11 +126,11 @@ def _told_once() -> Iterator[None]:
 
 @contextmanager
 def _explained(student: str) -> Iterator[None]:
-    """Speak for architectures whose computation depends on values, of which a plan has none."""
+    """Speak for architectures whose computation depends on values, or is only defined for some dtypes."""
     try:
         yield
-    except (DataDependentOutputException, DynamicOutputShapeException, UnsupportedOperatorException) as error:
-        raise UserError(
-            f"the memory of {student} and its teacher cannot be planned, since what they compute depends on "
-            f"values ({error}): try it with oprd train --dry_run true"
+    except (NotImplementedError, RuntimeError) as error:
+        raise Unplannable(
+            f"the memory of {student} and its teacher cannot be planned, since what they compute does not "
+            f"follow from shapes alone ({error}): try it with oprd train --dry_run"
         ) from error

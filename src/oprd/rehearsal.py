@@ -1,5 +1,6 @@
 """A run's models in shape alone, and what the run does with them: its first step, last token and update."""
 
+import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
@@ -7,13 +8,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, Trainer
+from torch.utils._pytree import tree_leaves
 
 from oprd.batch import Batch, Inputs, weigh_rows
+from oprd.blueprint import make_optimizer, on_meta
 from oprd.bridge.artifact import TENSORS
 from oprd.capture import blocks
 from oprd.decoding import sample_last_token
-from oprd.errors import UserError
 from oprd.footprint import Footprint
 from oprd.longest import Longest, rollouts_at_once
 from oprd.machine import Machine
@@ -51,7 +52,7 @@ class Rehearsal:
         self._trained = [weight for weight in self.student.parameters() if weight.requires_grad]
         for weight in self._trained:
             weight.register_post_accumulate_grad_hook(lambda w: self.footprint.hold(w.grad, GRADIENTS))
-        self._optimizer = _optimizer(settings, self.student, self._trained)
+        self._optimizer = make_optimizer(settings, self.student, self._trained)
 
     def first_step(self) -> None:
         """The optimiser's first step, after which its state is there."""
@@ -65,7 +66,7 @@ class Rehearsal:
             sample_last_token(self.student, rollouts, self.settings)
 
     def update(self, step: int) -> None:
-        """Update `step`, 0-based: a micro-batch, on gradients of another if there is one, and the optimiser."""
+        """Update `step`, 0-based: a micro-batch, on the gradients of one before it if any, and a step."""
         settings = self.settings
         size, count = rollouts_at_once(
             settings,
@@ -112,9 +113,17 @@ class Rehearsal:
         """Bytes of the weights that are trained."""
         return sum(weight.nbytes for weight in self._trained)
 
+    @property
+    def saved_bytes(self) -> tuple[int, int]:
+        """What the trained model, or its adapters alone, take on disk, and a checkpoint, after a step."""
+        adapters = hasattr(self.student, "peft_config")
+        model = self.trained_bytes if adapters else _bytes(self.student)
+        state = tree_leaves(list(self._optimizer.state.values()))
+        return model, model + sum(x.nbytes for x in state if isinstance(x, Tensor))
+
     def _student(self, located: str, peft_config: Any) -> Any:
         settings = self.settings
-        model, is_mapped = _on_meta(located, settings.model_init_kwargs or {}, "float32")
+        model, is_mapped = on_meta(located, settings.model_init_kwargs or {}, "float32")
         if peft_config is not None:
             from peft import get_peft_model
 
@@ -130,7 +139,7 @@ class Rehearsal:
         settings = self.settings
         given = {"trust_remote_code": settings.trust_remote_code} | (settings.teacher_model_init_kwargs or {})
         dtype = "auto" if settings.bf16 or settings.fp16 else "float32"
-        model, is_mapped = _on_meta(located, given, dtype)
+        model, is_mapped = on_meta(located, given, dtype)
         elsewhere = given.get("device_map") == "cpu"
         device = torch.device("cpu") if elsewhere else self.device
         model = self._place(model, TEACHER, device, is_mapped)
@@ -144,7 +153,9 @@ class Rehearsal:
         return model
 
     def _bind(self) -> Update:
-        update = Update.bind(self.settings, self.student, self._tokenizer, self.teacher, self.device)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Accessing the data pointer of FakeTensor")
+            update = Update.bind(self.settings, self.student, self._tokenizer, self.teacher, self.device)
         for tensor in _references(update):
             self.footprint.hold(tensor, REFERENCE)
         output = _Output(self.settings, self.student, self.teacher, update.output.vocabulary, self.footprint)
@@ -204,44 +215,6 @@ class _Output(OutputTerm):
     def loss(self, *args: Any) -> Any:
         with self.footprint.part(LOGITS):
             return super().loss(*args)
-
-
-class _EightBit(torch.optim.Optimizer):
-    """The state of bitsandbytes' optimisers: two bytes a weight, and two float32 scales for 256 of them."""
-
-    def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        for weight in self.param_groups[0]["params"]:
-            if weight not in self.state:
-                state = [weight.new_zeros(weight.numel(), dtype=torch.uint8) for _ in range(2)]
-                scales = weight.new_zeros(2, -(-weight.numel() // 256), dtype=torch.float32)
-                self.state[weight] = {"state": state, "scales": scales}
-
-
-def _optimizer(settings: Any, student: Any, trained: list[nn.Parameter]) -> torch.optim.Optimizer:
-    if "8bit" in settings.optim:
-        return _EightBit(trained, {})
-    try:
-        kind, kwargs = Trainer.get_optimizer_cls_and_kwargs(settings, student)
-    except (ImportError, ValueError) as error:
-        raise UserError(f"optim: {settings.optim}: {error}") from error
-    return kind(trained, **kwargs)
-
-
-def _on_meta(located: str, given: dict[str, Any], dtype: str) -> tuple[Any, bool]:
-    """The model of a config in the dtype that the run loads it in, and whether its file has that dtype.
-
-    On a CPU such weights are mapped from the file: what is never read takes no memory.
-    """
-    hub = {key: given[key] for key in ("revision", "trust_remote_code") if key in given}
-    config = AutoConfig.from_pretrained(located, **hub)
-    stored, wanted = config.dtype, given.get("dtype", dtype)
-    if wanted in ("auto", None):
-        wanted = stored or torch.float32
-    wanted = getattr(torch, wanted) if isinstance(wanted, str) else wanted
-    kwargs = {key: given[key] for key in ("attn_implementation", "trust_remote_code") if key in given}
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=wanted, **kwargs)
-    return model, wanted == stored
 
 
 def _references(update: Update) -> Iterator[Tensor]:

@@ -28,7 +28,7 @@ from oprd.card import model_card
 from oprd.errors import UserError
 from oprd.finite import NonFiniteLoss
 from oprd.importance import check_correction
-from oprd.intake import usable_prompts
+from oprd.intake import prompts_per_step, usable_prompts
 from oprd.meters import MemoryMeter
 from oprd.models import holds_adapters, resolve_model
 from oprd.recorder import Recorder
@@ -147,7 +147,6 @@ class OPRDTrainer(ResumableTrainer, RolloutTrainer, DistillationTrainer):
             )
         if self._is_vlm:
             raise UserError("the student is a vision-language model; oprd distils text-only models so far")
-        self._check_batch(args)
         self.train_dataset = usable_prompts(
             train_dataset, self._render, args.max_prompt_length, self._prompts_per_step
         )
@@ -205,22 +204,9 @@ class OPRDTrainer(ResumableTrainer, RolloutTrainer, DistillationTrainer):
         self.vllm_generation = StudentEngine(self.vllm_generation, self.update.stopwatch, self.eos_token_ids)
         return self.vllm_generation
 
-    def _check_batch(self, args: OPRDConfig) -> None:
-        if self._completions_per_step % args.num_generations:
-            raise UserError(
-                f"a step has {self._completions_per_step} completions (per_device_train_batch_size × "
-                "gradient_accumulation_steps × processes), which num_generations="
-                f"{args.num_generations} does not divide: change one of them"
-            )
-
-    @property
-    def _completions_per_step(self) -> int:
-        per_process = self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps
-        return per_process * self.accelerator.num_processes
-
     @property
     def _prompts_per_step(self) -> int:
-        return self._completions_per_step // self.args.num_generations
+        return prompts_per_step(self.args, self.accelerator.num_processes)
 
     def _render(self, prompt: Any) -> list[int]:
         return render_prompt(self._tokenizer, prompt, self.chat_template_kwargs)

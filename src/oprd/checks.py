@@ -1,0 +1,74 @@
+"""What a run would stumble over besides memory: its step, its engine, its folder, its disk."""
+
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from oprd.errors import UserError
+from oprd.memory_plan import MemoryPlan
+from oprd.meters import MB
+from oprd.run import check_folder, is_finished
+from oprd.teacher import quantization
+from oprd.vllm_engine import check_training
+from oprd.whole import check_writable
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that was looked at, and what was found; a run that is not well would fail."""
+
+    about: str
+    says: str
+    is_well: bool = True
+
+
+def checked(about: str, look: Callable[[], str]) -> Finding:
+    """What `look` says, or the `UserError` it raises."""
+    try:
+        return Finding(about, look())
+    except UserError as error:
+        return Finding(about, str(error), False)
+
+
+def check_engine(config: Any) -> str:
+    """Who rolls out; raises `UserError` where that, or what quantises the teacher, is not installed."""
+    if config.teacher_quantization != "none":
+        quantization(config.teacher_quantization)
+    if not config.use_vllm:
+        return "rollouts by Hugging Face's generate"
+    check_training(config.vllm_mode, config.vllm_enable_sleep_mode)
+    return f"rollouts by vLLM, {config.vllm_mode}"
+
+
+def check_output(folder: Path, settings: dict[str, Any]) -> str:
+    """What a run of `settings`, resolved, would find in `folder`; raises `UserError` for another run's."""
+    check_folder(folder, settings)
+    if is_finished(folder, settings["max_steps"]):
+        return f"{folder} holds the finished run: nothing would be done"
+    check_writable(folder)
+    return f"{folder} {'holds this run, which would resume' if folder.exists() else 'can be written'}"
+
+
+def check_disk(folder: Path, config: Any, plan: MemoryPlan) -> str:
+    """What a run leaves in `folder`, at most; raises `UserError` if the disk has not so much."""
+    kept, limit = _checkpoints(config), config.save_total_limit
+    if limit is not None:
+        kept = min(kept, limit + 1)  # the oldest goes when the next one is whole
+    each = plan.model_bytes if config.save_only_model else plan.checkpoint_bytes
+    needed = kept * each + plan.model_bytes
+    free = shutil.disk_usage(next(path for path in (folder, *folder.parents) if path.exists())).free
+    says = f"{kept} checkpoints of {each / MB:,.0f} MB and the model, of {free / MB:,.0f} MB that are free"
+    if needed > free:
+        raise UserError(f"{says}, do not fit: set save_total_limit, or save less often (save_steps)")
+    return says
+
+
+def _checkpoints(config: Any) -> int:
+    if config.save_strategy == "no":
+        return 0
+    if config.save_strategy != "steps" or config.max_steps <= 0:
+        return 1
+    every = config.save_steps if config.save_steps >= 1 else config.save_steps * config.max_steps
+    return -(-config.max_steps // max(int(every), 1))

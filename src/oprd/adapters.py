@@ -1,6 +1,6 @@
 """LoRA and DoRA students through peft: the keys of a recipe, and adapters merged into a model of its own."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,9 @@ class AdapterArguments:
     def lora(self) -> LoraConfig | None:
         """What peft is asked for; raises `UserError` for values that no adapter can have."""
         if not self.use_peft:
+            changed = [f.name for f in fields(AdapterArguments) if getattr(self, f.name) != f.default]
+            if changed:
+                raise UserError(f"{changed[0]} is of adapters, and use_peft is false: set use_peft: true")
             return None
         if self.lora_r < 1 or not 0 <= self.lora_dropout < 1:
             raise UserError(
@@ -51,6 +54,6 @@ class AdapterArguments:
 
 
 def save_merged(folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Save what the adapters in `folder` make of their model in `folder/merged`, in its dtype."""
-    load_model(str(folder), dtype="auto").save_pretrained(folder / MERGED_FOLDER)
+    """Save what the adapters in `folder` make of their model in `folder/merged`, in float32."""
+    load_model(str(folder)).save_pretrained(folder / MERGED_FOLDER)
     tokenizer.save_pretrained(folder / MERGED_FOLDER)

@@ -3,6 +3,7 @@
 import argparse
 import json
 import logging
+import os
 import sys
 import traceback
 import warnings
@@ -224,7 +225,8 @@ def _quiet() -> None:
     from transformers.utils import logging as transformers_logging
 
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
-    logging.getLogger("oprd").setLevel(logging.INFO)
+    is_first = os.environ.get("RANK", "0") == "0"
+    logging.getLogger("oprd").setLevel(logging.INFO if is_first else logging.ERROR)
     transformers_logging.disable_progress_bar()
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", message="'pin_memory' argument is set as true")

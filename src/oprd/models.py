@@ -80,11 +80,19 @@ def load_tokenizer(name: str, **kwargs: Any) -> PreTrainedTokenizerBase:
 
 
 def load_model(name: str, **kwargs: Any) -> PreTrainedModel:
-    """The causal language model of a resolved model name; adapters are merged into theirs."""
+    """The causal language model of a resolved model name.
+
+    Adapters are merged into theirs in float32, since half precision would lose small ones, and stay so
+    unless `dtype` names another.
+    """
     try:
         if holds_adapters(name):
             with torch.random.fork_rng(devices=()):  # peft draws adapters before it loads them
-                return AutoPeftModelForCausalLM.from_pretrained(name, **kwargs).merge_and_unload()
+                wide = AutoPeftModelForCausalLM.from_pretrained(name, **kwargs | {"dtype": "float32"})
+            dtype = kwargs.get("dtype", "auto")
+            dtype = getattr(torch, dtype) if isinstance(dtype, str) and dtype != "auto" else dtype
+            merged = wide.merge_and_unload()
+            return merged if dtype in ("auto", None) else merged.to(dtype)
         return AutoModelForCausalLM.from_pretrained(name, **kwargs)
     except (OSError, ValueError) as error:
         raise UserError(f"cannot load the model {name}: {_first_line(error)}") from error

@@ -4,6 +4,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -47,7 +48,7 @@ def joined_ranks() -> Iterator[Ranks]:
     ranks = Ranks(int(os.environ["RANK"]), count)
     if ranks.device.type == "cuda":
         torch.cuda.set_device(ranks.device)
-    dist.init_process_group()
+    dist.init_process_group(timeout=timedelta(days=1))  # ranks meet once, after all their rollouts
     yield ranks
     dist.barrier()
     dist.destroy_process_group()

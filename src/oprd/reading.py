@@ -14,6 +14,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor, nn
 
 from oprd.capture import backbone, capture
+from oprd.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -108,8 +109,15 @@ def _inputs(
     ids, mask = reading.input_ids, reading.attention_mask
     # Positions count real tokens, so the amount of padding does not shift them.
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
-    varlen = "flash" in str(getattr(backbone(model).config, "_attn_implementation", ""))
-    if not (varlen if padding_free is None else padding_free):
+    config = backbone(model).config
+    varlen = "flash" in str(getattr(config, "_attn_implementation", ""))
+    separable = _is_attention_alone(backbone(model))
+    if padding_free and not separable:
+        raise UserError(
+            f"padding_free: true, but {type(backbone(model)).__name__} carries states from rollout to rollout: "
+            "leave it out"
+        )
+    if not (varlen and separable if padding_free is None else padding_free):
         padded = {"attention_mask": mask, "position_ids": positions}
         return {"input_ids": ids} | {name: x.to(ids.device) for name, x in padded.items()}, None
     real = mask > 0
@@ -118,6 +126,14 @@ def _inputs(
         "position_ids": positions[real][None].to(ids.device),
     }
     return inputs | (_lengths(mask, ids.device) if varlen else {}), real
+
+
+def _is_attention_alone(stack: Any) -> bool:
+    """Whether all layers tell sequences apart by their positions: recurrent and convolutional ones do not."""
+    kinds = getattr(stack.config, "layer_types", None) or ()
+    return not getattr(stack, "_is_stateful", False) and all(
+        "attention" in k and "linear" not in k for k in kinds
+    )
 
 
 def _lengths(mask: Int[Tensor, "B S"], device: torch.device) -> dict[str, Any]:

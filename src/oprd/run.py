@@ -35,6 +35,11 @@ EXECUTION_PREFIXES = (
     "fsdp",
     "gradient_checkpointing",
     "activation_checkpointing",
+    "vllm_server",
+    "vllm_gpu",
+    "vllm_group",
+    "vllm_enable_sleep",
+    "vllm_tensor",
 )
 EXECUTION_KEYS = {
     "output_dir",
@@ -47,6 +52,8 @@ EXECUTION_KEYS = {
     "num_processes",
     "deepspeed",
     "teacher_offload",
+    "padding_free",
+    "vllm_mode",
     "output_chunk_size",
     "max_tokens_per_micro_batch",
     "per_device_train_batch_size",

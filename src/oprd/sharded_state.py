@@ -11,6 +11,7 @@ from peft import PeftModel, get_peft_model_state_dict
 from safetensors import safe_open
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
+from transformers import AutoModelForCausalLM
 
 
 def whole_weights(model: nn.Module, keep: bool) -> dict[str, Tensor]:
@@ -27,12 +28,19 @@ def whole_optimizer_state(optimizer: Any, keep: bool) -> dict[str, Any]:
 @torch.no_grad()
 def load_weights(model: nn.Module, folder: Path) -> None:
     """Take this rank's shards out of the weights or adapters that were saved in `folder`."""
-    adapters = isinstance(model, PeftModel)
-    targets = get_peft_model_state_dict(model) if adapters else model.state_dict()
-    for path in sorted(folder.glob("adapter_model*.safetensors" if adapters else "model*.safetensors")):
-        with safe_open(path, framework="pt") as file:
-            for name in file.keys():  # noqa: SIM118 - no mapping
-                targets[name].copy_(_sharded(file.get_tensor(name), targets[name]))
+    if not isinstance(model, PeftModel):
+        # Files may name weights differently from the model, as those of experts are.
+        saved = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=next(model.parameters()).dtype
+        ).state_dict()
+        targets = model.state_dict()
+        for name, value in saved.items():
+            targets[name].copy_(_sharded(value, targets[name]))
+        return
+    targets = get_peft_model_state_dict(model)
+    with safe_open(folder / "adapter_model.safetensors", framework="pt") as file:
+        for name in file.keys():  # noqa: SIM118 - no mapping
+            targets[name].copy_(_sharded(file.get_tensor(name), targets[name]))
 
 
 def load_optimizer_state(optimizer: Any, path: Path) -> None:

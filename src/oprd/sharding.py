@@ -3,6 +3,7 @@
 A sharded model is entered through its root, whose forward gathers a block's weights when the block runs.
 """
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -28,6 +29,8 @@ from oprd.reading import StateReader
 from oprd.settings import ObjectiveSettings
 from oprd.sharded_table import RowFetcher, shard_tables
 
+logger = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True)
 class Sharding:
@@ -44,7 +47,11 @@ class Sharding:
 
         Raises `UserError` for FSDP1.
         """
-        if accelerator.distributed_type != DistributedType.FSDP:  # without an accelerator it stays with DDP
+        if accelerator.distributed_type != DistributedType.FSDP:
+            if getattr(accelerator.state, "fsdp_plugin", None) is not None:
+                logger.warning(
+                    "FSDP is asked for, but nothing is sharded: accelerate needs several accelerators"
+                )
             return None
         plugin = accelerator.state.fsdp_plugin
         if plugin.fsdp_version != 2:

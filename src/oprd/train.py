@@ -1,25 +1,30 @@
 """`oprd train`: a recipe becomes a run folder; the same command on the same folder resumes."""
 
 import logging
+import math
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from oprd.adapters import AdapterArguments, save_merged
+from accelerate.utils import broadcast_object_list
+
+from oprd.adapters import MERGED_FOLDER, AdapterArguments, save_merged
 from oprd.checkpoints import last_whole_checkpoint, publish, written_whole
 from oprd.errors import UserError
-from oprd.evaluation.run import EvalSettings, evaluate
+from oprd.evaluation.run import EvalSettings, evaluate, response_room
 from oprd.models import holds_adapters
 from oprd.prompts import load_prompts
 from oprd.recipe import parse_recipe
 from oprd.rollouts import Sampling
 from oprd.run import STATE_FILE, check_folder, is_finished, resolved_settings, write_resolved
+from oprd.settings import at_least
 from oprd.trainer import OPRDConfig, OPRDTrainer
 from oprd.whole import check_writable
 
 logger = logging.getLogger(__name__)
 
+CARD_FILE = "README.md"
 PARTIAL = "final.partial"  # where the final model is written
 
 
@@ -58,6 +63,8 @@ def parse_training_recipe(path: str | Path, flags: Sequence[str] = ()) -> tuple[
     for key in ("model_name_or_path", "dataset_name"):
         if not getattr(run, key):
             raise UserError(f"{path} names no {key}: add it to the recipe or as a flag")
+    for key in ("accuracy_steps", "accuracy_problems", "accuracy_samples"):
+        at_least(key, getattr(run, key), 1)
     return run, config
 
 
@@ -80,8 +87,9 @@ def train(
     trainer = _make_trainer(run, config, label)
     if trainer.is_world_process_zero():
         write_resolved(folder, settings)
-    checkpoint = last_whole_checkpoint(folder)
-    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    chosen = [last_whole_checkpoint(folder)]
+    broadcast_object_list(chosen)  # ranks may see a shared file system at different times
+    trainer.train(resume_from_checkpoint=str(chosen[0]) if chosen[0] else None)
     trainer.create_model_card(model_name=folder.name, dataset_name=run.dataset_name)
     _save_final(trainer, folder)
     return folder
@@ -94,7 +102,9 @@ def _save_final(trainer: OPRDTrainer, folder: Path) -> None:
         trainer.save_model(str(partial), _internal_call=True)
         if is_writer:
             if holds_adapters(str(partial)):
+                (partial / CARD_FILE).unlink(missing_ok=True)  # peft's, a form to be filled in
                 save_merged(partial, trainer.processing_class)
+                shutil.copy(folder / CARD_FILE, partial / MERGED_FOLDER)
             trainer.state.save_to_json(str(partial / STATE_FILE))
     if is_writer:
         publish(partial, folder)
@@ -131,13 +141,14 @@ def _accuracy_observer(
     assert run.accuracy_dataset_name is not None
     rows = load_prompts(run.accuracy_dataset_name, "test")
     rows = rows.select(range(min(run.accuracy_problems, len(rows))))
-    sampling = Sampling(max_new_tokens=config.max_completion_length or 512)
     settings = EvalSettings(
-        samples=run.accuracy_samples,
-        sampling=sampling,
-        batch_size=256,
-        chat_template_kwargs=config.chat_template_kwargs,
+        samples=run.accuracy_samples, batch_size=256, chat_template_kwargs=config.chat_template_kwargs
     )
+    room = response_room(trainer.model, trainer.processing_class, rows, settings)
+    if room is not None and room < 1:
+        raise UserError(f"a prompt of accuracy_dataset_name: {run.accuracy_dataset_name} leaves no position")
+    longest = min(config.max_completion_length or 512, math.inf if room is None else room)
+    settings = replace(settings, sampling=Sampling(max_new_tokens=int(longest)))
 
     def observe(step: int, _: dict[str, float]) -> dict[str, float]:
         if step % run.accuracy_steps:

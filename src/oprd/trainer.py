@@ -35,7 +35,7 @@ from oprd.recorder import Recorder
 from oprd.rollout_trainer import PACKED, RolloutTrainer
 from oprd.rollouts import render_prompt
 from oprd.saving import ResumableTrainer
-from oprd.settings import ObjectiveSettings
+from oprd.settings import ObjectiveSettings, at_least
 from oprd.sharding import Sharding, check_zero3
 from oprd.student_engine import StudentEngine
 from oprd.teacher import Teacher, quantization
@@ -92,6 +92,8 @@ class OPRDConfig(ObjectiveSettings, DistillationConfig):
                 "beta is TRL's name for the divergence; use divergence: reverse_kl, forward_kl or jsd"
             )
         self.check()
+        for name in ("per_device_train_batch_size", "gradient_accumulation_steps"):
+            at_least(name, getattr(self, name), 1)
         if self.vllm_importance_sampling_correction:
             check_correction(self)
         # Without it, transformers refuses bf16 on a machine that has no accelerator.
@@ -139,7 +141,7 @@ class OPRDTrainer(ResumableTrainer, RolloutTrainer, DistillationTrainer):
         set_seed(args.seed)  # of new adapters, which are drawn before the base class sets it
         with training_engines(vllm_generation) if args.use_vllm else nullcontext():
             super().__init__(
-                model=resolve_model(model) if isinstance(model, str) else model,
+                model=_located(model, args) if isinstance(model, str) else model,
                 args=args,
                 train_dataset=train_dataset,
                 callbacks=callbacks,
@@ -332,6 +334,12 @@ class OPRDTrainer(ResumableTrainer, RolloutTrainer, DistillationTrainer):
         (folder / "README.md").write_text(
             model_card(folder, **self._names, dataset=dataset_name, settings=settings)
         )
+
+
+def _located(student: str, args: OPRDConfig) -> str:
+    init_kwargs = args.model_init_kwargs or {}
+    hub_kwargs = {key: init_kwargs[key] for key in ("revision",) if key in init_kwargs}
+    return resolve_model(student, trust_remote_code=args.trust_remote_code, **hub_kwargs)
 
 
 def _name(model: str | PreTrainedModel | None) -> str:

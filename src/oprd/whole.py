@@ -28,7 +28,10 @@ def write_whole(path: Path, text: str) -> None:
 def seal(folder: Path, files: Iterable[Path]) -> None:
     """Declare `folder` whole with these files of it, once they have reached the disk."""
     sizes = {}
+    umask = os.umask(0)
+    os.umask(umask)
     for path in sorted(files):
+        path.chmod(0o666 & ~umask)  # safetensors lets nobody else read
         with path.open("rb+") as file:
             os.fsync(file.fileno())
         sizes[path.relative_to(folder).as_posix()] = path.stat().st_size

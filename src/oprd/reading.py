@@ -114,8 +114,8 @@ def _inputs(
     separable = _is_attention_alone(backbone(model))
     if padding_free and not separable:
         raise UserError(
-            f"padding_free: true, but {type(backbone(model)).__name__} carries states from rollout to rollout: "
-            "leave it out"
+            f"padding_free: true, but {type(backbone(model)).__name__} carries states from one rollout "
+            "to the next: leave it out"
         )
     if not (varlen and separable if padding_free is None else padding_free):
         padded = {"attention_mask": mask, "position_ids": positions}

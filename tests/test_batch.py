@@ -2,8 +2,10 @@
 
 import pytest
 import torch
+from transformers import Qwen3NextConfig, Qwen3NextForCausalLM
 
 from oprd.batch import Batch, weigh_rows
+from oprd.errors import UserError
 from oprd.reading import Reading, Want, read_states
 from oprd.settings import ObjectiveSettings
 
@@ -191,3 +193,26 @@ def test_batch_pairs_the_response_rows_of_two_prompts():
     assert batch.student.input_ids[batch.student.rows(mask)].tolist() == [8, 10, 4, 12, 13, 14, 15, 8]
     assert batch.teacher.input_ids[batch.teacher.rows(mask)].tolist() == [1, 10, 2, 12, 13, 14, 15, 3]
     assert torch.equal(batch.tokens, inputs["completion_ids"])
+
+
+def test_recurrent_layers_are_read_with_padding():
+    """A state that runs along the sequence would leak from one rollout into the next."""
+    config = Qwen3NextConfig(
+        vocab_size=41,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=4,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=8,
+        linear_num_value_heads=2,
+        linear_num_key_heads=2,
+        linear_key_head_dim=8,
+        linear_value_head_dim=8,
+        num_experts=0,
+    )
+    model = Qwen3NextForCausalLM(config).eval()
+    assert "linear_attention" in config.layer_types
+    inputs = padded(PROMPTS, COMPLETIONS)
+    with pytest.raises(UserError, match="carries states from one rollout to the next"):
+        read_states(model, one_each(inputs), [Want((2,), inputs["completion_mask"].bool())], True)

@@ -8,7 +8,7 @@ import yaml
 from safetensors.torch import load_file
 from test_trainer_run import lasting
 from tiny_pair import QUICK, prompt_texts
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from oprd.errors import UserError
 from oprd.models import load_model, resolve_model
@@ -47,9 +47,9 @@ def run(request, tmp_path_factory, recipe):
     return train(*recipe(tmp_path_factory.mktemp("runs") / request.param, *flags)), flags
 
 
-def by_hand(folder, student, rslora):
+def by_hand(folder, student, rslora, dtype="auto"):
     """W + (α/r) B A; with DoRA, its rows scaled to the magnitudes that were learned."""
-    weights = AutoModelForCausalLM.from_pretrained(student).state_dict()
+    weights = AutoModelForCausalLM.from_pretrained(student, dtype=dtype).state_dict()
     adapters = load_file(folder / "adapter_model.safetensors")
     scale = 8 / (2 if rslora else 4)
     for name in {name.partition(".lora_")[0] for name in adapters}:
@@ -116,3 +116,25 @@ def test_adapters_are_no_student_but_a_teacher(run, recipe, tmp_path):
     train(*recipe(tmp_path / "run", "--teacher_model_name_or_path", str(folder), "--max_steps", "1"))
     train(*recipe(tmp_path / "two", "--teacher_model_name_or_path", f"{folder}/merged", "--max_steps", "1"))
     assert lasting(tmp_path / "run") == lasting(tmp_path / "two")
+
+
+def test_keys_of_adapters_without_adapters_are_refused(recipe, tmp_path):
+    with pytest.raises(UserError, match="lora_alpha is of adapters, and use_peft is false"):
+        train(*recipe(tmp_path / "run", "--use_peft", "false", "--lora_r", "16", "--use_dora", "true"))
+
+
+def test_small_updates_outlive_a_model_stored_in_bfloat16(recipe, tmp_path, student):
+    """Merged in bfloat16, an update a thousandth as large as the weights would be lost."""
+    stored = tmp_path / "bfloat16"
+    AutoModelForCausalLM.from_pretrained(student, dtype=torch.bfloat16).save_pretrained(stored)
+    AutoTokenizer.from_pretrained(student).save_pretrained(stored)
+    flags = ["--model_name_or_path", str(stored), "--learning_rate", "1e-5", "--max_steps", "1"]
+    folder = train(*recipe(tmp_path / "run", *flags))
+    base = AutoModelForCausalLM.from_pretrained(stored, dtype=torch.float32).state_dict()
+    merged = load_file(folder / "merged" / "model.safetensors")
+    wanted = by_hand(folder, stored, rslora=False, dtype=torch.float32)
+    for name in (name for name in merged if "proj" in name):
+        update = wanted[name] - base[name]
+        assert (merged[name] - wanted[name]).norm() <= 0.01 * update.norm()
+    card = (folder / "README.md").read_text()
+    assert "oprd" in card and (folder / "merged" / "README.md").read_text() == card

@@ -47,7 +47,7 @@ def read(tmp_path):
     def parse(**changes):
         path = tmp_path / "recipe.yaml"
         data = tmp_path / "prompts.jsonl"
-        data.write_text("".join(json.dumps({"prompt": f"Compute {n}+1."}) + "\n" for n in (1, 23, 456)))
+        data.write_text("".join(json.dumps({"prompt": f"Compute {n}+1."}) + "\n" for n in (1, 23, 456) * 4))
         keys = {"output_dir": str(tmp_path / "run"), "dataset_name": str(data)}
         path.write_text(yaml.safe_dump(RECIPE | keys | changes))
         run, config = parse_training_recipe(path)

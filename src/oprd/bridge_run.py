@@ -186,7 +186,10 @@ def accumulate(
             progress.update(len(texts))
     if ranks.count > 1:
         fitter.gather()
-    return sum(ranks.gather(counts), Counter())
+    total_counts: Counter[str] = Counter()
+    for here in ranks.gather(counts):
+        total_counts.update(here)  # a sum of counters would drop what was never seen
+    return total_counts
 
 
 def _prompts(args: BridgeArguments, pair: ModelPair) -> Dataset:

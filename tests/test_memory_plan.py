@@ -12,9 +12,9 @@ from transformers import AutoModelForCausalLM, Qwen2Config
 
 from oprd.batch import Batch
 from oprd.doctor import longest_rollout
-from oprd.footprint import KEPT, Footprint
+from oprd.footprint import GATHERED, KEPT, Footprint
 from oprd.machine import Machine
-from oprd.memory_plan import BUCKETS, GATHERED, PROCESS, plan_memory
+from oprd.memory_plan import BUCKETS, PROCESS, plan_memory
 from oprd.models import load_model, load_tokenizer, resolve_model
 from oprd.rehearsal import ACTIVATIONS, GRADIENTS, LOGITS, OPTIMISER, STUDENT, TEACHER, Rehearsal
 from oprd.resident import ResidentBlocks

@@ -9,12 +9,12 @@ from rich.console import Console
 from rich.table import Table
 
 from oprd.checks import Finding, check_disk, check_engine, check_output, checked
-from oprd.footprint import HOST, KEPT
+from oprd.footprint import GATHERED, HOST, KEPT
 from oprd.intake import prompts_per_step, usable_prompts
 from oprd.knobs import Knob, advice, first_knob
 from oprd.longest import Longest
 from oprd.machine import Machine
-from oprd.memory_plan import BUCKETS, ENGINE, GATHERED, PROCESS, MemoryPlan, plan_memory
+from oprd.memory_plan import BUCKETS, ENGINE, PROCESS, MemoryPlan, plan_memory
 from oprd.meters import MB
 from oprd.models import load_tokenizer, resolve_model
 from oprd.prompts import load_prompts

@@ -12,18 +12,21 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._guards import active_fake_mode
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
     DynamicOutputShapeException,
     FakeTensor,
     FakeTensorMode,
 )
+from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from oprd.resident import ResidentBlocks
 
 HOST, KEPT = "rollouts and indices", "freed, kept by malloc"
+GATHERED = "layers gathered whole"
 ROW_BYTES = 2**20
 
 
@@ -37,7 +40,7 @@ class Footprint(TorchDispatchMode):
 
     On a CPU freed blocks that malloc would keep are a part of their own. Rows are chosen by their values, so
     what is made of real tensors has values too, unless it outgrows them and `row_bytes`, as masks do that
-    pair rows with rows.
+    pair rows with rows. Storages that are emptied, to be filled again, are those of gathered layers.
     """
 
     def __init__(self, device: torch.device, row_bytes: int = ROW_BYTES) -> None:
@@ -69,8 +72,8 @@ class Footprint(TorchDispatchMode):
         return list(made.values())
 
     def hold(self, tensor: Tensor, part: str) -> None:
-        """Count a tensor under `part` from now on."""
-        storage = tensor.untyped_storage()
+        """Count a tensor, of a sharded one this rank's shard, under `part` from now on."""
+        storage = (tensor.to_local() if isinstance(tensor, DTensor) else tensor).untyped_storage()
         key, size = storage._cdata, storage.nbytes()
         if tensor.device.type != self._device.type:
             return
@@ -114,8 +117,28 @@ class Footprint(TorchDispatchMode):
         self._peak[KEPT] = max(self._most_resident - self._peak.total(), 0)
         return {part: size for part, size in self._peak.items() if size > 0}
 
+    def __enter__(self) -> Any:
+        resize = self._resize = torch.UntypedStorage.resize_
+
+        def resize_and_count(storage: torch.UntypedStorage, size: int) -> Any:
+            result = resize(storage, size)
+            self._recount(storage)
+            return result
+
+        # The one way in which FSDP lets layers go, which no operation tells of.
+        torch.UntypedStorage.resize_ = resize_and_count  # type: ignore[method-assign]
+        return super().__enter__()
+
+    def __exit__(self, *raised: Any) -> None:
+        torch.UntypedStorage.resize_ = self._resize  # type: ignore[method-assign]
+        super().__exit__(*raised)
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         given = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+        if any(isinstance(x, DTensor) for x in given):
+            return NotImplemented  # what it does with its shards is told in turn
+        if active_fake_mode() is not None:
+            return func(*args, **(kwargs or {}))  # a sharded tensor asks what shape a result will have
         if self._unread and func is not torch.ops.aten.embedding.default:
             for tensor in given:
                 if found := self._unread.pop(tensor.untyped_storage()._cdata, None):
@@ -136,6 +159,16 @@ class Footprint(TorchDispatchMode):
                 if any(x.nbytes > largest for x in tree_leaves(shapes) if isinstance(x, Tensor)):
                     return shapes
         return func(*args, **kwargs)
+
+    def _recount(self, storage: torch.UntypedStorage) -> None:
+        key, size = storage._cdata, storage.nbytes()
+        if key in self._held and self._held[key][1] != size:
+            self._release(key)
+            self._held[key] = GATHERED, size
+            self._live[GATHERED] += size
+            if self._blocks is not None:
+                self._blocks.take(key, size)
+            self._note_peak()
 
     def _release(self, key: int) -> None:
         part, size = self._held.pop(key)

@@ -29,17 +29,24 @@ class Machine:
         """This machine under the launcher's environment and the keys of `settings`, an `OPRDConfig`.
 
         `ranks` overrides the number of processes. On a CPU the free memory is shared by the ranks of the
-        machine, and what this process holds now stands for what a run's does before it loads weights.
+        machine, and what this process holds now stands for what a run's does before it loads weights; ranks
+        that are launched there are not sharded by accelerate, those that `ranks` imagines are.
         """
         world = ranks or int(os.environ.get("WORLD_SIZE", "1"))
-        sharded = bool(settings.fsdp) or os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
+        sharded = bool(settings.fsdp) or is_launched_sharded()
         if not settings.use_cpu and torch.cuda.is_available():
             free, total = torch.cuda.mem_get_info()
             return cls(torch.device("cuda"), total, free, ranks=world, sharded=sharded)
+        sharded = sharded and ranks is not None
         process = int(resident_mb("VmRSS") * MB) if Path("/proc/self/status").exists() else 0
         free, total = _host_memory()
         local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         return cls(torch.device("cpu"), total, free // local + process, process, world, sharded)
+
+
+def is_launched_sharded() -> bool:
+    """Whether accelerate's launcher asks for FSDP."""
+    return os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
 
 
 def _host_memory() -> tuple[int, int]:

@@ -15,10 +15,11 @@ from oprd.errors import UserError
 from oprd.longest import Longest
 from oprd.machine import Machine
 from oprd.meters import MB
-from oprd.rehearsal import GRADIENTS, OPTIMISER, STUDENT, TEACHER, Rehearsal
+from oprd.pretended import pretended_ranks
+from oprd.rehearsal import TEACHER, Rehearsal
 
 PROCESS, ENGINE = "process and libraries", "vLLM"
-BUCKETS, GATHERED = "DDP's buckets", "layers gathered whole"
+BUCKETS = "DDP's buckets"
 
 Parts = dict[str, int]
 
@@ -64,14 +65,14 @@ def plan_memory(
 
     Raises `UserError` as the run would, and `Unplannable` where only the run itself can tell.
     """
-    with _told_once(), _explained(student):
-        rehearsal = Rehearsal(student, settings, longest, machine, peft_config)
+    with _told_once(), _explained(student), pretended_ranks(machine) as mesh:
+        rehearsal = Rehearsal(student, settings, longest, machine, peft_config, mesh)
         measure = rehearsal.footprint.peak_of
         measure(rehearsal.first_step)
         updates = {step: measure(partial(rehearsal.update, step)) for step in _steps(settings)}
         rollout = measure((lambda: None) if settings.use_vllm else rehearsal.roll_out)
         step = max(updates, key=lambda step: sum(updates[step].values()))
-        rollout, update = (_on_rank(rehearsal, parts, machine) for parts in (rollout, updates[step]))
+        rollout, update = (_beside(rehearsal, parts, machine) for parts in (rollout, updates[step]))
     if settings.use_vllm and settings.vllm_mode == "colocate":
         engine = int(settings.vllm_gpu_memory_utilization * machine.device_bytes)
         rollout[ENGINE] = engine
@@ -79,20 +80,13 @@ def plan_memory(
     return MemoryPlan(rollout, update, step, *rehearsal.saved_bytes)
 
 
-def _on_rank(rehearsal: Rehearsal, parts: Parts, machine: Machine) -> Parts:
-    """What one of several ranks holds: its share if the weights are sharded, and what sharing them takes."""
+def _beside(rehearsal: Rehearsal, parts: Parts, machine: Machine) -> Parts:
+    """The parts with what no rehearsal shows: libraries, weights that rest elsewhere, buffers of messages."""
     parts = {PROCESS: machine.process_bytes} | parts if machine.process_bytes else dict(parts)
     if (resting := rehearsal.resting_teacher_bytes) is not None and TEACHER in parts:
         parts[TEACHER] = resting
-    if machine.ranks == 1:
-        return parts
-    if not machine.sharded:
-        return parts | {BUCKETS: rehearsal.trained_bytes}
-    for part in (STUDENT, GRADIENTS, OPTIMISER, TEACHER):
-        if part in parts:
-            parts[part] = -(-parts[part] // machine.ranks)
-    models = (rehearsal.student, rehearsal.teacher.model)
-    return parts | {GATHERED: max(map(rehearsal.largest_block, models))}
+    repeats = machine.ranks > 1 and not machine.sharded
+    return parts | {BUCKETS: rehearsal.trained_bytes} if repeats else parts
 
 
 def fullest_step(settings: Any) -> int:

@@ -2,12 +2,14 @@
 
 import warnings
 from collections.abc import Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule
 from torch.utils._pytree import tree_leaves
 
 from oprd.batch import Batch, Inputs, weigh_rows
@@ -21,6 +23,8 @@ from oprd.machine import Machine
 from oprd.meters import Stopwatch
 from oprd.models import base_model, load_tokenizer, resolve_model
 from oprd.output_term import OutputTerm
+from oprd.pretended import shard_student
+from oprd.sharding import Sharding
 from oprd.teacher import Teacher
 from oprd.translation import Translation
 from oprd.update import Update
@@ -35,11 +39,17 @@ SAMPLING, ACTIVATIONS, LOGITS = "cache and sampling", "student's activations", "
 class Rehearsal:
     """What a run with the keys of `settings`, an `OPRDConfig`, would build on `machine`, without values.
 
-    Raises `UserError` where the run would.
+    With a `mesh` its ranks share the models. Raises `UserError` where the run would.
     """
 
     def __init__(
-        self, student: str, settings: Any, longest: Longest, machine: Machine, peft_config: Any = None
+        self,
+        student: str,
+        settings: Any,
+        longest: Longest,
+        machine: Machine,
+        peft_config: Any = None,
+        mesh: DeviceMesh | None = None,
     ) -> None:
         self.settings, self.longest, self.device = settings, longest, machine.device
         self._maps_files = machine.device.type == "cpu" and machine.ranks == 1  # several move their weights
@@ -49,6 +59,7 @@ class Rehearsal:
         self.student = self._student(located, peft_config)
         self.teacher = self._teacher(base_model(resolve_model(settings.teacher_model_name_or_path)))
         self.objective = self._bind()
+        self._sharding = self._shard(mesh) if mesh is not None else None
         self._trained = [weight for weight in self.student.parameters() if weight.requires_grad]
         for weight in self._trained:
             weight.register_post_accumulate_grad_hook(lambda w: self.footprint.hold(w.grad, GRADIENTS))
@@ -62,7 +73,8 @@ class Rehearsal:
     def roll_out(self) -> None:
         """The last token of all the rollouts that a step asks Hugging Face's generate for."""
         rollouts = self.longest.rollouts(_rollouts(self.settings), self.device)
-        with self.footprint.part(SAMPLING), self._autocast():
+        whole = self._sharding.whole(self.student) if self._sharding else nullcontext()
+        with whole, self.footprint.part(SAMPLING), self._autocast():
             sample_last_token(self.student, rollouts, self.settings)
 
     def update(self, step: int) -> None:
@@ -79,7 +91,7 @@ class Rehearsal:
             self._fill_gradients()
         with self.footprint.part(ACTIVATIONS):
             with self._autocast():
-                loss = self.objective.loss(batch, step)
+                loss = self._through(batch, step)
             loss.backward()
             del loss
         if settings.max_grad_norm:
@@ -120,6 +132,31 @@ class Rehearsal:
         model = self.trained_bytes if adapters else _bytes(self.student)
         state = tree_leaves(list(self._optimizer.state.values()))
         return model, model + sum(x.nbytes for x in state if isinstance(x, Tensor))
+
+    def _through(self, batch: Batch, step: int) -> Tensor:
+        """The loss inside the student's forward, in which FSDP has the weights ready."""
+        self.student.forward = self.objective.loss
+        try:
+            return self.student(batch, step)
+        finally:
+            del self.student.forward
+
+    def _shard(self, mesh: DeviceMesh) -> Sharding:
+        """Leave every model this rank's shards."""
+        with self.footprint:
+            sharding = shard_student(self.student, self.settings, mesh, self.device)
+            self.objective.place(self.device, sharding)
+        anchor, models = self.objective.anchor, {STUDENT: self.student, TEACHER: self.teacher.reader}
+        if anchor is not None and anchor.reference.model is not self.student:
+            models[REFERENCE] = anchor.reference
+        for part, model in models.items():
+            for weight in model.parameters():
+                self.footprint.hold(weight, part)
+            for unit in (module for module in model.modules() if isinstance(module, FSDPModule)):
+                with self.footprint:  # which knows a gathered layer once it was let go
+                    unit.unshard()
+                    unit.reshard()
+        return sharding
 
     def _student(self, located: str, peft_config: Any) -> Any:
         settings = self.settings

@@ -167,7 +167,8 @@ def _eval(args: argparse.Namespace, _: list[str]) -> None:
     import torch
 
     from oprd.engines import choose_engine
-    from oprd.evaluation.run import EvalSettings, evaluate, response_room
+    from oprd.evaluation.problems import EvalSettings, response_room
+    from oprd.evaluation.run import evaluate
     from oprd.models import load_model, load_tokenizer, resolve_model
     from oprd.prompts import load_prompts
     from oprd.rollouts import Sampling

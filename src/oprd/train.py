@@ -12,7 +12,8 @@ from accelerate.utils import broadcast_object_list
 from oprd.adapters import MERGED_FOLDER, AdapterArguments, save_merged
 from oprd.checkpoints import last_whole_checkpoint, publish, written_whole
 from oprd.errors import UserError
-from oprd.evaluation.run import EvalSettings, evaluate, response_room
+from oprd.evaluation.problems import EvalSettings, response_room
+from oprd.evaluation.shared import evaluate_on_ranks
 from oprd.models import holds_adapters
 from oprd.prompts import load_prompts
 from oprd.recipe import parse_recipe
@@ -142,7 +143,9 @@ def _accuracy_observer(
     rows = load_prompts(run.accuracy_dataset_name, "test")
     rows = rows.select(range(min(run.accuracy_problems, len(rows))))
     settings = EvalSettings(
-        samples=run.accuracy_samples, batch_size=256, chat_template_kwargs=config.chat_template_kwargs
+        samples=run.accuracy_samples,
+        batch_size=_responses_at_once(config),
+        chat_template_kwargs=config.chat_template_kwargs,
     )
     room = response_room(trainer.model, trainer.processing_class, rows, settings)
     if room is not None and room < 1:
@@ -155,7 +158,13 @@ def _accuracy_observer(
             return {}
         model = trainer.accelerator.unwrap_model(trainer.model)
         with trainer.whole_student():
-            summary = evaluate(model, trainer.processing_class, rows, settings, progress=False)
-        return {f"eval/{key}": summary[key] for key in ("avg_at_k", "best_at_k", "mean_length")}
+            summary = evaluate_on_ranks(model, trainer.processing_class, rows, settings)
+        return {f"eval/{name}": value for name, value in summary.items()}
 
     return observe
+
+
+def _responses_at_once(config: OPRDConfig) -> int:
+    """As many as a rank has room for: its rollouts of a step or, where vLLM holds those, a micro-batch."""
+    micro_batch = config.per_device_train_batch_size
+    return micro_batch if config.use_vllm else micro_batch * config.gradient_accumulation_steps

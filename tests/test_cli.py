@@ -74,11 +74,32 @@ def refused(capsys, argv):
         ({"max_prompt_length": 3}, "3"),
         ({"student_temperature": 0}, "student_temperature"),
         ({"layers": None}, "layers"),
+        ({"max_completion_length": 0}, "max_completion_length must be 1 or more, got 0"),
+        ({"max_completion_length": -3}, "max_completion_length must be 1 or more, got -3"),
     ],
     ids=str,
 )
 def test_mistakes_in_a_recipe(capsys, recipe, tmp_path, changes, says):
     assert says in refused(capsys, ["train", recipe(**changes)])
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"use_peft": True, "lora_target_modules": ["qproj"]}, "qproj"),
+        ({"use_peft": True, "lora_r": 0}, "lora_r is 0"),
+        ({"model_init_kwargs": {"attn_implementation": "nonsense"}}, "nonsense"),
+        ({"max_completion_length": 0}, "max_completion_length"),
+        ({"layers": "1,9"}, "layer 9"),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize(
+    ("command", "flags"), [("train", []), ("train", ["--dry_run", "true"]), ("doctor", [])], ids=str
+)
+def test_what_a_run_refuses_is_refused_before_it_too(capsys, recipe, tmp_path, command, flags, changes, says):
+    assert says in refused(capsys, [command, recipe(**changes), *flags])
     assert not (tmp_path / "run").exists()
 
 

@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from oprd.errors import UserError
+from oprd.errors import UserError, refusals_told
 
 LONGEST_RESPONSE = 16384  # the paper's
 
@@ -145,7 +145,9 @@ def _doctor(args: argparse.Namespace, flags: list[str]) -> None:
     from oprd.doctor import examine, show
     from oprd.train import parse_training_recipe
 
-    diagnosis = examine(*parse_training_recipe(args.recipe, flags), args.ranks)
+    run, config = parse_training_recipe(args.recipe, flags)
+    with refusals_told():
+        diagnosis = examine(run, config, args.ranks)
     if args.json:
         print(json.dumps(diagnosis.as_json(), indent=2))
     else:

@@ -11,7 +11,7 @@ from accelerate.utils import broadcast_object_list
 
 from oprd.adapters import MERGED_FOLDER, AdapterArguments, save_merged
 from oprd.checkpoints import last_whole_checkpoint, publish, written_whole
-from oprd.errors import UserError
+from oprd.errors import UserError, refusals_told
 from oprd.evaluation.problems import EvalSettings, response_room
 from oprd.evaluation.shared import evaluate_on_ranks
 from oprd.models import holds_adapters
@@ -117,21 +117,22 @@ def _make_trainer(run: RunArguments, config: OPRDConfig, label: str) -> OPRDTrai
     folder = Path(config.output_dir)
     is_new = not folder.exists()
     try:
-        prompts = load_prompts(run.dataset_name, run.dataset_train_split, run.dataset_config)
-        trainer = OPRDTrainer(
-            model=run.model_name_or_path,
-            teacher_model=config.teacher_model_name_or_path,
-            args=config,
-            train_dataset=prompts,
-            peft_config=run.lora,
-        )
-        trainer.recorder.label = label
-        if run.accuracy_dataset_name:
-            trainer.recorder.observers.append(_accuracy_observer(run, config, trainer))
-    except (ValueError, ImportError) as error:
+        with refusals_told():
+            prompts = load_prompts(run.dataset_name, run.dataset_train_split, run.dataset_config)
+            trainer = OPRDTrainer(
+                model=run.model_name_or_path,
+                teacher_model=config.teacher_model_name_or_path,
+                args=config,
+                train_dataset=prompts,
+                peft_config=run.lora,
+            )
+            trainer.recorder.label = label
+            if run.accuracy_dataset_name:
+                trainer.recorder.observers.append(_accuracy_observer(run, config, trainer))
+    except UserError:
         if is_new:  # the base class makes it before everything is checked
             shutil.rmtree(folder, ignore_errors=True)
-        raise error if isinstance(error, UserError) else UserError(str(error)) from error
+        raise
     return trainer
 
 

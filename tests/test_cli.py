@@ -1,6 +1,9 @@
 """The command line as users meet it: exit codes, one clear last line, nothing half-written."""
 
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -174,6 +177,30 @@ def test_training_against_a_server_needs_cuda(capsys, recipe, tmp_path):
     said = refused(capsys, ["train", recipe(model_name_or_path="nowhere", use_vllm=True, vllm_mode="server")])
     assert "vllm_mode: server" in said and "needs CUDA" in said
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("mistaken", "said"),
+    [("01", "oprd: layers='9'"), ("0", "oprd: layers='9'"), ("1", "[rank 1] oprd: layers='9'")],
+)
+def test_of_several_ranks_one_tells_the_mistake(recipe, tmp_path, mistaken, said):
+    for rank in "01":
+        layers = "9" if rank in mistaken else "all"
+        (tmp_path / f"{rank}.yaml").write_text(Path(recipe(layers=layers, ddp_backend="gloo")).read_text())
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node=2",
+        "--no-python",
+    ]
+    each = f"exec {sys.executable} -m oprd.cli train {tmp_path}/$RANK.yaml"
+    done = subprocess.run([*command, "sh", "-c", each], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1
+    (line,) = [line for line in done.stderr.splitlines() if "layer 9" in line]
+    assert line.startswith(said)
 
 
 def test_malformed_yaml_and_unknown_flags(capsys, recipe, tmp_path):

@@ -5,6 +5,7 @@ import json
 import logging
 import os
 import sys
+import time
 import traceback
 import warnings
 from collections.abc import Sequence
@@ -15,6 +16,7 @@ from typing import Any
 from oprd.errors import UserError, refusals_told
 
 LONGEST_RESPONSE = 16384  # the paper's
+PATIENCE_SECONDS = 5
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -32,7 +34,7 @@ def run(argv: Sequence[str]) -> int:
         _quiet()
         args.function(args, rest)
     except UserError as error:
-        print(f"oprd: {' '.join(str(error).split())}", file=sys.stderr)
+        _complain(error)
         return 2
     except KeyboardInterrupt:
         again = "starts over" if argv[:1] == ["bridge"] else "resumes"
@@ -221,6 +223,15 @@ def _json_object(text: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise argparse.ArgumentTypeError(f"{text!r} is not a JSON object")
     return value
+
+
+def _complain(error: UserError) -> None:
+    """Print a mistake as one line; one rank of several tells it, whichever made it."""
+    rank = os.environ.get("RANK", "0")
+    if os.environ.get("LOCAL_RANK", "0") != "0":
+        time.sleep(PATIENCE_SECONDS)  # if the first one makes the same mistake, the launcher ends this one
+    where = "" if rank == "0" else f"[rank {rank}] "
+    print(f"{where}oprd: {' '.join(str(error).split())}", file=sys.stderr)
 
 
 def _quiet() -> None:

@@ -85,6 +85,8 @@ def _parser() -> argparse.ArgumentParser:
 
     evaluation = commands.add_parser("eval", help="Avg@k and friends of a model on a set of problems")
     evaluation.add_argument("--model", required=True, help="a Hub name, a folder, or tiny:student")
+    evaluation.add_argument("--revision", help="branch, tag or commit of a Hub model")
+    evaluation.add_argument("--trust_remote_code", action="store_true", help="run code that comes with it")
     evaluation.add_argument("--data", required=True, help="tiny, a parquet/jsonl/json file, or a Hub name")
     evaluation.add_argument("--output", type=Path, required=True)
     evaluation.add_argument("--split", default="test")
@@ -179,9 +181,14 @@ def _eval(args: argparse.Namespace, _: list[str]) -> None:
 
     rows = load_prompts(args.data, args.split)
     rows = rows if args.limit is None else rows.select(range(min(args.limit, len(rows))))
-    located = resolve_model(args.model)
-    tokenizer, model = load_tokenizer(located), load_model(located, dtype=args.dtype)
-    engine = choose_engine(args.engine, args.vllm_server_base_url, model, tokenizer, located)
+    source: dict[str, Any] = {"trust_remote_code": args.trust_remote_code}
+    source |= {} if args.revision is None else {"revision": args.revision}
+    located = resolve_model(args.model, **source)
+    tokenizer = load_tokenizer(located, **source)
+    model = load_model(located, dtype=args.dtype, **source)
+    engine = choose_engine(
+        args.engine, args.vllm_server_base_url, model, tokenizer, located, hub_kwargs=source
+    )
     if engine.name == "hf" and torch.cuda.is_available():
         model = model.to("cuda")
     settings = EvalSettings(

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from accelerate.utils import broadcast_object_list
 
-from oprd.adapters import MERGED_FOLDER, AdapterArguments, save_merged
+from oprd.adapters import MERGED_FOLDER, AdapterArguments, note_commit, save_merged
 from oprd.checkpoints import last_whole_checkpoint, publish, written_whole
 from oprd.errors import UserError, refusals_told
 from oprd.evaluation.problems import EvalSettings, response_room
@@ -104,7 +104,7 @@ def _save_final(trainer: OPRDTrainer, folder: Path) -> None:
         if is_writer:
             if holds_adapters(str(partial)):
                 (partial / CARD_FILE).unlink(missing_ok=True)  # peft's, a form to be filled in
-                save_merged(partial, trainer.processing_class)
+                save_merged(partial, trainer.processing_class, trainer.args.trust_remote_code)
                 shutil.copy(folder / CARD_FILE, partial / MERGED_FOLDER)
             trainer.state.save_to_json(str(partial / STATE_FILE))
     if is_writer:
@@ -127,6 +127,8 @@ def _make_trainer(run: RunArguments, config: OPRDConfig, label: str) -> OPRDTrai
                 peft_config=run.lora,
             )
             trainer.recorder.label = label
+            if run.use_peft:
+                note_commit(trainer.model, (config.model_init_kwargs or {}).get("revision"))
             if run.accuracy_dataset_name:
                 trainer.recorder.observers.append(_accuracy_observer(run, config, trainer))
     except UserError:

@@ -103,7 +103,8 @@ class RolloutTrainer(Trainer):
             averages.add("rollout/coverage", paired, rows)
             averages.add("rollout/invalid_utf8", sum(a.invalid_utf8 for a in aligned))
         for term in TERMS[:2]:
-            averages.add(f"rollout/{term}_rows", (batch[f"{term}_weights"] > 0).sum())
+            if self.args.schedules[term].ever_active:
+                averages.add(f"rollout/{term}_rows", (batch[f"{term}_weights"] > 0).sum())
 
     def _observe(self, batch: dict[str, Any]) -> None:
         every = self.args.diagnostics_steps

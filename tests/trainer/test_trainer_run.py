@@ -31,7 +31,6 @@ KEYS = {
     "rollout/truncated_share",
     "rollout/left_out",
     "rollout/representation_rows",
-    "rollout/output_rows",
     "grad_norm",
     "learning_rate",
     "time/rollout_seconds",
@@ -115,7 +114,7 @@ def test_metrics_are_one_object_per_step(finished):
         assert record["loss/representation"] == pytest.approx(layers)
         cosines = (record["representation/cosine_layer_1"] + record["representation/cosine_layer_2"]) / 2
         assert record["representation/cosine"] == pytest.approx(cosines)
-        assert record["rollout/output_rows"] == 4 * record["rollout/mean_length"]
+        assert record["rollout/representation_rows"] == 4 * record["rollout/mean_length"]
         assert record["grad_norm"] > 0 and record["time/optimizer_seconds"] > 0
 
 

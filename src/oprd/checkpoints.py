@@ -10,6 +10,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from oprd.meters import MB
+from oprd.run import STATE_FILE
 from oprd.whole import damage, seal, unseal
 
 logger = logging.getLogger(__name__)
@@ -29,10 +30,17 @@ def last_whole_checkpoint(folder: Path) -> Path | None:
         fault = damage(checkpoint)
         if fault is None:
             return checkpoint
+        if _is_model_only(checkpoint):
+            fault = "it was saved with save_only_model, without the optimiser, and cannot be resumed from"
         logger.warning("%s is passed over: %s", checkpoint, fault)
     if passed_over:
         logger.warning("%s holds no whole checkpoint: the run starts over", folder)
     return None
+
+
+def _is_model_only(checkpoint: Path) -> bool:
+    """Whether the last file was written, and nothing of what a run needs besides the model."""
+    return (checkpoint / STATE_FILE).exists() and not any(checkpoint.glob("rng_state*"))
 
 
 @contextmanager

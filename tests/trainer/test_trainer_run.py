@@ -239,11 +239,15 @@ def test_the_trainer_itself_resumes_from_the_last_whole_checkpoint(make_trainer,
         assert torch.equal(one, two)
 
 
-def test_checkpoints_without_an_optimiser_are_not_resumed(tmp_path, recipe, finished):
+def test_checkpoints_without_an_optimiser_are_not_resumed(tmp_path, recipe, finished, caplog):
     train(*recipe(tmp_path, "--save_only_model", "true"))
     (tmp_path / SEAL_FILE).unlink()
     assert (tmp_path / "checkpoint-4" / "model.safetensors").exists()
     assert last_whole_checkpoint(tmp_path) is None
+    for step, said in zip((4, 3, 2, 1), caplog.messages[-5:-1], strict=True):
+        why = "it was saved with save_only_model, without the optimiser, and cannot be resumed from"
+        assert said == f"{tmp_path}/checkpoint-{step} is passed over: {why}"
+    assert caplog.messages[-1] == f"{tmp_path} holds no whole checkpoint: the run starts over"
     train(*recipe(tmp_path, "--save_only_model", "true"))
     assert lasting(tmp_path) == lasting(finished)
     assert same_weights(tmp_path, finished)

@@ -179,6 +179,13 @@ def test_training_against_a_server_needs_cuda(capsys, recipe, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+def on_two_ranks(*command):
+    """A command of the shell on both; what was written to stdout and stderr, and the launcher's exit code."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    done = subprocess.run([*launcher, "--no-python", *command], capture_output=True, text=True, timeout=120)
+    return done.stdout, done.stderr, done.returncode
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("mistaken", "said"),
@@ -188,19 +195,26 @@ def test_of_several_ranks_one_tells_the_mistake(recipe, tmp_path, mistaken, said
     for rank in "01":
         layers = "9" if rank in mistaken else "all"
         (tmp_path / f"{rank}.yaml").write_text(Path(recipe(layers=layers, ddp_backend="gloo")).read_text())
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc_per_node=2",
-        "--no-python",
-    ]
     each = f"exec {sys.executable} -m oprd.cli train {tmp_path}/$RANK.yaml"
-    done = subprocess.run([*command, "sh", "-c", each], capture_output=True, text=True, timeout=120)
-    assert done.returncode == 1
-    (line,) = [line for line in done.stderr.splitlines() if "layer 9" in line]
+    _, errors, code = on_two_ranks("sh", "-c", each)
+    assert code == 1
+    (line,) = [line for line in errors.splitlines() if "layer 9" in line]
     assert line.startswith(said)
+
+
+@pytest.mark.slow
+def test_of_several_ranks_one_tells_where_the_results_are(recipe, tmp_path):
+    names = {key: RECIPE[key] for key in list(RECIPE)[:3]} | {"output_dir": str(tmp_path / "bridge")}
+    sizes = {"num_prompts": 64, "max_completion_length": 16, "rank": 8, "engine": "hf"}
+    (tmp_path / "bridge.yaml").write_text(yaml.safe_dump(names | sizes))
+    oprd = [sys.executable, "-m", "oprd.cli"]
+    for command, told in {
+        ("train", recipe(max_steps=1, ddp_backend="gloo")): f"the run is in {tmp_path}/run\n",
+        ("bridge", str(tmp_path / "bridge.yaml")): f"bridge and report: {tmp_path}/bridge\n",
+    }.items():
+        output, errors, code = on_two_ranks(*oprd, *command)
+        assert code == 0, errors[:3000]
+        assert output == told
 
 
 def test_malformed_yaml_and_unknown_flags(capsys, recipe, tmp_path):

@@ -166,7 +166,8 @@ def _bridge(args: argparse.Namespace, flags: list[str]) -> None:
     from oprd.bridge_run import fit_bridge
 
     folder = fit_bridge(parse_bridge_recipe(args.recipe, flags))
-    print(f"bridge and report: {folder}")
+    if _is_first():
+        print(f"bridge and report: {folder}")
 
 
 def _eval(args: argparse.Namespace, _: list[str]) -> None:
@@ -232,12 +233,16 @@ def _json_object(text: str) -> dict[str, Any]:
     return value
 
 
+def _is_first() -> bool:
+    """Whether this is the first of the processes that a launcher started."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def _complain(error: UserError) -> None:
     """Print a mistake as one line; one rank of several tells it, whichever made it."""
-    rank = os.environ.get("RANK", "0")
     if os.environ.get("LOCAL_RANK", "0") != "0":
         time.sleep(PATIENCE_SECONDS)  # if the first one makes the same mistake, the launcher ends this one
-    where = "" if rank == "0" else f"[rank {rank}] "
+    where = "" if _is_first() else f"[rank {os.environ['RANK']}] "
     print(f"{where}oprd: {' '.join(str(error).split())}", file=sys.stderr)
 
 
@@ -246,8 +251,7 @@ def _quiet() -> None:
     from transformers.utils import logging as transformers_logging
 
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
-    is_first = os.environ.get("RANK", "0") == "0"
-    logging.getLogger("oprd").setLevel(logging.INFO if is_first else logging.ERROR)
+    logging.getLogger("oprd").setLevel(logging.INFO if _is_first() else logging.ERROR)
     transformers_logging.disable_progress_bar()
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", message="'pin_memory' argument is set as true")

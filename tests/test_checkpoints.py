@@ -2,8 +2,11 @@
 
 import logging
 import shutil
+from pathlib import Path
 
 import pytest
+import torch
+from safetensors import SafetensorError
 
 from oprd.checkpoints import checkpoints, last_whole_checkpoint, publish, rotate, written_whole
 from oprd.whole import SEAL_FILE, damage, seal
@@ -66,16 +69,51 @@ def test_a_rank_that_does_not_write_leaves_the_folder_to_the_one_that_does(tmp_p
     assert names(folder) == ["model"]
 
 
-@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), RuntimeError("unexpected pos")])
-def test_a_fault_names_the_folder_and_frees_its_disk(tmp_path, error):
+def no_room():
+    raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+
+FULL = Path("/dev/full")
+WRITERS = {
+    "large tensor": lambda: torch.save(torch.zeros(1_000_000), FULL),
+    "small tensor": lambda: torch.save(torch.zeros(1), FULL),
+    "tensor in a file": lambda: torch.save(torch.zeros(1_000_000), FULL.open("wb")),
+    "text": lambda: FULL.write_text("state"),
+    "safetensors": no_room,  # which would rename a file to the device's place
+}
+
+
+@pytest.mark.skipif(not FULL.is_char_device(), reason="no device that is always full")
+@pytest.mark.parametrize("write_to_a_full_disk", WRITERS.values(), ids=WRITERS)
+def test_a_fault_of_the_disk_names_the_folder_and_frees_its_disk(tmp_path, write_to_a_full_disk):
     folder = tmp_path / "checkpoint-3"
     with (
         pytest.raises(RuntimeError, match=r"checkpoint-3 could not be written, with \d+ MB free .*resumes"),
         written_whole(folder, is_writer=True, wait=alone),
     ):
         write(folder, "model", sealed=False)
-        raise error
+        write_to_a_full_disk()
     assert names(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("[../gloo/transport/tcp/pair.cc:547] Connection closed by peer"),
+        RuntimeError("CUDA error: out of memory"),
+        ConnectionResetError(104, "Connection reset by peer"),
+        OSError("HTTPSConnectionPool(host='huggingface.co'): Max retries exceeded"),
+        ValueError("nothing of the disk"),
+    ],
+    ids=str,
+)
+def test_other_errors_pass_unchanged_and_nothing_is_sealed(tmp_path, error):
+    folder = tmp_path / "checkpoint-3"
+    with pytest.raises(type(error)) as caught, written_whole(folder, is_writer=True, wait=alone):
+        write(folder, "model", sealed=False)
+        raise error
+    assert caught.value is error
+    assert last_whole_checkpoint(tmp_path) is None
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,9 @@
 """The command line as users meet it: exit codes, one clear last line, nothing half-written."""
 
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -74,11 +77,32 @@ def refused(capsys, argv):
         ({"max_prompt_length": 3}, "3"),
         ({"student_temperature": 0}, "student_temperature"),
         ({"layers": None}, "layers"),
+        ({"max_completion_length": 0}, "max_completion_length must be 1 or more, got 0"),
+        ({"max_completion_length": -3}, "max_completion_length must be 1 or more, got -3"),
     ],
     ids=str,
 )
 def test_mistakes_in_a_recipe(capsys, recipe, tmp_path, changes, says):
     assert says in refused(capsys, ["train", recipe(**changes)])
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"use_peft": True, "lora_target_modules": ["qproj"]}, "qproj"),
+        ({"use_peft": True, "lora_r": 0}, "lora_r is 0"),
+        ({"model_init_kwargs": {"attn_implementation": "nonsense"}}, "nonsense"),
+        ({"max_completion_length": 0}, "max_completion_length"),
+        ({"layers": "1,9"}, "layer 9"),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize(
+    ("command", "flags"), [("train", []), ("train", ["--dry_run", "true"]), ("doctor", [])], ids=str
+)
+def test_what_a_run_refuses_is_refused_before_it_too(capsys, recipe, tmp_path, command, flags, changes, says):
+    assert says in refused(capsys, [command, recipe(**changes), *flags])
     assert not (tmp_path / "run").exists()
 
 
@@ -153,6 +177,44 @@ def test_training_against_a_server_needs_cuda(capsys, recipe, tmp_path):
     said = refused(capsys, ["train", recipe(model_name_or_path="nowhere", use_vllm=True, vllm_mode="server")])
     assert "vllm_mode: server" in said and "needs CUDA" in said
     assert not (tmp_path / "run").exists()
+
+
+def on_two_ranks(*command):
+    """A command of the shell on both; what was written to stdout and stderr, and the launcher's exit code."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    done = subprocess.run([*launcher, "--no-python", *command], capture_output=True, text=True, timeout=120)
+    return done.stdout, done.stderr, done.returncode
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("mistaken", "said"),
+    [("01", "oprd: layers='9'"), ("0", "oprd: layers='9'"), ("1", "[rank 1] oprd: layers='9'")],
+)
+def test_of_several_ranks_one_tells_the_mistake(recipe, tmp_path, mistaken, said):
+    for rank in "01":
+        layers = "9" if rank in mistaken else "all"
+        (tmp_path / f"{rank}.yaml").write_text(Path(recipe(layers=layers, ddp_backend="gloo")).read_text())
+    each = f"exec {sys.executable} -m oprd.cli train {tmp_path}/$RANK.yaml"
+    _, errors, code = on_two_ranks("sh", "-c", each)
+    assert code == 1
+    (line,) = [line for line in errors.splitlines() if "layer 9" in line]
+    assert line.startswith(said)
+
+
+@pytest.mark.slow
+def test_of_several_ranks_one_tells_where_the_results_are(recipe, tmp_path):
+    names = {key: RECIPE[key] for key in list(RECIPE)[:3]} | {"output_dir": str(tmp_path / "bridge")}
+    sizes = {"num_prompts": 64, "max_completion_length": 16, "rank": 8, "engine": "hf"}
+    (tmp_path / "bridge.yaml").write_text(yaml.safe_dump(names | sizes))
+    oprd = [sys.executable, "-m", "oprd.cli"]
+    for command, told in {
+        ("train", recipe(max_steps=1, ddp_backend="gloo")): f"the run is in {tmp_path}/run\n",
+        ("bridge", str(tmp_path / "bridge.yaml")): f"bridge and report: {tmp_path}/bridge\n",
+    }.items():
+        output, errors, code = on_two_ranks(*oprd, *command)
+        assert code == 0, errors[:3000]
+        assert output == told
 
 
 def test_malformed_yaml_and_unknown_flags(capsys, recipe, tmp_path):

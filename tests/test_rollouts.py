@@ -160,6 +160,35 @@ def test_more_than_fifty_tokens_are_drawn_without_top_k(model, tokenizer):
     assert len({r.response_ids[0] for r in rollouts}) > 50
 
 
+def test_a_seed_of_its_own_makes_a_response_independent_of_the_batch(model, tokenizer):
+    model = model.double()  # padding changes the rounding
+    batch, seeds = prompts(tokenizer), range(6)
+    sampling = Sampling(12, temperature=0.9, top_p=0.9, top_k=40)
+    together = generate(model, tokenizer, batch, sampling, seeds)
+    assert together == [
+        generate(model, tokenizer, [prompt], sampling, [seed])[0]
+        for prompt, seed in zip(batch, seeds, strict=True)
+    ]
+    assert generate(model, tokenizer, batch, sampling, range(6, 12)) != together
+    twice = generate(model, tokenizer, [batch[0]] * 2, sampling, [0, 1])
+    assert twice[0] == together[0] and twice[1] != twice[0]
+    greedy = Sampling(8, temperature=0)
+    assert generate(model, tokenizer, batch, greedy, seeds) == generate(model, tokenizer, batch, greedy, 0)
+
+
+def test_seeds_of_their_own_draw_the_models_distribution(model, tokenizer):
+    """20,000 first tokens, cut to ten: their shares against the softmax, within four standard errors."""
+    count = 20_000
+    drawn = generate(model, tokenizer, [[5]] * count, Sampling(1, 0.5, 1.0, 10), range(count))
+    shares = (
+        torch.bincount(torch.tensor([r.response_ids[0] for r in drawn]), minlength=len(tokenizer)) / count
+    )
+    with torch.no_grad():
+        likeliest, ids = (model(torch.tensor([[5]])).logits[0, -1] / 0.5).topk(10)
+    wanted = torch.zeros(len(tokenizer)).scatter(0, ids, likeliest.softmax(-1))
+    assert ((shares - wanted).abs() <= 4 * (wanted * (1 - wanted) / count).sqrt()).all()
+
+
 def test_modes_are_restored(model, tokenizer):
     model.train()
     model.model.layers[0].eval()

@@ -9,7 +9,8 @@ from safetensors.torch import load_file
 from oprd.alignment import same_vocabulary
 from oprd.errors import UserError
 from oprd.evaluation.grade import grade
-from oprd.evaluation.run import EvalSettings, evaluate
+from oprd.evaluation.problems import EvalSettings
+from oprd.evaluation.run import evaluate
 from oprd.models import TINY_MODELS, load_model, load_tokenizer, resolve_model
 from oprd.prompts import load_prompts
 from oprd.rollouts import Sampling

@@ -4,11 +4,11 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from peft import LoraConfig
+from peft import LoraConfig, PeftModel
 from transformers import PreTrainedTokenizerBase
 
 from oprd.errors import UserError
-from oprd.models import load_model
+from oprd.models import commit_of, load_model
 
 MERGED_FOLDER = "merged"
 
@@ -53,7 +53,14 @@ class AdapterArguments:
         )
 
 
-def save_merged(folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+def note_commit(model: PeftModel, revision: str | None) -> None:
+    """Let saved adapters name the commit of the Hub's model that they are trained on: they fit no other."""
+    for config in model.peft_config.values():
+        config.revision = commit_of(config.base_model_name_or_path, revision)
+
+
+def save_merged(folder: Path, tokenizer: PreTrainedTokenizerBase, trust_remote_code: bool = False) -> None:
     """Save what the adapters in `folder` make of their model in `folder/merged`, in float32."""
-    load_model(str(folder)).save_pretrained(folder / MERGED_FOLDER)
+    merged = load_model(str(folder), trust_remote_code=trust_remote_code)
+    merged.save_pretrained(folder / MERGED_FOLDER)
     tokenizer.save_pretrained(folder / MERGED_FOLDER)

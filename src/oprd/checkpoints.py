@@ -10,9 +10,15 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from oprd.meters import MB
+from oprd.run import STATE_FILE
 from oprd.whole import damage, seal, unseal
 
 logger = logging.getLogger(__name__)
+
+TORCH_CANNOT_WRITE = (
+    "inline_container",
+    "iostream error",
+)  # the file of its writer, and the C++ stream's words
 
 
 def checkpoints(folder: Path) -> list[Path]:
@@ -29,18 +35,26 @@ def last_whole_checkpoint(folder: Path) -> Path | None:
         fault = damage(checkpoint)
         if fault is None:
             return checkpoint
+        if _is_model_only(checkpoint):
+            fault = "it was saved with save_only_model, without the optimiser, and cannot be resumed from"
         logger.warning("%s is passed over: %s", checkpoint, fault)
     if passed_over:
         logger.warning("%s holds no whole checkpoint: the run starts over", folder)
     return None
 
 
+def _is_model_only(checkpoint: Path) -> bool:
+    """Whether the last file was written, and nothing of what a run needs besides the model."""
+    return (checkpoint / STATE_FILE).exists() and not any(checkpoint.glob("rng_state*"))
+
+
 @contextmanager
 def written_whole(folder: Path, *, is_writer: bool, wait: Callable[[], None]) -> Iterator[None]:
     """Around the code by which all ranks write `folder`: what lay there goes first, the seal comes last.
 
-    `is_writer`: whether this rank seals it; `wait` returns when every rank has called it. A fault, such as a
-    full disk, becomes a `RuntimeError` that names the folder, of which nothing is left.
+    `is_writer`: whether this rank seals it; `wait` returns when every rank has called it. A fault of the disk
+    becomes a `RuntimeError` that names the folder, of which nothing is left; other errors pass, and what they
+    leave is not sealed.
     """
     if is_writer:
         shutil.rmtree(folder, ignore_errors=True)
@@ -51,12 +65,20 @@ def written_whole(folder: Path, *, is_writer: bool, wait: Callable[[], None]) ->
         if is_writer:
             seal(folder, [path for path in folder.rglob("*") if path.is_file()])
     except (OSError, RuntimeError, SafetensorError) as error:
+        if not _is_of_the_disk(error):
+            raise
         free = shutil.disk_usage(folder.parent).free / MB
         shutil.rmtree(folder, ignore_errors=True)
         raise RuntimeError(
             f"{folder} could not be written, with {free:.0f} MB free on its disk ({error}): mend that, and "
             "the same command resumes"
         ) from error
+
+
+def _is_of_the_disk(error: Exception) -> bool:
+    if isinstance(error, OSError):  # which those of the network are too
+        return error.errno is not None and not isinstance(error, ConnectionError | TimeoutError)
+    return isinstance(error, SafetensorError) or any(words in str(error) for words in TORCH_CANNOT_WRITE)
 
 
 def rotate(folder: Path, keep: int | None, best: str | None = None) -> None:

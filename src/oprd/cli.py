@@ -5,6 +5,7 @@ import json
 import logging
 import os
 import sys
+import time
 import traceback
 import warnings
 from collections.abc import Sequence
@@ -12,9 +13,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from oprd.errors import UserError
+from oprd.errors import UserError, refusals_told
 
 LONGEST_RESPONSE = 16384  # the paper's
+PATIENCE_SECONDS = 5
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -32,7 +34,7 @@ def run(argv: Sequence[str]) -> int:
         _quiet()
         args.function(args, rest)
     except UserError as error:
-        print(f"oprd: {' '.join(str(error).split())}", file=sys.stderr)
+        _complain(error)
         return 2
     except KeyboardInterrupt:
         again = "starts over" if argv[:1] == ["bridge"] else "resumes"
@@ -83,6 +85,8 @@ def _parser() -> argparse.ArgumentParser:
 
     evaluation = commands.add_parser("eval", help="Avg@k and friends of a model on a set of problems")
     evaluation.add_argument("--model", required=True, help="a Hub name, a folder, or tiny:student")
+    evaluation.add_argument("--revision", help="branch, tag or commit of a Hub model")
+    evaluation.add_argument("--trust_remote_code", action="store_true", help="run code that comes with it")
     evaluation.add_argument("--data", required=True, help="tiny, a parquet/jsonl/json file, or a Hub name")
     evaluation.add_argument("--output", type=Path, required=True)
     evaluation.add_argument("--split", default="test")
@@ -145,7 +149,9 @@ def _doctor(args: argparse.Namespace, flags: list[str]) -> None:
     from oprd.doctor import examine, show
     from oprd.train import parse_training_recipe
 
-    diagnosis = examine(*parse_training_recipe(args.recipe, flags), args.ranks)
+    run, config = parse_training_recipe(args.recipe, flags)
+    with refusals_told():
+        diagnosis = examine(run, config, args.ranks)
     if args.json:
         print(json.dumps(diagnosis.as_json(), indent=2))
     else:
@@ -160,23 +166,30 @@ def _bridge(args: argparse.Namespace, flags: list[str]) -> None:
     from oprd.bridge_run import fit_bridge
 
     folder = fit_bridge(parse_bridge_recipe(args.recipe, flags))
-    print(f"bridge and report: {folder}")
+    if _is_first():
+        print(f"bridge and report: {folder}")
 
 
 def _eval(args: argparse.Namespace, _: list[str]) -> None:
     import torch
 
     from oprd.engines import choose_engine
-    from oprd.evaluation.run import EvalSettings, evaluate, response_room
+    from oprd.evaluation.problems import EvalSettings, response_room
+    from oprd.evaluation.run import evaluate
     from oprd.models import load_model, load_tokenizer, resolve_model
     from oprd.prompts import load_prompts
     from oprd.rollouts import Sampling
 
     rows = load_prompts(args.data, args.split)
     rows = rows if args.limit is None else rows.select(range(min(args.limit, len(rows))))
-    located = resolve_model(args.model)
-    tokenizer, model = load_tokenizer(located), load_model(located, dtype=args.dtype)
-    engine = choose_engine(args.engine, args.vllm_server_base_url, model, tokenizer, located)
+    source: dict[str, Any] = {"trust_remote_code": args.trust_remote_code}
+    source |= {} if args.revision is None else {"revision": args.revision}
+    located = resolve_model(args.model, **source)
+    tokenizer = load_tokenizer(located, **source)
+    model = load_model(located, dtype=args.dtype, **source)
+    engine = choose_engine(
+        args.engine, args.vllm_server_base_url, model, tokenizer, located, hub_kwargs=source
+    )
     if engine.name == "hf" and torch.cuda.is_available():
         model = model.to("cuda")
     settings = EvalSettings(
@@ -220,13 +233,25 @@ def _json_object(text: str) -> dict[str, Any]:
     return value
 
 
+def _is_first() -> bool:
+    """Whether this is the first of the processes that a launcher started."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def _complain(error: UserError) -> None:
+    """Print a mistake as one line; one rank of several tells it, whichever made it."""
+    if os.environ.get("LOCAL_RANK", "0") != "0":
+        time.sleep(PATIENCE_SECONDS)  # if the first one makes the same mistake, the launcher ends this one
+    where = "" if _is_first() else f"[rank {os.environ['RANK']}] "
+    print(f"{where}oprd: {' '.join(str(error).split())}", file=sys.stderr)
+
+
 def _quiet() -> None:
     """Leave the screen to progress bars and to what the user has to know."""
     from transformers.utils import logging as transformers_logging
 
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
-    is_first = os.environ.get("RANK", "0") == "0"
-    logging.getLogger("oprd").setLevel(logging.INFO if is_first else logging.ERROR)
+    logging.getLogger("oprd").setLevel(logging.INFO if _is_first() else logging.ERROR)
     transformers_logging.disable_progress_bar()
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", message="'pin_memory' argument is set as true")

@@ -4,15 +4,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, LogitsProcessorList, PreTrainedModel
-from transformers.generation import (
-    MinPLogitsWarper,
-    TemperatureLogitsWarper,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
-)
+from transformers import DynamicCache, PreTrainedModel
 
 from oprd.batch import Inputs
+from oprd.rollouts import warpers
 
 
 @torch.no_grad()
@@ -40,7 +35,8 @@ def sample_last_token(model: PreTrainedModel, rollouts: Inputs, settings: Any) -
     )
     model.train(was_training)
     scores = output.logits[:, -1].to(torch.float32, copy=True)
-    likely = _warpers(settings)(ids, scores).softmax(-1)
+    cut = warpers(settings.temperature, settings.top_k, settings.top_p, settings.min_p)
+    likely = cut(ids, scores).softmax(-1)
     return torch.multinomial(likely, num_samples=1)
 
 
@@ -49,16 +45,3 @@ def _lengthen(cache: DynamicCache, tokens: int) -> None:
         if tokens > 0:
             keys, values = (x.new_zeros(*x.shape[:2], tokens, x.shape[3]) for x in (layer.keys, layer.values))
             cache.update(keys, values, number)
-
-
-def _warpers(settings: Any) -> LogitsProcessorList:
-    warpers = LogitsProcessorList()
-    if settings.temperature != 1:
-        warpers.append(TemperatureLogitsWarper(settings.temperature))
-    if settings.top_k:
-        warpers.append(TopKLogitsWarper(settings.top_k))
-    if settings.top_p < 1:
-        warpers.append(TopPLogitsWarper(settings.top_p))
-    if settings.min_p:
-        warpers.append(MinPLogitsWarper(settings.min_p))
-    return warpers

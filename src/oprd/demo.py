@@ -16,7 +16,8 @@ from oprd.bridge_recipe import BridgeArguments
 from oprd.bridge_run import fit_bridge
 from oprd.demo_pairs import BRIDGE, LABELS, PAIRS, SHARED, STUDENT, TASK, Pair
 from oprd.errors import UserError
-from oprd.evaluation.run import EvalSettings, evaluate
+from oprd.evaluation.problems import EvalSettings
+from oprd.evaluation.run import evaluate
 from oprd.models import load_model, load_tokenizer, resolve_model
 from oprd.prompts import load_prompts
 from oprd.recorder import METRICS_FILE, read_metrics

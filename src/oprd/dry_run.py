@@ -13,6 +13,7 @@ from datasets import Dataset
 
 from oprd.decoding import sample_last_token
 from oprd.doctor import longest_rollout
+from oprd.errors import refusals_told
 from oprd.knobs import advice, first_knob
 from oprd.longest import Longest, rollouts_at_once
 from oprd.machine import Machine
@@ -82,7 +83,8 @@ def try_longest(run: RunArguments, config: OPRDConfig) -> str:
 
 def _plan(run: RunArguments, config: OPRDConfig, longest: Longest, machine: Machine) -> MemoryPlan | None:
     try:
-        return plan_memory(run.model_name_or_path, config, longest, machine, run.lora)
+        with refusals_told():
+            return plan_memory(run.model_name_or_path, config, longest, machine, run.lora)
     except Unplannable:
         return None
 
@@ -107,12 +109,13 @@ def dry_run(student: str, config: OPRDConfig, longest: Longest, step: int, **kwa
     with tempfile.TemporaryDirectory() as folder:
         args = _short(config, longest, step, folder)
         rows = args.per_device_train_batch_size * args.gradient_accumulation_steps * _world_size()
-        trainer = DryRunTrainer(
-            model=student,
-            args=args,
-            train_dataset=Dataset.from_list([{"prompt": longest.prompt}] * rows),
-            **kwargs,
-        )
+        with refusals_told():
+            trainer = DryRunTrainer(
+                model=student,
+                args=args,
+                train_dataset=Dataset.from_list([{"prompt": longest.prompt}] * rows),
+                **kwargs,
+            )
         trainer.longest = longest
         trainer.rollouts_per_step = config.per_device_train_batch_size * config.gradient_accumulation_steps
         peaks: dict[str, float] = {}

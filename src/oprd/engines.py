@@ -2,7 +2,7 @@
 
 import importlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from typing import Any
@@ -13,6 +13,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from oprd.errors import UserError
+from oprd.models import holds_adapters
 from oprd.rollouts import Engine, HFEngine, Rollout, Sampling, cut_at_eos, eos_token_ids
 from oprd.student_engine import CHECKED_TOKENS, Drawn, log_prob_gaps
 from oprd.vllm_engine import INSTALL, is_installed, make_llm
@@ -32,22 +33,26 @@ def choose_engine(
     tokenizer: PreTrainedTokenizerBase,
     folder: str,
     memory_share: float = 0.9,
+    hub_kwargs: Mapping[str, Any] | None = None,
 ) -> Engine:
     """The engine of a command: `auto` is vLLM where it is installed or a server's `url` is given, else HF.
 
-    `folder` is where vLLM loads `model` from, `memory_share` what it may take of an accelerator. Raises
-    `UserError` for a server that does not answer and where vLLM is asked for and missing.
+    `folder` is where vLLM loads `model` from, with `hub_kwargs`, and `memory_share` what it may take of an
+    accelerator; `auto` leaves folders of adapters to HF. Raises `UserError` for a server that does not
+    answer and where vLLM is asked for and missing.
     """
     eos = eos_token_ids(model, tokenizer)
     if url is not None:
         if kind == "hf":
             raise UserError("engine: hf, and vllm_server_base_url names a server: drop one of them")
         return ServerEngine(url, model, eos)
-    if kind == "hf" or (kind == "auto" and not is_installed()):
+    if kind == "hf" or (kind == "auto" and (not is_installed() or holds_adapters(folder))):
         return HFEngine(model, tokenizer)
     if not is_installed():
         raise UserError(f"engine: vllm, but there is no vLLM: {INSTALL}, or use engine: hf")
-    return VLLMEngine(folder, model.dtype, eos, memory_share)
+    if holds_adapters(folder):
+        raise UserError(f"engine: vllm loads no adapters, and {folder} holds some: name its folder merged")
+    return VLLMEngine(folder, model.dtype, eos, memory_share, hub_kwargs or {})
 
 
 class VLLMEngine:
@@ -55,8 +60,16 @@ class VLLMEngine:
 
     name = "vllm"
 
-    def __init__(self, folder: str, dtype: torch.dtype, eos: Sequence[int], memory_share: float) -> None:
+    def __init__(
+        self,
+        folder: str,
+        dtype: torch.dtype,
+        eos: Sequence[int],
+        memory_share: float,
+        hub_kwargs: Mapping[str, Any],
+    ) -> None:
         self._folder, self._dtype, self._eos, self._share = folder, dtype, eos, memory_share
+        self._hub_kwargs = {**hub_kwargs, "tokenizer_revision": hub_kwargs.get("revision")}
 
     @cached_property
     def _llm(self) -> Any:
@@ -66,6 +79,7 @@ class VLLMEngine:
             dtype=str(self._dtype).removeprefix("torch."),
             max_model_len=-1,  # as long as memory allows
             gpu_memory_utilization=self._share,
+            **self._hub_kwargs,
         )
 
     def generate(self, prompt_ids: Sequence[list[int]], sampling: Sampling, seed: int) -> list[Rollout]:

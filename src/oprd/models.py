@@ -15,6 +15,8 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils import CONFIG_NAME
+from transformers.utils.hub import cached_file, extract_commit_hash
 
 from oprd.errors import UserError
 
@@ -37,7 +39,8 @@ def resolve_model(name: str, **hub_kwargs: Any) -> str:
         return str(folder)
     path = Path(name).expanduser()
     if holds_adapters(name):
-        resolve_model(base_model(name))
+        revision = _adapter_config(name).get("revision")
+        resolve_model(base_model(name), **hub_kwargs | {"revision": revision or "main"})
         return str(path)
     if path.exists() and not (path / "config.json").is_file():
         raise UserError(f"{name} is not a model folder: it holds no config.json")
@@ -61,7 +64,16 @@ def base_model(name: str) -> str:
     """The name of the model that a folder of adapters belongs to; that of a model is its own."""
     if not holds_adapters(name):
         return name
-    return json.loads((Path(name).expanduser() / ADAPTER_FILE).read_text())["base_model_name_or_path"]
+    return _adapter_config(name)["base_model_name_or_path"]
+
+
+def commit_of(name: str, revision: str | None) -> str | None:
+    """The commit of the Hub that a resolved model name stands for at a revision; None for a folder."""
+    return extract_commit_hash(cached_file(name, CONFIG_NAME, revision=revision), None)
+
+
+def _adapter_config(folder: str) -> dict[str, Any]:
+    return json.loads((Path(folder).expanduser() / ADAPTER_FILE).read_text())
 
 
 def weights_are_here(model: nn.Module) -> bool:

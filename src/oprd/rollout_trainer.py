@@ -29,14 +29,12 @@ class RolloutTrainer(Trainer):
     _buffered_inputs: Any
 
     def _generate_single_turn(self, prompt_ids: Any, *args: Any, **kwargs: Any) -> Any:
-        with self.whole_student():
+        with nullcontext() if self.use_vllm else self.whole_student():
             return super()._generate_single_turn(prompt_ids, *args, **kwargs)
 
     def whole_student(self) -> AbstractContextManager[None]:
-        """Within it the student generates with weights of its own on every rank; vLLM needs none."""
-        if self.sharding is None or self.use_vllm:
-            return nullcontext()
-        return self.sharding.whole(self.model)
+        """Within it the student generates with weights of its own on every rank, at its own pace."""
+        return nullcontext() if self.sharding is None else self.sharding.whole(self.model)
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         """TRL's rollouts, with the weight of every row, counted over ranks and the whole window."""
@@ -105,7 +103,8 @@ class RolloutTrainer(Trainer):
             averages.add("rollout/coverage", paired, rows)
             averages.add("rollout/invalid_utf8", sum(a.invalid_utf8 for a in aligned))
         for term in TERMS[:2]:
-            averages.add(f"rollout/{term}_rows", (batch[f"{term}_weights"] > 0).sum())
+            if self.args.schedules[term].ever_active:
+                averages.add(f"rollout/{term}_rows", (batch[f"{term}_weights"] > 0).sum())
 
     def _observe(self, batch: dict[str, Any]) -> None:
         every = self.args.diagnostics_steps

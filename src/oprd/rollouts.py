@@ -2,14 +2,26 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol, cast
 
 import torch
 from jaxtyping import Int
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.generation import (
+    MinPLogitsWarper,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
 
 from oprd.errors import UserError
 
@@ -130,22 +142,28 @@ def generate(
     tokenizer: PreTrainedTokenizerBase,
     prompt_ids: Sequence[list[int]],
     sampling: Sampling,
-    seed: int,
+    seed: int | Sequence[int],
 ) -> list[Rollout]:
     """One response per prompt, drawn in one left-padded batch with HF `generate`.
 
     Nothing but the model, the batch, `sampling` and `seed` decides the result: the sampling options in
     the model's own generation config are set aside, and the global random state is neither read nor
-    changed. The model's train/eval modes are restored. Raises `UserError` without an EOS token.
+    changed. With a seed per prompt the batch, too, decides no more than rounding. The model's train/eval
+    modes are restored. Raises `UserError` without an EOS token.
     """
     eos = eos_token_ids(model, tokenizer)
     pad = eos[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     ids, mask = left_pad(prompt_ids, pad)
-    with _seeded(seed), eval_mode(model), _blank_generation_config(model):
+    draws = LogitsProcessorList()
+    if not isinstance(seed, int) and sampling.temperature:
+        draws.append(OwnDraws(sampling, seed, model.device))
+        sampling = replace(sampling, temperature=0)  # of what was drawn, `generate` takes the likeliest
+    with _seeded(seed if isinstance(seed, int) else 0), eval_mode(model), _blank_generation_config(model):
         output = model.generate(
             ids.to(model.device),
             attention_mask=mask.to(model.device),
             generation_config=_generation_config(sampling, eos, pad),
+            logits_processor=draws,
         )
     responses = output[:, ids.shape[1] :].tolist()
     return [cut_at_eos(p, r, eos) for p, r in zip(prompt_ids, responses, strict=True)]
@@ -161,6 +179,34 @@ def _generation_config(sampling: Sampling, eos: list[int], pad: int) -> Generati
         use_cache=True,
         **(drawn if sampling.temperature > 0 else {}),
     )
+
+
+def warpers(temperature: float, top_k: int, top_p: float, min_p: float | None = None) -> LogitsProcessorList:
+    """The cuts that `generate` samples under."""
+    cuts = LogitsProcessorList()
+    if temperature != 1:
+        cuts.append(TemperatureLogitsWarper(temperature))
+    if top_k:
+        cuts.append(TopKLogitsWarper(top_k))
+    if top_p < 1:
+        cuts.append(TopPLogitsWarper(top_p))
+    if min_p:
+        cuts.append(MinPLogitsWarper(min_p))
+    return cuts
+
+
+class OwnDraws(LogitsProcessor):
+    """Samples every row's token from random numbers of its own, and leaves greedy decoding no other."""
+
+    def __init__(self, sampling: Sampling, seeds: Sequence[int], device: torch.device) -> None:
+        self._cuts = warpers(sampling.temperature, sampling.top_k, sampling.top_p)
+        self._generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        likely = self._cuts(input_ids, scores).softmax(-1)
+        rows = zip(likely, self._generators, strict=True)
+        drawn = torch.stack([torch.multinomial(row, 1, generator=generator) for row, generator in rows])
+        return torch.full_like(scores, -torch.inf).scatter(1, drawn, 0.0)
 
 
 def cut_at_eos(prompt_ids: list[int], response_ids: list[int], eos: Sequence[int]) -> Rollout:

@@ -9,10 +9,11 @@ from pathlib import Path
 
 from accelerate.utils import broadcast_object_list
 
-from oprd.adapters import MERGED_FOLDER, AdapterArguments, save_merged
+from oprd.adapters import MERGED_FOLDER, AdapterArguments, note_commit, save_merged
 from oprd.checkpoints import last_whole_checkpoint, publish, written_whole
-from oprd.errors import UserError
-from oprd.evaluation.run import EvalSettings, evaluate, response_room
+from oprd.errors import UserError, refusals_told
+from oprd.evaluation.problems import EvalSettings, response_room
+from oprd.evaluation.shared import evaluate_on_ranks
 from oprd.models import holds_adapters
 from oprd.prompts import load_prompts
 from oprd.recipe import parse_recipe
@@ -103,7 +104,7 @@ def _save_final(trainer: OPRDTrainer, folder: Path) -> None:
         if is_writer:
             if holds_adapters(str(partial)):
                 (partial / CARD_FILE).unlink(missing_ok=True)  # peft's, a form to be filled in
-                save_merged(partial, trainer.processing_class)
+                save_merged(partial, trainer.processing_class, trainer.args.trust_remote_code)
                 shutil.copy(folder / CARD_FILE, partial / MERGED_FOLDER)
             trainer.state.save_to_json(str(partial / STATE_FILE))
     if is_writer:
@@ -116,21 +117,24 @@ def _make_trainer(run: RunArguments, config: OPRDConfig, label: str) -> OPRDTrai
     folder = Path(config.output_dir)
     is_new = not folder.exists()
     try:
-        prompts = load_prompts(run.dataset_name, run.dataset_train_split, run.dataset_config)
-        trainer = OPRDTrainer(
-            model=run.model_name_or_path,
-            teacher_model=config.teacher_model_name_or_path,
-            args=config,
-            train_dataset=prompts,
-            peft_config=run.lora,
-        )
-        trainer.recorder.label = label
-        if run.accuracy_dataset_name:
-            trainer.recorder.observers.append(_accuracy_observer(run, config, trainer))
-    except (ValueError, ImportError) as error:
+        with refusals_told():
+            prompts = load_prompts(run.dataset_name, run.dataset_train_split, run.dataset_config)
+            trainer = OPRDTrainer(
+                model=run.model_name_or_path,
+                teacher_model=config.teacher_model_name_or_path,
+                args=config,
+                train_dataset=prompts,
+                peft_config=run.lora,
+            )
+            trainer.recorder.label = label
+            if run.use_peft:
+                note_commit(trainer.model, (config.model_init_kwargs or {}).get("revision"))
+            if run.accuracy_dataset_name:
+                trainer.recorder.observers.append(_accuracy_observer(run, config, trainer))
+    except UserError:
         if is_new:  # the base class makes it before everything is checked
             shutil.rmtree(folder, ignore_errors=True)
-        raise error if isinstance(error, UserError) else UserError(str(error)) from error
+        raise
     return trainer
 
 
@@ -142,7 +146,9 @@ def _accuracy_observer(
     rows = load_prompts(run.accuracy_dataset_name, "test")
     rows = rows.select(range(min(run.accuracy_problems, len(rows))))
     settings = EvalSettings(
-        samples=run.accuracy_samples, batch_size=256, chat_template_kwargs=config.chat_template_kwargs
+        samples=run.accuracy_samples,
+        batch_size=_responses_at_once(config),
+        chat_template_kwargs=config.chat_template_kwargs,
     )
     room = response_room(trainer.model, trainer.processing_class, rows, settings)
     if room is not None and room < 1:
@@ -155,7 +161,13 @@ def _accuracy_observer(
             return {}
         model = trainer.accelerator.unwrap_model(trainer.model)
         with trainer.whole_student():
-            summary = evaluate(model, trainer.processing_class, rows, settings, progress=False)
-        return {f"eval/{key}": summary[key] for key in ("avg_at_k", "best_at_k", "mean_length")}
+            summary = evaluate_on_ranks(model, trainer.processing_class, rows, settings)
+        return {f"eval/{name}": value for name, value in summary.items()}
 
     return observe
+
+
+def _responses_at_once(config: OPRDConfig) -> int:
+    """As many as a rank has room for: its rollouts of a step or, where vLLM holds those, a micro-batch."""
+    micro_batch = config.per_device_train_batch_size
+    return micro_batch if config.use_vllm else micro_batch * config.gradient_accumulation_steps

@@ -94,6 +94,8 @@ class OPRDConfig(ObjectiveSettings, DistillationConfig):
         self.check()
         for name in ("per_device_train_batch_size", "gradient_accumulation_steps"):
             at_least(name, getattr(self, name), 1)
+        if self.max_completion_length is not None:
+            at_least("max_completion_length", self.max_completion_length, 1)
         if self.vllm_importance_sampling_correction:
             check_correction(self)
         # Without it, transformers refuses bf16 on a machine that has no accelerator.

@@ -9,7 +9,8 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 from oprd import rollouts
 from oprd.errors import UserError
 from oprd.evaluation.grade import grade
-from oprd.evaluation.run import EvalSettings, evaluate
+from oprd.evaluation.problems import EvalSettings
+from oprd.evaluation.run import evaluate
 from oprd.rollouts import Sampling
 from oprd.tiny import task
 from oprd.tiny.tokenizer import train_tokenizer

@@ -10,8 +10,10 @@ from test_trainer_run import lasting
 from tiny_pair import QUICK, prompt_texts
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from oprd import engines
+from oprd.engines import choose_engine
 from oprd.errors import UserError
-from oprd.models import load_model, resolve_model
+from oprd.models import load_model, load_tokenizer, resolve_model
 from oprd.train import parse_training_recipe, train
 
 KINDS = {"lora": [], "rslora": ["--use_rslora", "true"], "dora": ["--use_dora", "true"]}
@@ -116,6 +118,16 @@ def test_adapters_are_no_student_but_a_teacher(run, recipe, tmp_path):
     train(*recipe(tmp_path / "run", "--teacher_model_name_or_path", str(folder), "--max_steps", "1"))
     train(*recipe(tmp_path / "two", "--teacher_model_name_or_path", f"{folder}/merged", "--max_steps", "1"))
     assert lasting(tmp_path / "run") == lasting(tmp_path / "two")
+
+
+def test_vllm_is_not_asked_for_adapters(run, monkeypatch):
+    folder, _ = run
+    model, tokenizer = load_model(str(folder)), load_tokenizer(str(folder))
+    monkeypatch.setattr(engines, "is_installed", lambda: True)
+    assert choose_engine("auto", None, model, tokenizer, str(folder)).name == "hf"
+    with pytest.raises(UserError, match="name its folder merged"):
+        choose_engine("vllm", None, model, tokenizer, str(folder))
+    assert choose_engine("auto", None, model, tokenizer, f"{folder}/merged").name == "vllm"
 
 
 def test_keys_of_adapters_without_adapters_are_refused(recipe, tmp_path):

@@ -75,6 +75,25 @@ def test_metrics_of_a_step_by_hand(make_trainer, roll_out, split):
     assert popped(trainer) == {}
 
 
+@pytest.mark.parametrize(
+    ("settings", "terms"),
+    [
+        ({}, ["representation"]),
+        ({"output_loss": "sampled_token"}, ["representation", "output"]),
+        ({"output_loss": "sampled_token", "output_weight": "0"}, ["representation"]),
+        ({"output_loss": "top_k", "representation_weight": "0"}, ["output"]),
+        ({"output_loss": "top_k", "output_weight": "0=0,9=1"}, ["representation", "output"]),
+    ],
+    ids=str,
+)
+def test_rows_are_logged_of_terms_that_are_ever_active(make_trainer, roll_out, settings, terms):
+    trainer = make_trainer(**settings)
+    batch = roll_out(trainer)
+    rows = {name: value for name, value in popped(trainer).items() if name.endswith("_rows")}
+    count = batch["completion_mask"].sum().item()
+    assert rows == {f"rollout/{term}_rows": count for term in terms}
+
+
 def test_a_mean_over_all_layers_of_an_empty_micro_batch(make_trainer, roll_out):
     """A micro-batch without a supervised row adds nothing: no cosine of 0, no NaN."""
     trainer = make_trainer(output_loss="full_vocab")

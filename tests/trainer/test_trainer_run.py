@@ -31,7 +31,6 @@ KEYS = {
     "rollout/truncated_share",
     "rollout/left_out",
     "rollout/representation_rows",
-    "rollout/output_rows",
     "grad_norm",
     "learning_rate",
     "time/rollout_seconds",
@@ -115,7 +114,7 @@ def test_metrics_are_one_object_per_step(finished):
         assert record["loss/representation"] == pytest.approx(layers)
         cosines = (record["representation/cosine_layer_1"] + record["representation/cosine_layer_2"]) / 2
         assert record["representation/cosine"] == pytest.approx(cosines)
-        assert record["rollout/output_rows"] == 4 * record["rollout/mean_length"]
+        assert record["rollout/representation_rows"] == 4 * record["rollout/mean_length"]
         assert record["grad_norm"] > 0 and record["time/optimizer_seconds"] > 0
 
 
@@ -240,11 +239,15 @@ def test_the_trainer_itself_resumes_from_the_last_whole_checkpoint(make_trainer,
         assert torch.equal(one, two)
 
 
-def test_checkpoints_without_an_optimiser_are_not_resumed(tmp_path, recipe, finished):
+def test_checkpoints_without_an_optimiser_are_not_resumed(tmp_path, recipe, finished, caplog):
     train(*recipe(tmp_path, "--save_only_model", "true"))
     (tmp_path / SEAL_FILE).unlink()
     assert (tmp_path / "checkpoint-4" / "model.safetensors").exists()
     assert last_whole_checkpoint(tmp_path) is None
+    for step, said in zip((4, 3, 2, 1), caplog.messages[-5:-1], strict=True):
+        why = "it was saved with save_only_model, without the optimiser, and cannot be resumed from"
+        assert said == f"{tmp_path}/checkpoint-{step} is passed over: {why}"
+    assert caplog.messages[-1] == f"{tmp_path} holds no whole checkpoint: the run starts over"
     train(*recipe(tmp_path, "--save_only_model", "true"))
     assert lasting(tmp_path) == lasting(finished)
     assert same_weights(tmp_path, finished)

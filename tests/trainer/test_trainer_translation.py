@@ -279,7 +279,8 @@ def test_accumulated_steps_of_a_run(make):
 
 def test_what_a_run_logs(make, tmp_path, broken, caplog):
     """Of all rows the share that is paired, and how many rollouts hold invalid UTF-8."""
-    trainer = make([TEXTS[0], broken], per_device_train_batch_size=8, max_steps=2)
+    keys = {"per_device_train_batch_size": 8, "max_steps": 2, "output_loss": "sampled_text"}
+    trainer = make([TEXTS[0], broken], **keys)
     kept, weigh = [], trainer._generate_and_score_completions
     trainer._generate_and_score_completions = lambda rows: kept.append(weigh(rows)) or kept[-1]
     trainer.train()

@@ -17,7 +17,8 @@ pytest.importorskip("vllm")
 
 from oprd.engines import ServerEngine, VLLMEngine, choose_engine
 from oprd.errors import UserError
-from oprd.evaluation.run import EvalSettings, evaluate
+from oprd.evaluation.problems import EvalSettings
+from oprd.evaluation.run import evaluate
 from oprd.models import load_model, load_tokenizer, resolve_model
 from oprd.prompts import load_prompts
 from oprd.rollouts import HFEngine, Sampling, eos_token_ids, render_prompt

@@ -9,7 +9,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -19,40 +19,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from oprd.errors import UserError
 from oprd.evaluation import metrics
 from oprd.evaluation.grade import extract_answer, grade
-from oprd.rollouts import Engine, HFEngine, Prompt, Rollout, Sampling, eos_token_ids, render_prompt
+from oprd.evaluation.problems import EvalSettings, Problem, check_context, read_problems
+from oprd.rollouts import Engine, HFEngine, Rollout, eos_token_ids
 from oprd.whole import check_writable, write_whole
 
 FINGERPRINT_ENTRIES = 1024
-
-
-@dataclass(frozen=True)
-class EvalSettings:
-    """How a model is evaluated: `samples` per problem, at most `batch_size` responses at a time.
-
-    `prompt_suffix` is appended to the last user message, or to a plain prompt. Raises `UserError`
-    for counts below 1.
-    """
-
-    samples: int = 16
-    sampling: Sampling = field(default_factory=Sampling)
-    batch_size: int = 64
-    prompt_suffix: str = ""
-    chat_template_kwargs: Mapping[str, Any] | None = None
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        for name in ("samples", "batch_size"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} is {getattr(self, name)}, but must be at least 1")
-
-
-@dataclass(frozen=True)
-class _Problem:
-    """A row made ready: the prompt with its suffix, its token ids, and the reference answer."""
-
-    prompt: Prompt
-    prompt_ids: list[int]
-    reference: str
 
 
 @dataclass(frozen=True)
@@ -61,7 +32,7 @@ class _Evaluation:
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
-    problems: list[_Problem]
+    problems: list[Problem]
     settings: EvalSettings
     label: str
     engine: Engine
@@ -92,10 +63,8 @@ def evaluate(
     summary. Raises `UserError` for rows without a prompt or a reference, prompts too long for the
     model, and a folder of another evaluation.
     """
-    problems = [_problem(i, row, tokenizer, settings) for i, row in enumerate(rows)]
-    if not problems:
-        raise UserError("there are no problems to evaluate: the data set is empty")
-    _check_context(model, problems, settings.sampling.max_new_tokens)
+    problems = read_problems(rows, tokenizer, settings)
+    check_context(model, problems, settings.sampling.max_new_tokens)
     evaluation = _Evaluation(
         model, tokenizer, problems, settings, label, engine or HFEngine(model, tokenizer)
     )
@@ -110,53 +79,6 @@ def evaluate(
         records = [json.loads(line) for line in samples_file.read_bytes().splitlines()]
         _write_json(summary_file, {**metrics.summarize(records), "settings": resolved})
     return json.loads(summary_file.read_text())
-
-
-def response_room(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    rows: Sequence[Mapping[str, Any]],
-    settings: EvalSettings,
-) -> int | None:
-    """Tokens that the model's positions leave for a response to the longest prompt; None if unbounded."""
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    problems = [_problem(i, row, tokenizer, settings) for i, row in enumerate(rows)]
-    return limit and limit - max(len(problem.prompt_ids) for problem in problems)
-
-
-def _problem(
-    index: int, row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, settings: EvalSettings
-) -> _Problem:
-    if not row.get("prompt"):
-        raise UserError(f'row {index} has no "prompt": give it a text or a list of messages')
-    reference = row.get("solution")
-    if reference is None or not str(reference).strip():
-        raise UserError(f'row {index} has no reference answer: give it a non-empty "solution"')
-    prompt = _with_suffix(index, row["prompt"], settings.prompt_suffix)
-    ids = render_prompt(tokenizer, prompt, settings.chat_template_kwargs)
-    return _Problem(prompt, ids, str(reference))
-
-
-def _with_suffix(index: int, prompt: Prompt, suffix: str) -> Prompt:
-    if isinstance(prompt, str) or not suffix:
-        return prompt + suffix if isinstance(prompt, str) else prompt
-    users = [i for i, message in enumerate(prompt) if message["role"] == "user"]
-    if not users:
-        raise UserError(f"row {index} has no user message that prompt_suffix could be appended to")
-    last = prompt[users[-1]]
-    changed = {**last, "content": last["content"] + suffix}
-    return [*prompt[: users[-1]], changed, *prompt[users[-1] + 1 :]]
-
-
-def _check_context(model: PreTrainedModel, problems: list[_Problem], max_new_tokens: int) -> None:
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    longest = max(range(len(problems)), key=lambda i: len(problems[i].prompt_ids))
-    length = len(problems[longest].prompt_ids)
-    if limit is not None and length + max_new_tokens > limit:
-        raise UserError(
-            f"the prompt of row {longest} has {length} tokens, which with max_new_tokens {max_new_tokens} is "
-            f"more than the {limit} positions of the model: lower max_new_tokens or drop long prompts"
-        )
 
 
 def _resolved(evaluation: _Evaluation, model_name: str) -> dict[str, Any]:
@@ -232,28 +154,30 @@ def _records(evaluation: _Evaluation, start: int, progress: bool) -> Iterator[di
                     "problem": first + i,
                     "prompt": problem.prompt,
                     "reference": problem.reference,
-                    "samples": [_sample(evaluation.tokenizer, r, problem.reference) for r in drawn],
+                    "samples": [graded(evaluation.tokenizer, r, problem.reference) for r in drawn],
                 }
                 bar.update()
 
 
-def _group_rollouts(evaluation: _Evaluation, group: list[_Problem], first: int) -> list[Rollout]:
+def _group_rollouts(evaluation: _Evaluation, group: list[Problem], first: int) -> list[Rollout]:
     """All samples of a group, problem by problem; `first` is the index of its first problem."""
     settings = evaluation.settings
     prompts = [problem.prompt_ids for problem in group for _ in range(settings.samples)]
     rollouts: list[Rollout] = []
     for start in range(0, len(prompts), settings.batch_size):
         batch = prompts[start : start + settings.batch_size]
-        seed = _derived_seed(settings.seed, first, start)
+        seed = derived_seed(settings.seed, first, start)
         rollouts += evaluation.engine.generate(batch, settings.sampling, seed)
     return rollouts
 
 
-def _derived_seed(*parts: int) -> int:
+def derived_seed(*parts: int) -> int:
+    """A seed that depends on nothing but `parts`."""
     return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:7])
 
 
-def _sample(tokenizer: PreTrainedTokenizerBase, rollout: Rollout, reference: str) -> dict[str, Any]:
+def graded(tokenizer: PreTrainedTokenizerBase, rollout: Rollout, reference: str) -> dict[str, Any]:
+    """A response as it stands in samples.jsonl."""
     text = cast(str, tokenizer.decode(rollout.response_ids, skip_special_tokens=True))
     return {
         "text": text,

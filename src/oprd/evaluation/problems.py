@@ -1,0 +1,98 @@
+"""The problems of an evaluation made ready, and how responses to them are drawn."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from oprd.errors import UserError
+from oprd.rollouts import Prompt, Sampling, render_prompt
+
+
+@dataclass(frozen=True)
+class EvalSettings:
+    """How a model is evaluated: `samples` per problem, at most `batch_size` responses at a time.
+
+    `prompt_suffix` is appended to the last user message, or to a plain prompt. Raises `UserError`
+    for counts below 1.
+    """
+
+    samples: int = 16
+    sampling: Sampling = field(default_factory=Sampling)
+    batch_size: int = 64
+    prompt_suffix: str = ""
+    chat_template_kwargs: Mapping[str, Any] | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("samples", "batch_size"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} is {getattr(self, name)}, but must be at least 1")
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A row made ready: the prompt with its suffix, its token ids, and the reference answer."""
+
+    prompt: Prompt
+    prompt_ids: list[int]
+    reference: str
+
+
+def read_problems(
+    rows: Sequence[Mapping[str, Any]], tokenizer: PreTrainedTokenizerBase, settings: EvalSettings
+) -> list[Problem]:
+    """`rows` of {"prompt": text or messages, "solution": reference answer}; raises `UserError` for others."""
+    problems = [_problem(i, row, tokenizer, settings) for i, row in enumerate(rows)]
+    if not problems:
+        raise UserError("there are no problems to evaluate: the data set is empty")
+    return problems
+
+
+def _problem(
+    index: int, row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, settings: EvalSettings
+) -> Problem:
+    if not row.get("prompt"):
+        raise UserError(f'row {index} has no "prompt": give it a text or a list of messages')
+    reference = row.get("solution")
+    if reference is None or not str(reference).strip():
+        raise UserError(f'row {index} has no reference answer: give it a non-empty "solution"')
+    prompt = _with_suffix(index, row["prompt"], settings.prompt_suffix)
+    ids = render_prompt(tokenizer, prompt, settings.chat_template_kwargs)
+    return Problem(prompt, ids, str(reference))
+
+
+def _with_suffix(index: int, prompt: Prompt, suffix: str) -> Prompt:
+    if isinstance(prompt, str) or not suffix:
+        return prompt + suffix if isinstance(prompt, str) else prompt
+    users = [i for i, message in enumerate(prompt) if message["role"] == "user"]
+    if not users:
+        raise UserError(f"row {index} has no user message that prompt_suffix could be appended to")
+    last = prompt[users[-1]]
+    changed = {**last, "content": last["content"] + suffix}
+    return [*prompt[: users[-1]], changed, *prompt[users[-1] + 1 :]]
+
+
+def check_context(model: PreTrainedModel, problems: list[Problem], max_new_tokens: int) -> None:
+    """Raise `UserError` for a prompt that leaves the model no positions for `max_new_tokens`."""
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    longest = max(range(len(problems)), key=lambda i: len(problems[i].prompt_ids))
+    length = len(problems[longest].prompt_ids)
+    if limit is not None and length + max_new_tokens > limit:
+        raise UserError(
+            f"the prompt of row {longest} has {length} tokens, which with max_new_tokens {max_new_tokens} is "
+            f"more than the {limit} positions of the model: lower max_new_tokens or drop long prompts"
+        )
+
+
+def response_room(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[Mapping[str, Any]],
+    settings: EvalSettings,
+) -> int | None:
+    """Tokens that the model's positions leave for a response to the longest prompt; None if unbounded."""
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    problems = read_problems(rows, tokenizer, settings)
+    return limit and limit - max(len(problem.prompt_ids) for problem in problems)

@@ -1,0 +1,52 @@
+"""An evaluation that the ranks of a training run share: one result, however many they are.
+
+Every response is drawn from random numbers of its own, so that it matters to none which rank draws it, and
+which others with it.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from accelerate import PartialState
+from accelerate.utils import gather_object
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from oprd.evaluation import metrics
+from oprd.evaluation.problems import EvalSettings, check_context, read_problems
+from oprd.evaluation.run import derived_seed, graded
+from oprd.rollouts import generate
+
+
+def evaluate_on_ranks(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[Mapping[str, Any]],
+    settings: EvalSettings,
+) -> dict[str, float]:
+    """`avg_at_k`, `best_at_k` and `mean_length` of `rows`, on every rank; all of them have to call it.
+
+    A rank draws its part of the responses, at most `settings.batch_size` at a time. All ranks generate
+    equally often, since models that DeepSpeed partitions run on all of them together.
+    """
+    problems, size = read_problems(rows, tokenizer, settings), settings.batch_size
+    check_context(model, problems, settings.sampling.max_new_tokens)
+    wanted = [(i, sample) for i in range(len(problems)) for sample in range(settings.samples)]
+    drawn = []
+    with PartialState().split_between_processes(wanted, apply_padding=True) as mine:
+        for start in range(0, len(mine), size):
+            batch = mine[start : start + size]
+            prompts = [problems[i].prompt_ids for i, _ in batch]
+            seeds = [derived_seed(settings.seed, *response) for response in batch]
+            for response, rollout in zip(
+                batch, generate(model, tokenizer, prompts, settings.sampling, seeds), strict=True
+            ):
+                record = graded(tokenizer, rollout, problems[response[0]].reference)
+                drawn.append((response, record["correct"], record["length"]))
+    found = {response: (correct, length) for response, correct, length in gather_object(drawn)}
+    correct = [[found[i, sample][0] for sample in range(settings.samples)] for i in range(len(problems))]
+    return {
+        "avg_at_k": metrics.avg_at_k(correct),
+        "best_at_k": metrics.best_at_k(correct),
+        "mean_length": float(np.mean([length for _, length in found.values()])),
+    }

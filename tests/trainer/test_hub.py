@@ -1,0 +1,129 @@
+"""Models of the Hub, from a cache that stands for it: revisions, and code that comes with a model."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+from test_trainer_adapters import by_hand
+from tiny_pair import QUICK
+
+from oprd.evaluation.problems import EvalSettings
+from oprd.evaluation.run import evaluate
+from oprd.models import load_model, load_tokenizer
+from oprd.prompts import load_prompts
+from oprd.rollouts import Sampling
+
+COMMITS = {"main": "a" * 40, "v2": "b" * 40}
+CODE = """from transformers import Qwen3ForCausalLM
+
+
+class Tripled(Qwen3ForCausalLM):
+    def forward(self, *args, **kwargs):
+        output = super().forward(*args, **kwargs)
+        output.logits = 3 * output.logits
+        return output
+"""
+DRAWS = ["--limit", "3", "--samples", "2", "--max_new_tokens", "8", "--engine", "hf", "--data", "tiny"]
+
+
+@pytest.fixture(scope="module")
+def hub(tmp_path_factory, student, teacher):
+    """A cache with org/model, whose branch v2 is another one than main; the environment that names it."""
+    cache = tmp_path_factory.mktemp("cache")
+    model = cache / "models--org--model"
+    (model / "refs").mkdir(parents=True)
+    for (branch, commit), folder in zip(COMMITS.items(), (student, teacher), strict=True):
+        (model / "refs" / branch).write_text(commit)
+        shutil.copytree(folder, model / "snapshots" / commit)
+    return {"HF_HUB_CACHE": str(cache), "HF_MODULES_CACHE": str(tmp_path_factory.mktemp("code"))}
+
+
+def run(hub, *argv, code=0):
+    command = [sys.executable, "-m", "oprd.cli", *map(str, argv)]
+    done = subprocess.run(command, env=os.environ | hub, capture_output=True, text=True, timeout=120)
+    assert done.returncode == code, done.stderr[-3000:]
+    return done.stderr.strip().splitlines()[-1] if code else ""
+
+
+def fingerprint(folder):
+    return json.loads((folder / "summary.json").read_text())["settings"]["model_fingerprint"]
+
+
+@pytest.mark.slow
+def test_an_evaluation_of_a_revision(hub, tmp_path, student, teacher):
+    wanted = [
+        evaluate(
+            load_model(folder),
+            load_tokenizer(folder),
+            load_prompts("tiny", "test").select(range(3)),
+            EvalSettings(samples=2, sampling=Sampling(8)),
+            progress=False,
+        )
+        for folder in (student, teacher)
+    ]
+    for branch, summary in zip(COMMITS, wanted, strict=True):
+        run(hub, "eval", "--model", "org/model", "--revision", branch, "--output", tmp_path / branch, *DRAWS)
+        assert fingerprint(tmp_path / branch) == summary["settings"]["model_fingerprint"]
+    run(hub, "eval", "--model", "org/model", "--output", tmp_path / "none", *DRAWS)
+    assert fingerprint(tmp_path / "none") == fingerprint(tmp_path / "main") != fingerprint(tmp_path / "v2")
+    said = run(
+        hub, "eval", "--model", "org/model", "--revision", "v3", "--output", tmp_path / "v3", *DRAWS, code=2
+    )
+    assert said.startswith("oprd: cannot load the model org/model: ")
+
+
+@pytest.mark.slow
+def test_an_evaluation_of_a_model_with_code_of_its_own(hub, tmp_path, student):
+    folder = Path(shutil.copytree(student, tmp_path / "model"))
+    (folder / "tripled.py").write_text(CODE)
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"auto_map": {"AutoModelForCausalLM": "tripled.Tripled"}, "architectures": ["Tripled"]}
+    (folder / "config.json").write_text(json.dumps(config | {"model_type": "qwen3"}))
+    argv = ["eval", "--model", folder, "--output", tmp_path / "eval", *DRAWS]
+    run(hub, *argv, "--trust_remote_code")
+    samples = [json.loads(line) for line in (tmp_path / "eval" / "samples.jsonl").read_text().splitlines()]
+    tripled = load_model(student)
+    with torch.no_grad():
+        tripled.lm_head.weight *= 3
+    wanted = tmp_path / "wanted"
+    evaluate(
+        tripled,
+        load_tokenizer(student),
+        load_prompts("tiny", "test").select(range(3)),
+        EvalSettings(samples=2, sampling=Sampling(8)),
+        wanted,
+        progress=False,
+    )
+    assert samples == [json.loads(line) for line in (wanted / "samples.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("revision", [None, "v2"])
+def test_adapters_are_merged_into_the_revision_they_were_trained_on(
+    hub, tmp_path, student, teacher, revision
+):
+    names = {
+        "model_name_or_path": "org/model",
+        "teacher_model_name_or_path": teacher,
+        "dataset_name": "tiny",
+        "output_dir": str(tmp_path / "run"),
+        "use_peft": True,
+        "lora_r": 4,
+        "lora_alpha": 8,
+    }
+    more = {} if revision is None else {"model_init_kwargs": {"revision": revision}}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(QUICK | names | more))
+    run(hub, "train", tmp_path / "recipe.yaml")
+    config = json.loads((tmp_path / "run" / "adapter_config.json").read_text())
+    assert config["revision"] == COMMITS[revision or "main"]
+    wanted = by_hand(tmp_path / "run", student if revision is None else teacher, rslora=False)
+    merged = load_file(tmp_path / "run" / "merged" / "model.safetensors")
+    for name, weight in merged.items():
+        torch.testing.assert_close(weight, wanted[name], rtol=1e-5, atol=1e-6)

@@ -1,6 +1,6 @@
 """A memory plan beside its dry run on every rank, under torchrun: `rank_plan.py RECIPE ddp|fsdp`.
 
-The first rank prints planned and measured MB as JSON. accelerate shards on CPU only when told that it is not one.
+The first rank prints planned and measured MB as JSON. accelerate shards on CPU only when told that it is none.
 """
 
 import json

@@ -126,7 +126,7 @@ class Footprint(TorchDispatchMode):
             return result
 
         # The one way in which FSDP lets layers go, which no operation tells of.
-        torch.UntypedStorage.resize_ = resize_and_count  # type: ignore[method-assign]
+        torch.UntypedStorage.resize_ = resize_and_count  # type: ignore[method-assign, assignment]
         return super().__enter__()
 
     def __exit__(self, *raised: Any) -> None:
@@ -143,6 +143,8 @@ class Footprint(TorchDispatchMode):
             for tensor in given:
                 if found := self._unread.pop(tensor.untyped_storage()._cdata, None):
                     self.hold(*found)
+        if func is torch.ops.c10d._reduce_scatter_base_.default and self._device.type == "cpu":
+            self._note_beside(given[1].nbytes)  # gloo sums all of it, in a copy
         result = self._run(func, args, kwargs or {}, given)
         for leaf in tree_leaves(result):
             if isinstance(leaf, Tensor):
@@ -169,6 +171,17 @@ class Footprint(TorchDispatchMode):
             if self._blocks is not None:
                 self._blocks.take(key, size)
             self._note_peak()
+
+    def _note_beside(self, size: int) -> None:
+        """Count `size` bytes that are there and gone."""
+        part, key = self._parts[-1], -1
+        self._live[part] += size
+        if self._blocks is not None:
+            self._blocks.take(key, size)
+        self._note_peak()
+        self._live[part] -= size
+        if self._blocks is not None:
+            self._blocks.free(key)
 
     def _release(self, key: int) -> None:
         part, size = self._held.pop(key)

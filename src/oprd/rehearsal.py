@@ -78,7 +78,7 @@ class Rehearsal:
             sample_last_token(self.student, rollouts, self.settings)
 
     def update(self, step: int) -> None:
-        """Update `step`, 0-based: a micro-batch, on the gradients of one before it if any, and a step."""
+        """Update `step`, 0-based: a micro-batch, a second one beside its gradients if there is, and a step."""
         settings = self.settings
         size, count = rollouts_at_once(
             settings,
@@ -87,13 +87,12 @@ class Rehearsal:
             settings.gradient_accumulation_steps,
         )
         batch = Batch.of(self.inputs(size))
-        if count > 1:
-            self._fill_gradients()
-        with self.footprint.part(ACTIVATIONS):
-            with self._autocast():
-                loss = self._through(batch, step)
-            loss.backward()
-            del loss
+        for _ in range(min(count, 2)):
+            with self.footprint.part(ACTIVATIONS):
+                with self._autocast():
+                    loss = self._through(batch, step)
+                loss.backward()
+                del loss
         if settings.max_grad_norm:
             nn.utils.clip_grad_norm_(self._trained, settings.max_grad_norm)
         self._step()

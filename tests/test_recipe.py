@@ -156,3 +156,33 @@ def test_files_that_cannot_be_read(tmp_path):
 def test_names_are_required(parse, key):
     with pytest.raises(UserError, match=f"names no {key}: add it"):
         parse(base={k: v for k, v in BASE.items() if k != key})
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        "per_device_train_batch_size",
+        "gradient_accumulation_steps",
+        "accuracy_steps",
+        "accuracy_problems",
+        "accuracy_samples",
+    ],
+)
+@pytest.mark.parametrize("value", [0, -1])
+def test_counts_below_one_are_refused(parse, key, value):
+    with pytest.raises(UserError, match=f"{key} must be 1 or more, got {value}"):
+        parse(f"{key}: {value}\n")
+
+
+@pytest.mark.parametrize(
+    ("lines", "flags", "given"),
+    [
+        ("fsdp: true\n", [], True),
+        ("", ["--fsdp"], True),
+        ("fsdp: false\n", [], False),
+        ("", [], False),
+    ],
+)
+def test_fsdp_is_a_flag_without_a_value(parse, lines, flags, given):
+    _, config = parse(lines, flags)
+    assert bool(config.fsdp) == given

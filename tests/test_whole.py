@@ -1,6 +1,7 @@
 """Files and folders that are there whole or not at all."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -37,6 +38,20 @@ def test_a_file_that_is_missing_or_of_another_size_is_named(sealed, name):
             assert damage(sealed) == f"{name} has {len(content)} bytes, not {size}"
     (sealed / name).unlink()
     assert damage(sealed) == f"{name} is missing"
+
+
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o027, 0o640)])
+def test_sealed_files_may_be_read_by_whom_the_umask_lets(sealed, umask, mode):
+    (sealed / "model.safetensors").chmod(0o600)  # as safetensors writes it
+    before = os.umask(umask)
+    try:
+        (sealed / SEAL_FILE).unlink()
+        seal(sealed, [path for path in sealed.rglob("*") if path.is_file()])
+        assert os.umask(umask) == umask
+    finally:
+        os.umask(before)
+    files = [path for path in sealed.rglob("*") if path.is_file()]
+    assert len(files) == 4 and {path.stat().st_mode & 0o777 for path in files} == {mode}
 
 
 def test_a_seal_that_is_cut_anywhere_is_none(sealed):

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftModel
 from transformers import Trainer
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 
@@ -48,10 +49,11 @@ class ResumableTrainer(Trainer):
             torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        if self.sharding is None:
+        """The base class would leave weights as they are that the files name differently from the model."""
+        if self.sharding is None and isinstance(self.model, PeftModel):
             return super()._load_from_checkpoint(resume_from_checkpoint, model)
-        if model is not None:  # asked a first time before the model is sharded, a second time after
-            load_weights(model, Path(resume_from_checkpoint))
+        if self.sharding is None or model is not None:  # a sharded model is asked for once it is sharded
+            load_weights(self.model, Path(resume_from_checkpoint))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if self.sharding is None:

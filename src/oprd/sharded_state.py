@@ -10,8 +10,8 @@ import torch
 from peft import PeftModel, get_peft_model_state_dict
 from safetensors import safe_open
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
-from transformers import AutoModelForCausalLM
 
 
 def whole_weights(model: nn.Module, keep: bool) -> dict[str, Tensor]:
@@ -27,12 +27,11 @@ def whole_optimizer_state(optimizer: Any, keep: bool) -> dict[str, Any]:
 
 @torch.no_grad()
 def load_weights(model: nn.Module, folder: Path) -> None:
-    """Take this rank's shards out of the weights or adapters that were saved in `folder`."""
+    """Take this rank's shards, or all, out of the weights or adapters that were saved in `folder`."""
     if not isinstance(model, PeftModel):
-        # Files may name weights differently from the model, as those of experts are.
-        saved = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=next(model.parameters()).dtype
-        ).state_dict()
+        # Files may name weights differently from the model, as those of experts; its code may be the user's.
+        kind: Any = next(kind for kind in type(model).__mro__ if not issubclass(kind, FSDPModule))
+        saved = kind.from_pretrained(folder, dtype=next(model.parameters()).dtype).state_dict()
         targets = model.state_dict()
         for name, value in saved.items():
             targets[name].copy_(_sharded(value, targets[name]))

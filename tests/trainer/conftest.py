@@ -8,7 +8,7 @@ import pytest
 import torch
 from datasets import Dataset
 from tiny_pair import QUICK, SIZES, ScriptedTrainer, perturb, prompt_texts
-from transformers import Qwen3Config, Qwen3ForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from oprd.tiny.tokenizer import train_tokenizer
 from oprd.trainer import OPRDConfig, OPRDTrainer
@@ -21,19 +21,20 @@ def tokenizer() -> Any:
 
 @pytest.fixture(scope="session")
 def make_folder(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> Callable[..., str]:
-    """`make_folder(shift=0, **config)`: a model folder; `shift` perturbs the common origin.
+    """`make_folder(shift=0, family="qwen3", **config)`: a model folder; `shift` perturbs the common origin.
 
     Every ninth token id ends a response, so that rollouts of random models end at uneven lengths.
     """
     made: dict[str, str] = {}
 
-    def make(shift: int = 0, **config: Any) -> str:
-        key = repr((shift, sorted(config.items())))
+    def make(shift: int = 0, family: str = "qwen3", **config: Any) -> str:
+        key = repr((shift, family, sorted(config.items())))
         if key not in made:
             folder = tmp_path_factory.mktemp("model")
             torch.manual_seed(0)
             ids = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
-            model = Qwen3ForCausalLM(Qwen3Config(**(SIZES | {"vocab_size": len(tokenizer)} | ids | config)))
+            sizes = SIZES | {"vocab_size": len(tokenizer)} | ids | config
+            model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **sizes))
             if shift:
                 perturb(model, shift)
             model.generation_config.eos_token_id = [

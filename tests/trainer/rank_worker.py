@@ -54,6 +54,12 @@ CASES: dict[str, dict[str, Any]] = {
     "bridge": THROUGH_BRIDGE | {"anchor_weight": "0.5"},
     "adapters": {"lora": True, "output_loss": "sampled_token"},
     "adapters_through_bridge": THROUGH_BRIDGE | {"anchor_weight": "0.5", "lora": True},
+    "experts": {
+        "student": "experts",
+        "teacher": "experts_teacher",
+        "output_loss": "top_k",
+        "output_top_k": 4,
+    },
     "offloaded": {"teacher_offload": True, "output_loss": "full_vocab"},
     # The first two prompts of four, those of rank 0, end in rollouts without an EOS.
     "idle_rank": {"mask_truncated_completions": True, "shuffle_dataset": False},

@@ -16,6 +16,13 @@ from test_trainer_bridge import save_random_bridge
 from oprd.recorder import read_metrics
 
 SKIPPED = ("time/", "memory/")
+EXPERTS = {
+    "family": "qwen3_moe",
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 24,
+    "output_router_logits": True,  # which the loss of none of the models' own heads is to add
+}
 
 
 @pytest.fixture(scope="module")
@@ -23,8 +30,9 @@ def models(tmp_path_factory, make_folder, student, teacher):
     tied = make_folder(1, tie_word_embeddings=True), make_folder(2, tie_word_embeddings=True)
     wide = make_folder(2, num_hidden_layers=5, hidden_size=48)
     bridge = save_random_bridge(tmp_path_factory.mktemp("bridge"), student, wide, pairs=((1, 2), (2, 5)))
-    names = "student", "teacher", "tied", "tied_teacher", "wide", "bridge"
-    return dict(zip(names, (student, teacher, *tied, wide, bridge), strict=True))
+    experts = make_folder(1, **EXPERTS), make_folder(2, **EXPERTS)
+    names = "student", "teacher", "tied", "tied_teacher", "wide", "bridge", "experts", "experts_teacher"
+    return dict(zip(names, (student, teacher, *tied, wide, bridge, *experts), strict=True))
 
 
 def launch(models, output, mode, *runs):
@@ -133,7 +141,7 @@ def test_deepspeed_equals_one_process(tmp_path, models, mode):
 
 
 ADAM = {"optim": "adamw_torch", "adam_epsilon": 1e-4, "save_strategy": "steps", "save_steps": 2}
-RESUMED = ("output", "tied", "adapters")
+RESUMED = ("output", "tied", "adapters", "experts")
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,6 @@
 """A memory plan beside its dry run on every rank, under torchrun: `rank_plan.py RECIPE ddp|fsdp`.
 
-The first rank prints planned and measured MB as JSON. accelerate shards on CPU only when told that it is none.
+The first rank prints planned and measured MB as JSON. accelerate shards on CPU only if misled.
 """
 
 import json

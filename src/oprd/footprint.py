@@ -154,6 +154,9 @@ class Footprint(TorchDispatchMode):
         return result
 
     def _run(self, func: Any, args: Any, kwargs: Any, given: list[Tensor]) -> Any:
+        if func is torch.ops.aten.empty.memory_format and kwargs.get("dtype", torch.float).is_floating_point:
+            with self._shapes:
+                return func(*args, **kwargs)  # a layer will be gathered there
         if all(map(has_values, given)):
             largest = max([self._row_bytes, *(x.nbytes for x in given)])
             with suppress(DynamicOutputShapeException, DataDependentOutputException), self._shapes:

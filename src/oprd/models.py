@@ -79,7 +79,9 @@ def _adapter_config(folder: str) -> dict[str, Any]:
 def weights_are_here(model: nn.Module) -> bool:
     """Whether this process has a model's values: not in a plan, under ZeRO-3, or before FSDP sends them."""
     weight = next(model.parameters())
-    if isinstance(weight, FakeTensor):  # asked anything more, a plan would count it as read
+    if isinstance(
+        getattr(weight, "_local_tensor", weight), FakeTensor
+    ):  # asked anything more, a plan would count it as read
         return False
     awaited = weight.is_meta and not hasattr(model, "hf_device_map")
     return not awaited and not hasattr(weight, "ds_id")

@@ -31,7 +31,7 @@ def pretended_ranks(machine: Machine) -> Iterator[DeviceMesh | None]:
     is_launched = dist.is_initialized()
     if is_launched and dist.get_world_size() != machine.ranks:
         raise UserError(
-            f"{dist.get_world_size()} ranks were launched: start without a launcher to plan for {machine.ranks}"
+            f"{dist.get_world_size()} ranks were launched: plan for {machine.ranks} without a launcher"
         )
     if not is_launched:
         dist.init_process_group("fake", rank=0, world_size=machine.ranks)

@@ -78,7 +78,7 @@ class Rehearsal:
             sample_last_token(self.student, rollouts, self.settings)
 
     def update(self, step: int) -> None:
-        """Update `step`, 0-based: a micro-batch, a second one beside its gradients if there is, and a step."""
+        """Update `step`, 0-based: two micro-batches, or the one there is, and a step."""
         settings = self.settings
         size, count = rollouts_at_once(
             settings,
@@ -134,11 +134,13 @@ class Rehearsal:
 
     def _through(self, batch: Batch, step: int) -> Tensor:
         """The loss inside the student's forward, in which FSDP has the weights ready."""
-        self.student.forward = self.objective.loss
-        try:
-            return self.student(batch, step)
-        finally:
+
+        def loss() -> Tensor:
             del self.student.forward
+            return self.objective.loss(batch, step)
+
+        self.student.forward = loss
+        return self.student()
 
     def _shard(self, mesh: DeviceMesh) -> Sharding:
         """Leave every model this rank's shards."""

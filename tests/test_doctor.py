@@ -9,6 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 import yaml
+from transformers.utils import is_bitsandbytes_available
 
 from oprd import cli, machine
 from oprd.doctor import examine, longest_rollout
@@ -92,6 +93,7 @@ def test_flags_override_and_mistakes_are_told(capsys, recipe):
         (["--per_device_train_batch_size", "4096"], "a step takes 8192 prompts, and the dataset has 4200"),
         (["--output_dir", "{model}"], "is not a run of oprd"),
         (["--use_vllm", "true"], "there is no vLLM"),
+        (["--temperature", "0"], "temperature is 0"),
         (["--max_steps", "1000000000", "--save_steps", "1"], "set save_total_limit"),
         (
             ["--model_name_or_path", "{experts}", "--teacher_model_name_or_path", "{experts}"],
@@ -203,6 +205,26 @@ def test_a_dry_run_tries_the_longest_rollouts_and_leaves_nothing(capsys, recipe,
     if sys.platform == "linux":
         assert "memory/peak_mb" in out and "memory/rollout_peak_mb" in out
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.skipif(is_bitsandbytes_available(), reason="bitsandbytes is installed")
+@pytest.mark.parametrize("command", [["doctor"], ["train"], ["train", "--dry_run"]], ids=" ".join)
+def test_an_optimiser_that_is_not_installed(capsys, recipe, tmp_path, command):
+    path = recipe(optim="adamw_bnb_8bit")
+    assert cli.run([command[0], path, *command[1:]]) == 2
+    assert "bitsandbytes" in capsys.readouterr().err.strip().splitlines()[-1]
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads what a container may take")
+def test_what_cannot_fit_is_not_tried(capsys, recipe, monkeypatch, tmp_path):
+    monkeypatch.setattr(machine, "CONTAINER", tmp_path)
+    for name, text in (("max", "100000000"), ("current", "0"), ("stat", "inactive_file 0")):
+        (tmp_path / f"memory.{name}").write_text(text)
+    path = recipe(per_device_train_batch_size=64, max_completion_length=1000)
+    assert cli.run(["train", path, "--dry_run"]) == 1
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "out of memory at the longest rollout" in last and "first turn" in last
 
 
 @pytest.mark.slow

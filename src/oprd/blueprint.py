@@ -7,6 +7,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, Trainer
 
 from oprd.errors import UserError
+from oprd.init_kwargs import hub_kwargs
 
 
 class _EightBit(torch.optim.Optimizer):
@@ -31,14 +32,13 @@ def make_optimizer(settings: Any, student: Any, trained: list[nn.Parameter]) -> 
     return kind(trained, **kwargs)
 
 
-def on_meta(located: str, given: dict[str, Any], dtype: str) -> tuple[Any, bool]:
+def on_meta(located: str, given: dict[str, Any]) -> tuple[Any, bool]:
     """The model of a config in the dtype that the run loads it in, and whether its file has that dtype.
 
     On a CPU such weights are mapped from the file: what is never read takes no memory.
     """
-    hub = {key: given[key] for key in ("revision", "trust_remote_code") if key in given}
-    config = AutoConfig.from_pretrained(located, **hub)
-    stored, wanted = config.dtype, given.get("dtype", dtype)
+    config = AutoConfig.from_pretrained(located, **hub_kwargs(given))
+    stored, wanted = config.dtype, given["dtype"]
     if wanted in ("auto", None):
         wanted = stored or torch.float32
     wanted = getattr(torch, wanted) if isinstance(wanted, str) else wanted

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from transformers.utils import is_bitsandbytes_available
+
 from oprd.errors import UserError
 from oprd.memory_plan import MemoryPlan
 from oprd.meters import MB
@@ -36,6 +38,8 @@ def check_engine(config: Any) -> str:
     """Who rolls out; raises `UserError` where that, or what quantises the teacher, is not installed."""
     if config.teacher_quantization != "none":
         quantization(config.teacher_quantization)
+    if any(kind in config.optim for kind in ("8bit", "paged")) and not is_bitsandbytes_available():
+        raise UserError(f"optim: {config.optim} needs bitsandbytes: pip install bitsandbytes")
     if not config.use_vllm:
         return "rollouts by Hugging Face's generate"
     check_training(config.vllm_mode, config.vllm_enable_sleep_mode)

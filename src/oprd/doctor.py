@@ -10,6 +10,7 @@ from rich.table import Table
 
 from oprd.checks import Finding, check_disk, check_engine, check_output, checked
 from oprd.footprint import GATHERED, HOST, KEPT
+from oprd.init_kwargs import hub_kwargs, student_kwargs
 from oprd.intake import prompts_per_step, usable_prompts
 from oprd.knobs import Knob, advice, first_knob
 from oprd.longest import Longest
@@ -100,7 +101,8 @@ def longest_rollout(run: RunArguments, config: OPRDConfig, ranks: int = 1) -> tu
 
     Raises `UserError` for data or batches that a run on so many ranks would refuse.
     """
-    tokenizer = load_tokenizer(resolve_model(run.model_name_or_path))
+    shared = hub_kwargs(student_kwargs(config))
+    tokenizer = load_tokenizer(resolve_model(run.model_name_or_path, **shared), **shared)
 
     def render(prompt: Prompt) -> list[int]:
         return render_prompt(tokenizer, prompt, config.chat_template_kwargs)

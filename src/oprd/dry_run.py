@@ -32,6 +32,7 @@ OUT_OF_MEMORY = (
 )
 PEAKS = "memory/peak_mb", "memory/rollout_peak_mb"
 UNPLANNED = "first turn gradient_checkpointing: true, then halve the micro-batch"
+HOPELESS = 2  # a plan of so many times what is free is not tried
 STEPS = 2  # the first makes the optimiser's state, which the second has to fit beside
 
 
@@ -61,9 +62,14 @@ def try_longest(run: RunArguments, config: OPRDConfig) -> str:
     step = plan.step if plan else fullest_step(config)
     started = time.perf_counter()
     peaks = None
+    hopeless = plan is not None and plan.peak_mb * MB > HOPELESS * machine.free_bytes
     try:
         with _limited(room):
-            peaks = dry_run(run.model_name_or_path, config, longest, step, peft_config=run.lora)
+            peaks = (
+                None
+                if hopeless
+                else dry_run(run.model_name_or_path, config, longest, step, peft_config=run.lora)
+            )
     except Exception as error:
         if not _is_out_of_memory(error):
             raise

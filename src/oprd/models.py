@@ -8,6 +8,7 @@ import torch
 from peft import AutoPeftModelForCausalLM
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.distributed.tensor import DTensor
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -79,9 +80,8 @@ def _adapter_config(folder: str) -> dict[str, Any]:
 def weights_are_here(model: nn.Module) -> bool:
     """Whether this process has a model's values: not in a plan, under ZeRO-3, or before FSDP sends them."""
     weight = next(model.parameters())
-    if isinstance(
-        getattr(weight, "_local_tensor", weight), FakeTensor
-    ):  # asked anything more, a plan would count it as read
+    local = weight.to_local() if isinstance(weight, DTensor) else weight
+    if isinstance(local, FakeTensor):  # asked anything more, a plan would count it as read
         return False
     awaited = weight.is_meta and not hasattr(model, "hf_device_map")
     return not awaited and not hasattr(weight, "ds_id")

@@ -18,6 +18,7 @@ from oprd.bridge.artifact import TENSORS
 from oprd.capture import blocks
 from oprd.decoding import sample_last_token
 from oprd.footprint import Footprint
+from oprd.init_kwargs import hub_kwargs, student_kwargs, teacher_kwargs
 from oprd.longest import Longest, rollouts_at_once
 from oprd.machine import Machine
 from oprd.meters import Stopwatch
@@ -54,10 +55,11 @@ class Rehearsal:
         self.settings, self.longest, self.device = settings, longest, machine.device
         self._maps_files = machine.device.type == "cpu" and machine.ranks == 1  # several move their weights
         self.footprint = Footprint(self.device, BYTES_OF_A_TOKEN * _rollouts(settings) * longest.num_tokens)
-        located = resolve_model(student)
-        self._tokenizer = load_tokenizer(located)
-        self.student = self._student(located, peft_config)
-        self.teacher = self._teacher(base_model(resolve_model(settings.teacher_model_name_or_path)))
+        given = student_kwargs(settings)
+        located = resolve_model(student, **hub_kwargs(given))
+        self._tokenizer = load_tokenizer(located, **hub_kwargs(given))
+        self.student = self._student(located, given, peft_config)
+        self.teacher = self._teacher(settings.teacher_model_name_or_path, teacher_kwargs(settings))
         self.objective = self._bind()
         self._sharding = self._shard(mesh) if mesh is not None else None
         self._trained = [weight for weight in self.student.parameters() if weight.requires_grad]
@@ -159,9 +161,9 @@ class Rehearsal:
                     unit.reshard()
         return sharding
 
-    def _student(self, located: str, peft_config: Any) -> Any:
+    def _student(self, located: str, given: dict[str, Any], peft_config: Any) -> Any:
         settings = self.settings
-        model, is_mapped = on_meta(located, settings.model_init_kwargs or {}, "float32")
+        model, is_mapped = on_meta(located, {"dtype": "float32"} | given)
         if peft_config is not None:
             from peft import get_peft_model
 
@@ -173,15 +175,13 @@ class Rehearsal:
             model.gradient_checkpointing_enable(settings.gradient_checkpointing_kwargs)
         return self._place(model, STUDENT, self.device, is_mapped).train()
 
-    def _teacher(self, located: str) -> Teacher:
-        settings = self.settings
-        given = {"trust_remote_code": settings.trust_remote_code} | (settings.teacher_model_init_kwargs or {})
-        dtype = "auto" if settings.bf16 or settings.fp16 else "float32"
-        model, is_mapped = on_meta(located, given, dtype)
+    def _teacher(self, name: str, given: dict[str, Any]) -> Teacher:
+        located = base_model(resolve_model(name, **hub_kwargs(given)))
+        model, is_mapped = on_meta(located, given)
         elsewhere = given.get("device_map") == "cpu"
         device = torch.device("cpu") if elsewhere else self.device
         model = self._place(model, TEACHER, device, is_mapped)
-        return Teacher(model, load_tokenizer(located))
+        return Teacher(model, load_tokenizer(located, **hub_kwargs(given)))
 
     def _place(self, model: Any, part: str, device: torch.device, is_mapped: bool) -> Any:
         for tensor in self.footprint.without_values(model, device):

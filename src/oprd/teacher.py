@@ -14,6 +14,7 @@ from transformers.utils import is_bitsandbytes_available
 from oprd.alignment import same_vocabulary
 from oprd.capture import num_layers
 from oprd.errors import UserError
+from oprd.init_kwargs import hub_kwargs
 from oprd.models import load_model, load_tokenizer, resolve_model
 from oprd.reading import Reading, StateReader, Want
 from oprd.sharding import Sharding
@@ -36,12 +37,10 @@ class Teacher:
 
         It is dispatched where `init_kwargs` names a `device_map` (`cpu`, `auto` with offloading, …).
         """
-        hub_kwargs = {
-            key: init_kwargs[key] for key in ("revision", "trust_remote_code") if key in init_kwargs
-        }
-        located = resolve_model(name, **hub_kwargs)
+        shared = hub_kwargs(init_kwargs)
+        located = resolve_model(name, **shared)
         model = load_model(located, **init_kwargs)
-        return cls(model, load_tokenizer(located, **hub_kwargs))
+        return cls(model, load_tokenizer(located, **shared))
 
     @classmethod
     def of(cls, model: PreTrainedModel) -> "Teacher":

@@ -28,6 +28,7 @@ from oprd.card import model_card
 from oprd.errors import UserError
 from oprd.finite import NonFiniteLoss
 from oprd.importance import check_correction
+from oprd.init_kwargs import hub_kwargs, student_kwargs, teacher_kwargs
 from oprd.intake import prompts_per_step, usable_prompts
 from oprd.meters import MemoryMeter
 from oprd.models import holds_adapters, resolve_model
@@ -94,6 +95,10 @@ class OPRDConfig(ObjectiveSettings, DistillationConfig):
         self.check()
         for name in ("per_device_train_batch_size", "gradient_accumulation_steps"):
             at_least(name, getattr(self, name), 1)
+        if not self.temperature > 0:
+            raise UserError(
+                f"temperature is {self.temperature}, and rollouts are sampled: set it above 0, say to 1"
+            )
         if self.max_completion_length is not None:
             at_least("max_completion_length", self.max_completion_length, 1)
         if self.vllm_importance_sampling_correction:
@@ -140,15 +145,17 @@ class OPRDTrainer(ResumableTrainer, RolloutTrainer, DistillationTrainer):
         if any(term.ever_active and not term.always_active for term in args.schedules.values()):
             # What only one term reaches goes unused while that term is off, and DDP has to look for it.
             args.ddp_find_unused_parameters = True
+        located_by = hub_kwargs(student_kwargs(args))
         set_seed(args.seed)  # of new adapters, which are drawn before the base class sets it
         with training_engines(vllm_generation) if args.use_vllm else nullcontext():
             super().__init__(
-                model=_located(model, args) if isinstance(model, str) else model,
+                model=resolve_model(model, **located_by) if isinstance(model, str) else model,
                 args=args,
                 train_dataset=train_dataset,
                 callbacks=callbacks,
                 **kwargs,
             )
+        self.get_optimizer_cls_and_kwargs(args, self.model)  # what it lacks is told now, not after rollouts
         if self._is_vlm:
             raise UserError("the student is a vision-language model; oprd distils text-only models so far")
         self.train_dataset = usable_prompts(
@@ -172,12 +179,7 @@ class OPRDTrainer(ResumableTrainer, RolloutTrainer, DistillationTrainer):
     # Set-up
 
     def _load_teacher(self, teacher: str | PreTrainedModel, args: OPRDConfig) -> Teacher:
-        init_kwargs = dict(args.teacher_model_init_kwargs or {})
-        if args.teacher_model_revision is not None:
-            init_kwargs.setdefault("revision", args.teacher_model_revision)
-        init_kwargs.setdefault("trust_remote_code", args.trust_remote_code)
-        # In full precision a teacher in its checkpoint's bfloat16 would differ from an equal student.
-        init_kwargs.setdefault("dtype", "auto" if args.bf16 or args.fp16 else "float32")
+        init_kwargs = teacher_kwargs(args)
         if args.teacher_quantization != "none":
             init_kwargs["quantization_config"] = quantization(args.teacher_quantization)
         if isinstance(teacher, str):
@@ -336,12 +338,6 @@ class OPRDTrainer(ResumableTrainer, RolloutTrainer, DistillationTrainer):
         (folder / "README.md").write_text(
             model_card(folder, **self._names, dataset=dataset_name, settings=settings)
         )
-
-
-def _located(student: str, args: OPRDConfig) -> str:
-    init_kwargs = args.model_init_kwargs or {}
-    hub_kwargs = {key: init_kwargs[key] for key in ("revision",) if key in init_kwargs}
-    return resolve_model(student, trust_remote_code=args.trust_remote_code, **hub_kwargs)
 
 
 def _name(model: str | PreTrainedModel | None) -> str:

@@ -1,0 +1,26 @@
+"""What a run's keys say of how its models are loaded."""
+
+from typing import Any
+
+
+def student_kwargs(settings: Any) -> dict[str, Any]:
+    """Arguments of the student's `from_pretrained`, from an `OPRDConfig`."""
+    return {"trust_remote_code": settings.trust_remote_code} | dict(settings.model_init_kwargs or {})
+
+
+def teacher_kwargs(settings: Any) -> dict[str, Any]:
+    """Arguments of the teacher's, but for how it is quantised.
+
+    In full precision a teacher in its checkpoint's bfloat16 would differ from an equal student.
+    """
+    given = dict(settings.teacher_model_init_kwargs or {})
+    if settings.teacher_model_revision is not None:
+        given.setdefault("revision", settings.teacher_model_revision)
+    given.setdefault("trust_remote_code", settings.trust_remote_code)
+    given.setdefault("dtype", "auto" if settings.bf16 or settings.fp16 else "float32")
+    return given
+
+
+def hub_kwargs(given: dict[str, Any]) -> dict[str, Any]:
+    """Those of them that a config and a tokenizer take too."""
+    return {key: given[key] for key in ("revision", "trust_remote_code") if key in given}

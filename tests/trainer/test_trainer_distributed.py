@@ -176,3 +176,28 @@ def test_two_ranks_resume_what_one_saved(tmp_path, models, straight, mode):
         rank_worker.run_case(case, models, tmp_path, **ADAM | {"max_steps": 2})
     launch(models, tmp_path, mode, *((case, ADAM | {"max_steps": 4, "resume": True}) for case in RESUMED))
     check_resumed(tmp_path, straight)
+
+
+BEST = {"save_strategy": "steps", "save_steps": 1, "eval_strategy": "steps", "eval_steps": 1} | {
+    "load_best_model_at_end": True,
+    "metric_for_best_model": "eval_loss",
+    "learning_rate": 1.0,  # so large that the loss rises after the first step
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", ["adapters", "experts"])
+@pytest.mark.parametrize("mode", ["alone", "ddp", "fsdp"])
+def test_the_best_model_is_taken_up_in_the_end(tmp_path, models, mode, case):
+    if mode == "alone":
+        rank_worker.run_case(case, models, tmp_path, **BEST)
+    else:
+        launch(models, tmp_path, mode, (case, BEST))
+    first, last = (tmp_path / case / f"checkpoint-{step}" for step in (1, 3))
+    state = json.loads((last / "trainer_state.json").read_text())
+    assert state["best_model_checkpoint"] == str(first)
+    best, worst, final = map(weights_in, (first, last, tmp_path / case))
+    assert final.keys() == best.keys()
+    for name, weight in best.items():
+        assert torch.equal(final[name], weight), name
+    assert any(not torch.equal(worst[name], weight) for name, weight in best.items())

@@ -10,8 +10,10 @@ from pathlib import Path
 import pytest
 import rank_worker
 import torch
+import yaml
 from safetensors.torch import load_file
 from test_trainer_bridge import save_random_bridge
+from tiny_pair import QUICK
 
 from oprd.recorder import read_metrics
 
@@ -201,3 +203,22 @@ def test_the_best_model_is_taken_up_in_the_end(tmp_path, models, mode, case):
     for name, weight in best.items():
         assert torch.equal(final[name], weight), name
     assert any(not torch.equal(worst[name], weight) for name, weight in best.items())
+
+
+@pytest.mark.slow
+def test_one_process_told_to_shard_says_that_it_does_not_and_resumes(tmp_path, student, teacher):
+    names = {"model_name_or_path": student, "teacher_model_name_or_path": teacher, "dataset_name": "tiny"}
+    keys = {"save_strategy": "steps", "save_steps": 1, "output_dir": str(tmp_path / "run")}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(QUICK | names | keys))
+    for steps in (2, 3):
+        done = subprocess.run(
+            [sys.executable, "-m", "oprd.cli", "train", tmp_path / "recipe.yaml", "--max_steps", str(steps)],
+            env=os.environ | {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"},
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert done.stderr.count("FSDP is asked for, but nothing is sharded") == 1
+    assert [record["step"] for record in read_metrics(tmp_path / "run" / "metrics.jsonl")] == [1, 2, 3]
+    assert json.loads((tmp_path / "run" / "trainer_state.json").read_text())["global_step"] == 3

@@ -30,6 +30,16 @@ class Tripled(Qwen3ForCausalLM):
         output.logits = 3 * output.logits
         return output
 """
+OWN_KIND = """from transformers import Qwen2Config, Qwen2ForCausalLM
+
+
+class OwnConfig(Qwen2Config):
+    model_type = "own"
+
+
+class Own(Qwen2ForCausalLM):
+    config_class = OwnConfig
+"""
 DRAWS = ["--limit", "3", "--samples", "2", "--max_new_tokens", "8", "--engine", "hf", "--data", "tiny"]
 
 
@@ -49,7 +59,7 @@ def run(hub, *argv, code=0):
     command = [sys.executable, "-m", "oprd.cli", *map(str, argv)]
     done = subprocess.run(command, env=os.environ | hub, capture_output=True, text=True, timeout=120)
     assert done.returncode == code, done.stderr[-3000:]
-    return done.stderr.strip().splitlines()[-1] if code else ""
+    return done.stderr.strip()
 
 
 def fingerprint(folder):
@@ -102,6 +112,36 @@ def test_an_evaluation_of_a_model_with_code_of_its_own(hub, tmp_path, student):
         progress=False,
     )
     assert samples == [json.loads(line) for line in (wanted / "samples.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.slow
+def test_a_student_of_a_kind_of_its_own_trains_where_its_code_is_trusted(hub, tmp_path, make_folder):
+    start = make_folder(1, family="qwen2")
+    folder = Path(shutil.copytree(start, tmp_path / "model"))
+    (folder / "own.py").write_text(OWN_KIND)
+    classes = {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.Own"}
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"auto_map": classes, "architectures": ["Own"], "model_type": "own"}
+    (folder / "config.json").write_text(json.dumps(config))
+    names = {"teacher_model_name_or_path": make_folder(2, family="qwen2"), "dataset_name": "tiny"}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(QUICK | names))
+    argv = ["train", tmp_path / "recipe.yaml", "--max_steps", "1", "--output_dir"]
+    said = run(hub, *argv, tmp_path / "refused", "--model_name_or_path", folder, code=2)
+    why = "it needs code that comes with it: read that, and set trust_remote_code to have it run"
+    assert said == f"oprd: cannot load the model {folder}: {why}"
+    assert not (tmp_path / "refused").exists()
+    run(hub, *argv, tmp_path / "own", "--model_name_or_path", folder, "--trust_remote_code", "true")
+    run(hub, *argv, tmp_path / "plain", "--model_name_or_path", start)
+    own, plain, before = (
+        load_file(Path(path) / "model.safetensors") for path in (tmp_path / "own", tmp_path / "plain", start)
+    )
+    assert own.keys() == plain.keys() and all(torch.equal(own[name], plain[name]) for name in own)
+    assert any(not torch.equal(own[name], before[name]) for name in own)
+    assert (
+        tmp_path / "own" / "own.py"
+    ).read_text() == OWN_KIND  # so that the result loads as the student did
+    saved = json.loads((tmp_path / "own" / "config.json").read_text())
+    assert (saved["model_type"], saved["auto_map"]) == ("own", classes)
 
 
 @pytest.mark.slow

@@ -48,7 +48,7 @@ def resolve_model(name: str, **hub_kwargs: Any) -> str:
         raise UserError(f"the model folder {name} does not exist")
     located = str(path) if path.exists() else name
     try:
-        AutoConfig.from_pretrained(located, **hub_kwargs)
+        AutoConfig.from_pretrained(located, **{"trust_remote_code": False} | hub_kwargs)  # or it would ask
     except (OSError, ValueError) as error:
         raise UserError(f"cannot load the model {name}: {_reason(error)}") from error
     return located

@@ -49,9 +49,9 @@ def resolve_model(name: str, **hub_kwargs: Any) -> str:
         raise UserError(f"the model folder {name} does not exist")
     located = str(path) if path.exists() else name
     try:
-        AutoConfig.from_pretrained(located, **hub_kwargs)
+        AutoConfig.from_pretrained(located, **{"trust_remote_code": False} | hub_kwargs)  # or it would ask
     except (OSError, ValueError) as error:
-        raise UserError(f"cannot load the model {name}: {_first_line(error)}") from error
+        raise UserError(f"cannot load the model {name}: {_reason(error)}") from error
     return located
 
 
@@ -92,7 +92,7 @@ def load_tokenizer(name: str, **kwargs: Any) -> PreTrainedTokenizerBase:
     try:
         return AutoTokenizer.from_pretrained(name, padding_side="left", **kwargs)
     except (OSError, ValueError) as error:
-        raise UserError(f"cannot load a tokenizer from {name}: {_first_line(error)}") from error
+        raise UserError(f"cannot load a tokenizer from {name}: {_reason(error)}") from error
 
 
 def load_model(name: str, **kwargs: Any) -> PreTrainedModel:
@@ -111,8 +111,10 @@ def load_model(name: str, **kwargs: Any) -> PreTrainedModel:
             return merged if dtype in ("auto", None) else merged.to(dtype)
         return AutoModelForCausalLM.from_pretrained(name, **kwargs)
     except (OSError, ValueError) as error:
-        raise UserError(f"cannot load the model {name}: {_first_line(error)}") from error
+        raise UserError(f"cannot load the model {name}: {_reason(error)}") from error
 
 
-def _first_line(error: BaseException) -> str:
+def _reason(error: BaseException) -> str:
+    if "trust_remote_code=True" in str(error):
+        return "it needs code that comes with it: read that, and set trust_remote_code to have it run"
     return str(error).strip().partition("\n")[0]

@@ -55,6 +55,12 @@ class ResumableTrainer(Trainer):
         if self.sharding is None or model is not None:  # a sharded model is asked for once it is sharded
             load_weights(self.model, Path(resume_from_checkpoint))
 
+    def _load_best_model(self) -> None:
+        """As a checkpoint is; under FSDP the base class would look for files of a format of its own."""
+        if self.sharding is None and (isinstance(self.model, PeftModel) or self.is_deepspeed_enabled):
+            return super()._load_best_model()
+        load_weights(self.model, Path(self.state.best_model_checkpoint))
+
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if self.sharding is None:
             return super()._load_optimizer_and_scheduler(checkpoint)

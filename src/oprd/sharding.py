@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedType, parse_flag_from_env
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -48,7 +48,7 @@ class Sharding:
         Raises `UserError` for FSDP1.
         """
         if accelerator.distributed_type != DistributedType.FSDP:
-            if getattr(accelerator.state, "fsdp_plugin", None) is not None:
+            if parse_flag_from_env("ACCELERATE_USE_FSDP"):
                 logger.warning(
                     "FSDP is asked for, but nothing is sharded: accelerate needs several accelerators"
                 )

@@ -110,6 +110,7 @@ def run_case(
         teacher_model=models[teacher],
         args=args,
         train_dataset=Dataset.from_dict({"prompt": prompts}),
+        eval_dataset=Dataset.from_dict({"prompt": prompts[:4]}) if args.eval_strategy != "no" else None,
         peft_config=lora,
     )
     if idle:

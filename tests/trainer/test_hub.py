@@ -14,9 +14,10 @@ from safetensors.torch import load_file
 from test_trainer_adapters import by_hand
 from tiny_pair import QUICK
 
+from oprd.errors import UserError
 from oprd.evaluation.problems import EvalSettings
 from oprd.evaluation.run import evaluate
-from oprd.models import load_model, load_tokenizer
+from oprd.models import load_model, load_tokenizer, resolve_model
 from oprd.prompts import load_prompts
 from oprd.rollouts import Sampling
 
@@ -30,6 +31,17 @@ class Tripled(Qwen3ForCausalLM):
         output.logits = 3 * output.logits
         return output
 """
+OWN_KIND = """from transformers import Qwen2Config, Qwen2ForCausalLM
+
+
+class OwnConfig(Qwen2Config):
+    model_type = "own"
+
+
+class Own(Qwen2ForCausalLM):
+    config_class = OwnConfig
+"""
+OWN_CLASSES = {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.Own"}
 DRAWS = ["--limit", "3", "--samples", "2", "--max_new_tokens", "8", "--engine", "hf", "--data", "tiny"]
 
 
@@ -49,7 +61,7 @@ def run(hub, *argv, code=0):
     command = [sys.executable, "-m", "oprd.cli", *map(str, argv)]
     done = subprocess.run(command, env=os.environ | hub, capture_output=True, text=True, timeout=120)
     assert done.returncode == code, done.stderr[-3000:]
-    return done.stderr.strip().splitlines()[-1] if code else ""
+    return done.stderr.strip()
 
 
 def fingerprint(folder):
@@ -102,6 +114,45 @@ def test_an_evaluation_of_a_model_with_code_of_its_own(hub, tmp_path, student):
         progress=False,
     )
     assert samples == [json.loads(line) for line in (wanted / "samples.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture
+def own_kind(tmp_path, make_folder):
+    """A student of a kind that nobody knows, with its code; else `make_folder(1, family="qwen2")`."""
+    folder = Path(shutil.copytree(make_folder(1, family="qwen2"), tmp_path / "model"))
+    (folder / "own.py").write_text(OWN_KIND)
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"auto_map": OWN_CLASSES, "architectures": ["Own"], "model_type": "own"}
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def test_nobody_is_asked_whether_to_run_code(own_kind, capsys):
+    with pytest.raises(UserError, match="and set trust_remote_code to have it run"):
+        resolve_model(str(own_kind))
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.slow
+def test_a_student_of_a_kind_of_its_own_trains_where_its_code_is_trusted(
+    hub, tmp_path, make_folder, own_kind
+):
+    names = {"teacher_model_name_or_path": make_folder(2, family="qwen2"), "dataset_name": "tiny"}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(QUICK | names))
+    argv = ["train", tmp_path / "recipe.yaml", "--max_steps", "1", "--output_dir"]
+    said = run(hub, *argv, tmp_path / "refused", "--model_name_or_path", own_kind, code=2)
+    why = "it needs code that comes with it: read that, and set trust_remote_code to have it run"
+    assert said == f"oprd: cannot load the model {own_kind}: {why}"
+    assert not (tmp_path / "refused").exists()
+    run(hub, *argv, tmp_path / "own", "--model_name_or_path", own_kind, "--trust_remote_code", "true")
+    run(hub, *argv, tmp_path / "plain", "--model_name_or_path", make_folder(1, family="qwen2"))
+    folders = tmp_path / "own", tmp_path / "plain", own_kind
+    own, plain, before = (load_file(folder / "model.safetensors") for folder in folders)
+    assert own.keys() == plain.keys() and all(torch.equal(own[name], plain[name]) for name in own)
+    assert any(not torch.equal(own[name], before[name]) for name in own)
+    assert (tmp_path / "own" / "own.py").read_text() == OWN_KIND
+    saved = json.loads((tmp_path / "own" / "config.json").read_text())
+    assert (saved["model_type"], saved["auto_map"]) == ("own", OWN_CLASSES)
 
 
 @pytest.mark.slow

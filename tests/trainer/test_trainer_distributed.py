@@ -10,8 +10,10 @@ from pathlib import Path
 import pytest
 import rank_worker
 import torch
+import yaml
 from safetensors.torch import load_file
 from test_trainer_bridge import save_random_bridge
+from tiny_pair import QUICK
 
 from oprd.recorder import read_metrics
 
@@ -176,3 +178,47 @@ def test_two_ranks_resume_what_one_saved(tmp_path, models, straight, mode):
         rank_worker.run_case(case, models, tmp_path, **ADAM | {"max_steps": 2})
     launch(models, tmp_path, mode, *((case, ADAM | {"max_steps": 4, "resume": True}) for case in RESUMED))
     check_resumed(tmp_path, straight)
+
+
+BEST = {"save_strategy": "steps", "save_steps": 1, "eval_strategy": "steps", "eval_steps": 1} | {
+    "load_best_model_at_end": True,
+    "metric_for_best_model": "eval_loss",
+    "learning_rate": 1.0,  # so large that the loss rises after the first step
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", ["adapters", "experts"])
+@pytest.mark.parametrize("mode", ["alone", "ddp", "fsdp"])
+def test_the_best_model_is_taken_up_in_the_end(tmp_path, models, mode, case):
+    if mode == "alone":
+        rank_worker.run_case(case, models, tmp_path, **BEST)
+    else:
+        launch(models, tmp_path, mode, (case, BEST))
+    first, last = (tmp_path / case / f"checkpoint-{step}" for step in (1, 3))
+    state = json.loads((last / "trainer_state.json").read_text())
+    assert state["best_model_checkpoint"] == str(first)
+    best, worst, final = map(weights_in, (first, last, tmp_path / case))
+    assert final.keys() == best.keys()
+    for name, weight in best.items():
+        assert torch.equal(final[name], weight), name
+    assert any(not torch.equal(worst[name], weight) for name, weight in best.items())
+
+
+@pytest.mark.slow
+def test_one_process_told_to_shard_says_that_it_does_not_and_resumes(tmp_path, student, teacher):
+    names = {"model_name_or_path": student, "teacher_model_name_or_path": teacher, "dataset_name": "tiny"}
+    keys = {"save_strategy": "steps", "save_steps": 1, "output_dir": str(tmp_path / "run")}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(QUICK | names | keys))
+    for steps in (2, 3):
+        done = subprocess.run(
+            [sys.executable, "-m", "oprd.cli", "train", tmp_path / "recipe.yaml", "--max_steps", str(steps)],
+            env=os.environ | {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"},
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert done.stderr.count("FSDP is asked for, but nothing is sharded") == 1
+    assert [record["step"] for record in read_metrics(tmp_path / "run" / "metrics.jsonl")] == [1, 2, 3]
+    assert json.loads((tmp_path / "run" / "trainer_state.json").read_text())["global_step"] == 3

@@ -56,8 +56,9 @@ SHAPES: list[tuple[int, int, int, bool, dict[str, Any]]] = [
     (4, 2, 256, False, {"max_tokens_per_micro_batch": 600}),
     (2, 2, 384, True, {"bf16": True}),
     (2, 2, 128, False, {"optim": "sgd", "layers": "last"}),
+    (2, 2, 256, False, {"use_peft": True, "lora_target_modules": "all-linear"}),
 ]
-TINY = [(32, 1, 64, False, {}), (64, 2, 200, False, KL), (64, 1, 200, True, {})]
+TINY = [(32, 1, 64, False, {}), (32, 2, 200, False, {}), (64, 2, 200, False, KL), (64, 1, 200, True, {})]
 
 
 def make_models(folder: Path) -> dict[str, tuple[str, str]]:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import parse_flag_from_env
 
 from oprd.meters import MB, resident_mb
 
@@ -33,7 +34,7 @@ class Machine:
         that are launched there are not sharded by accelerate, those that `ranks` imagines are.
         """
         world = ranks or int(os.environ.get("WORLD_SIZE", "1"))
-        sharded = bool(settings.fsdp) or is_launched_sharded()
+        sharded = bool(settings.fsdp) or parse_flag_from_env("ACCELERATE_USE_FSDP")
         if not settings.use_cpu and torch.cuda.is_available():
             free, total = torch.cuda.mem_get_info()
             return cls(torch.device("cuda"), total, free, ranks=world, sharded=sharded)
@@ -42,11 +43,6 @@ class Machine:
         free, total = _host_memory()
         local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         return cls(torch.device("cpu"), total, free // local + process, process, world, sharded)
-
-
-def is_launched_sharded() -> bool:
-    """Whether accelerate's launcher asks for FSDP."""
-    return os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
 
 
 def _host_memory() -> tuple[int, int]:

@@ -7,13 +7,13 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, parse_flag_from_env
 from accelerate.utils.fsdp_utils import fsdp2_apply_ac, fsdp2_prepare_model
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from oprd.errors import UserError
-from oprd.machine import Machine, is_launched_sharded
+from oprd.machine import Machine
 from oprd.sharding import Sharding
 
 AXIS = "ranks"
@@ -75,7 +75,7 @@ def _plugin(settings: Any) -> FullyShardedDataParallelPlugin:
     asked = settings.fsdp_plugin_args
     if asked is None:
         by_default = {"fsdp_version": 2, "auto_wrap_policy": "transformer_based_wrap"}
-        asked = {} if is_launched_sharded() else by_default
+        asked = {} if parse_flag_from_env("ACCELERATE_USE_FSDP") else by_default
     plugin = FullyShardedDataParallelPlugin(**asked)
     plugin.cpu_ram_efficient_loading = False  # there is nothing to load
     return plugin

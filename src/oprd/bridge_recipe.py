@@ -55,6 +55,7 @@ class BridgeArguments:
     engine: str = key("auto", "Of the rollouts: auto (vLLM if it is installed) | hf | vllm.")
     vllm_server_base_url: str | None = key(None, "Roll out on a server of vllm serve.")
     vllm_gpu_memory_utilization: float = key(0.3, "Share of the GPU's memory that vLLM may take.")
+    trust_remote_code: bool = key(False, "Run the code that comes with the models.")
     dtype: str = key("auto", "Of both models: auto (the checkpoints') | float32 | bfloat16.")
     seed: int = key(42, "Seed of prompts and sampling.")
 

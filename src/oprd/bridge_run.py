@@ -106,9 +106,10 @@ class ModelPair:
     @classmethod
     def load(cls, args: BridgeArguments, device: torch.device) -> "ModelPair":
         """The models that a recipe names."""
-        located = resolve_model(args.model_name_or_path)
-        tokenizer = load_tokenizer(located)
-        teacher = Teacher.load(args.teacher_model_name_or_path, {"dtype": args.dtype})
+        shared = {"trust_remote_code": args.trust_remote_code}
+        located = resolve_model(args.model_name_or_path, **shared)
+        tokenizer = load_tokenizer(located, **shared)
+        teacher = Teacher.load(args.teacher_model_name_or_path, {"dtype": args.dtype} | shared)
         teacher.place(device)
         translation = Translation(
             tokenizer,
@@ -117,20 +118,22 @@ class ModelPair:
             args.teacher_tokenization,
             args.teacher_template_kwargs,
         )
-        student = load_model(located, dtype=args.dtype).to(device)
+        student = load_model(located, dtype=args.dtype, **shared).to(device)
         if translation.feeds_foreign_ids:
             teacher.check_ids(student)
         return cls(student, tokenizer, teacher, translation)
 
     def engine(self, args: BridgeArguments, ranks: Ranks) -> Engine:
         """What draws the student's rollouts; a vLLM in this process does not share a launcher with others."""
-        located = resolve_model(args.model_name_or_path)
+        shared = {"trust_remote_code": args.trust_remote_code}
+        located = resolve_model(args.model_name_or_path, **shared)
         chosen = args.engine, args.vllm_server_base_url
         if ranks.count > 1 and args.vllm_server_base_url is None:
             if args.engine == "vllm":
                 raise UserError("engine: vllm takes one process: name a server, or use engine: hf")
             chosen = "hf", None
-        return choose_engine(*chosen, self.student, self.tokenizer, located, args.vllm_gpu_memory_utilization)
+        share = args.vllm_gpu_memory_utilization
+        return choose_engine(*chosen, self.student, self.tokenizer, located, share, shared)
 
     def fitter(self, args: BridgeArguments) -> tuple[BridgeFitter, LayerMap | None]:
         """A fitter for the layers asked for, and their map unless the rows are to choose it."""

@@ -178,3 +178,21 @@ def test_adapters_are_merged_into_the_revision_they_were_trained_on(
     merged = load_file(tmp_path / "run" / "merged" / "model.safetensors")
     for name, weight in merged.items():
         torch.testing.assert_close(weight, wanted[name], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.slow
+def test_a_plan_and_a_bridge_of_a_student_of_a_kind_of_its_own(hub, tmp_path, make_folder, own_kind):
+    names = {
+        "model_name_or_path": str(own_kind),
+        "teacher_model_name_or_path": make_folder(2, family="qwen2"),
+    }
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(QUICK | names | {"dataset_name": "tiny"}))
+    doctor = ["doctor", tmp_path / "recipe.yaml", "--output_dir", tmp_path / "run"]
+    run(hub, *doctor, "--trust_remote_code", "true")
+    assert "set trust_remote_code" in run(hub, *doctor, code=2).splitlines()[-1]
+    sizes = {"num_prompts": 8, "max_completion_length": 8, "rank": "2", "engine": "hf", "dtype": "float32"}
+    (tmp_path / "bridge.yaml").write_text(yaml.safe_dump(names | sizes | {"dataset_name": "tiny"}))
+    bridge = ["bridge", tmp_path / "bridge.yaml", "--output_dir", tmp_path / "bridge"]
+    assert "set trust_remote_code" in run(hub, *bridge, code=2).splitlines()[-1]
+    run(hub, *bridge, "--trust_remote_code", "true")
+    assert (tmp_path / "bridge" / "report.json").is_file()

@@ -45,7 +45,7 @@ def flags(folder: Path, data: Path, **changes: Any) -> list[str]:
 
 
 def start(command: list[str], argv: list[str], **options: Any) -> subprocess.Popen[str]:
-    """Start a command in the repository, its output kept."""
+    """Start a command in the repository, its output kept; it hears Ctrl-C, which background jobs do not."""
     return subprocess.Popen(
         [*command, *argv],
         cwd=ROOT,
@@ -53,6 +53,7 @@ def start(command: list[str], argv: list[str], **options: Any) -> subprocess.Pop
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         **options,
     )
 

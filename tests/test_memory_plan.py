@@ -15,11 +15,23 @@ from transformers import AutoModelForCausalLM, Qwen2Config
 import rank_plan
 from oprd.batch import Batch
 from oprd.doctor import longest_rollout
-from oprd.footprint import GATHERED, KEPT, Footprint
+from oprd.footprint import Footprint
 from oprd.machine import Machine
-from oprd.memory_plan import BUCKETS, PROCESS, plan_memory
+from oprd.memory_plan import plan_memory
 from oprd.models import load_model, load_tokenizer, resolve_model
-from oprd.rehearsal import ACTIVATIONS, GRADIENTS, LOGITS, OPTIMISER, STUDENT, TEACHER, Rehearsal
+from oprd.parts import (
+    ACTIVATIONS,
+    BUCKETS,
+    GATHERED,
+    GRADIENTS,
+    KEPT,
+    LOGITS,
+    OPTIMISER,
+    PROCESS,
+    STUDENT,
+    TEACHER,
+)
+from oprd.rehearsal import Rehearsal
 from oprd.resident import ResidentBlocks
 from oprd.teacher import Teacher
 from oprd.train import parse_training_recipe

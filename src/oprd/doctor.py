@@ -9,36 +9,20 @@ from rich.console import Console
 from rich.table import Table
 
 from oprd.checks import Finding, check_disk, check_engine, check_output, checked
-from oprd.footprint import GATHERED, HOST, KEPT
 from oprd.init_kwargs import hub_kwargs, student_kwargs
 from oprd.intake import prompts_per_step, usable_prompts
 from oprd.knobs import Knob, advice, first_knob
 from oprd.longest import Longest
 from oprd.machine import Machine
-from oprd.memory_plan import BUCKETS, ENGINE, PROCESS, MemoryPlan, plan_memory
+from oprd.memory_plan import MemoryPlan, plan_memory
 from oprd.meters import MB
 from oprd.models import load_tokenizer, resolve_model
+from oprd.parts import ORDER
 from oprd.prompts import load_prompts
-from oprd.rehearsal import (
-    ACTIVATIONS,
-    GRADIENTS,
-    LOGITS,
-    OPTIMISER,
-    READING,
-    REFERENCE,
-    SAMPLING,
-    STUDENT,
-    TEACHER,
-)
 from oprd.rollouts import Prompt, render_prompt
 from oprd.run import resolved_settings
 from oprd.train import RunArguments
 from oprd.trainer import OPRDConfig
-
-ORDER = (
-    *(PROCESS, STUDENT, TEACHER, REFERENCE, GRADIENTS, OPTIMISER, BUCKETS, GATHERED),
-    *(ENGINE, SAMPLING, READING, ACTIVATIONS, LOGITS, HOST, KEPT),
-)
 
 
 @dataclass(frozen=True)

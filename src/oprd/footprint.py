@@ -23,10 +23,9 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from oprd.parts import GATHERED, HOST, KEPT
 from oprd.resident import ResidentBlocks
 
-HOST, KEPT = "rollouts and indices", "freed, kept by malloc"
-GATHERED = "layers gathered whole"
 ROW_BYTES = 2**20
 
 

@@ -15,11 +15,9 @@ from oprd.errors import UserError
 from oprd.longest import Longest
 from oprd.machine import Machine
 from oprd.meters import MB
+from oprd.parts import BUCKETS, ENGINE, PROCESS, TEACHER
 from oprd.pretended import pretended_ranks
-from oprd.rehearsal import TEACHER, Rehearsal
-
-PROCESS, ENGINE = "process and libraries", "vLLM"
-BUCKETS = "DDP's buckets"
+from oprd.rehearsal import Rehearsal
 
 Parts = dict[str, int]
 

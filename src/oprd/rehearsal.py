@@ -1,9 +1,7 @@
 """A run's models in shape alone, and what the run does with them: its first step, last token and update."""
 
 import warnings
-from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -14,27 +12,23 @@ from torch.utils._pytree import tree_leaves
 
 from oprd.batch import Batch, Inputs, weigh_rows
 from oprd.blueprint import make_optimizer, on_meta
-from oprd.bridge.artifact import TENSORS
 from oprd.capture import blocks
+from oprd.counted import counted
 from oprd.decoding import sample_last_token
 from oprd.footprint import Footprint
 from oprd.init_kwargs import hub_kwargs, student_kwargs, teacher_kwargs
 from oprd.longest import Longest, rollouts_at_once
 from oprd.machine import Machine
-from oprd.meters import Stopwatch
 from oprd.models import base_model, load_tokenizer, resolve_model
-from oprd.output_term import OutputTerm
+from oprd.parts import ACTIVATIONS, GRADIENTS, OPTIMISER, REFERENCE, SAMPLING, STUDENT, TEACHER
 from oprd.pretended import shard_student
 from oprd.sharding import Sharding
 from oprd.teacher import Teacher
 from oprd.translation import Translation
 from oprd.update import Update
 
-STUDENT, GRADIENTS, OPTIMISER = "student's weights", "student's gradients", "optimiser's state"
-TEACHER, READING, REFERENCE = "teacher's weights", "teacher's forward", "bridge and anchor"
 BYTES_OF_A_TOKEN = 32  # on the host: four ids, as a tokenizer of bytes may make of one
 QUANTISED_BYTES = {"8bit": 1, "4bit": 0.5 + 4 / 64}  # with a float32 scale for 64 weights
-SAMPLING, ACTIVATIONS, LOGITS = "cache and sampling", "student's activations", "output loss"
 
 
 class Rehearsal:
@@ -194,10 +188,7 @@ class Rehearsal:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Accessing the data pointer of FakeTensor")
             update = Update.bind(self.settings, self.student, self._tokenizer, self.teacher, self.device)
-        for tensor in _references(update):
-            self.footprint.hold(tensor, REFERENCE)
-        output = _Output(self.settings, self.student, self.teacher, update.output.vocabulary, self.footprint)
-        return replace(update, stopwatch=_Parts(self.footprint), output=output)
+        return counted(update, self.footprint)
 
     def inputs(self, count: int) -> Inputs:
         """A micro-batch of `count` of the longest rollouts, with the weight of every row."""
@@ -232,38 +223,6 @@ class Rehearsal:
         mixed = self.settings.bf16 or self.settings.fp16
         dtype = torch.bfloat16 if self.settings.bf16 else torch.float16
         return torch.autocast(self.device.type, dtype if mixed else None, enabled=mixed)
-
-
-class _Parts(Stopwatch):
-    """Tells what the parts of an update hold, where a stopwatch tells what they take."""
-
-    def __init__(self, footprint: Footprint) -> None:
-        self._footprint = footprint
-
-    def part(self, name: str) -> Any:
-        return self._footprint.part(READING)
-
-
-@dataclass(frozen=True)
-class _Output(OutputTerm):
-    """An output term whose memory is counted as a part of its own."""
-
-    footprint: Footprint
-
-    def loss(self, *args: Any) -> Any:
-        with self.footprint.part(LOGITS):
-            return super().loss(*args)
-
-
-def _references(update: Update) -> Iterator[Tensor]:
-    """The tensors of an update's bridge and anchor that belong to neither model."""
-    if update.comparison.bridge is not None:
-        for projector in update.comparison.bridge.projectors.values():
-            yield from (getattr(projector, name) for name in TENSORS)
-    if update.anchor is not None:
-        yield from update.anchor.determined.values()
-        if update.anchor.reference.model is not update.student:
-            yield from update.anchor.reference.parameters()
 
 
 def _rollouts(settings: Any) -> int:

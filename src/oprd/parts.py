@@ -1,0 +1,12 @@
+"""What memory is spent on, in the words and the order of the plan's table."""
+
+PROCESS, STUDENT, TEACHER = "process and libraries", "student's weights", "teacher's weights"
+REFERENCE, GRADIENTS, OPTIMISER = "bridge and anchor", "student's gradients", "optimiser's state"
+BUCKETS, GATHERED, ENGINE = "DDP's buckets", "layers gathered whole", "vLLM"
+SAMPLING, READING, ACTIVATIONS = "cache and sampling", "teacher's forward", "student's activations"
+LOGITS, HOST, KEPT = "output loss", "rollouts and indices", "freed, kept by malloc"
+
+ORDER = (
+    *(PROCESS, STUDENT, TEACHER, REFERENCE, GRADIENTS, OPTIMISER, BUCKETS, GATHERED),
+    *(ENGINE, SAMPLING, READING, ACTIVATIONS, LOGITS, HOST, KEPT),
+)

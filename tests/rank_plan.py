@@ -33,8 +33,8 @@ def main() -> None:
     _ = config.device  # makes the process group
     if sharded:
         PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+    longest, _ = longest_rollout(run, config, config.world_size)
     machine = replace(Machine.here(config), sharded=sharded)
-    longest, _ = longest_rollout(run, config, machine.ranks)
     plan = plan_memory(run.model_name_or_path, config, longest, machine, run.lora)
     peaks = dry_run(run.model_name_or_path, config, longest, plan.step, peft_config=run.lora)
     if config.process_index == 0:

@@ -13,7 +13,7 @@ from oprd.init_kwargs import hub_kwargs, student_kwargs
 from oprd.intake import prompts_per_step, usable_prompts
 from oprd.knobs import Knob, advice, first_knob
 from oprd.longest import Longest
-from oprd.machine import Machine
+from oprd.machine import Machine, launched_ranks
 from oprd.memory_plan import MemoryPlan, plan_memory
 from oprd.meters import MB
 from oprd.models import load_tokenizer, resolve_model
@@ -62,8 +62,8 @@ class Diagnosis:
 
 def examine(run: RunArguments, config: OPRDConfig, ranks: int | None = None) -> Diagnosis:
     """Look at a recipe on this machine; raises `UserError` for what a run would refuse."""
-    machine = Machine.here(config, ranks)
-    longest, count = longest_rollout(run, config, machine.ranks)
+    longest, count = longest_rollout(run, config, ranks or launched_ranks())
+    machine = Machine.here(config, ranks)  # beside the prompts
     plan = plan_memory(run.model_name_or_path, config, longest, machine, run.lora)
     knob = first_knob(run.model_name_or_path, config, longest, machine, plan, run.lora)
     folder = Path(config.output_dir)

@@ -2,7 +2,6 @@
 
 import copy
 import gc
-import os
 import tempfile
 import time
 from collections.abc import Iterator
@@ -16,7 +15,7 @@ from oprd.doctor import longest_rollout
 from oprd.errors import refusals_told
 from oprd.knobs import advice, first_knob
 from oprd.longest import Longest, rollouts_at_once
-from oprd.machine import Machine
+from oprd.machine import Machine, launched_ranks
 from oprd.memory_plan import MemoryPlan, Unplannable, fullest_step, plan_memory
 from oprd.meters import MB, resident_mb
 from oprd.train import RunArguments
@@ -55,8 +54,8 @@ def try_longest(run: RunArguments, config: OPRDConfig) -> str:
 
     Raises `UserError` for what the user can mend and, if memory runs out, `RuntimeError` with what to turn.
     """
-    machine = Machine.here(config)
-    longest, _ = longest_rollout(run, config, machine.ranks)
+    longest, _ = longest_rollout(run, config, launched_ranks())
+    machine = Machine.here(config)  # beside the prompts
     room = _room(machine)  # before planning, which widens the heap without filling it
     plan = _plan(run, config, longest, machine)
     step = plan.step if plan else fullest_step(config)
@@ -114,7 +113,7 @@ def dry_run(student: str, config: OPRDConfig, longest: Longest, step: int, **kwa
     """
     with tempfile.TemporaryDirectory() as folder:
         args = _short(config, longest, step, folder)
-        rows = args.per_device_train_batch_size * args.gradient_accumulation_steps * _world_size()
+        rows = args.per_device_train_batch_size * args.gradient_accumulation_steps * launched_ranks()
         with refusals_told():
             trainer = DryRunTrainer(
                 model=student,
@@ -152,7 +151,7 @@ def _accumulation(config: OPRDConfig, longest: Longest) -> int:
     each, most = config.per_device_train_batch_size, config.gradient_accumulation_steps
     size, count = rollouts_at_once(config, longest, each, most)
     wanted = -(-size * min(count, 2) // each)
-    whole = (n for n in range(wanted, most) if not n * each * _world_size() % config.num_generations)
+    whole = (n for n in range(wanted, most) if not n * each * launched_ranks() % config.num_generations)
     return next(whole, most)
 
 
@@ -186,7 +185,3 @@ def _limited(room: int | None) -> Iterator[None]:
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_DATA, (soft, hard))
-
-
-def _world_size() -> int:
-    return int(os.environ.get("WORLD_SIZE", "1"))

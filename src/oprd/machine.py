@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from accelerate.utils import parse_flag_from_env
+from torch import nn
 
 from oprd.meters import MB, resident_mb
 
@@ -33,16 +34,31 @@ class Machine:
         machine, and what this process holds now stands for what a run's does before it loads weights; ranks
         that are launched there are not sharded by accelerate, those that `ranks` imagines are.
         """
-        world = ranks or int(os.environ.get("WORLD_SIZE", "1"))
+        world = ranks or launched_ranks()
         sharded = bool(settings.fsdp) or parse_flag_from_env("ACCELERATE_USE_FSDP")
         if not settings.use_cpu and torch.cuda.is_available():
             free, total = torch.cuda.mem_get_info()
             return cls(torch.device("cuda"), total, free, ranks=world, sharded=sharded)
         sharded = sharded and ranks is not None
+        _compute()
         process = int(resident_mb("VmRSS") * MB) if Path("/proc/self/status").exists() else 0
         free, total = _host_memory()
         local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         return cls(torch.device("cpu"), total, free // local + process, process, world, sharded)
+
+
+def launched_ranks() -> int:
+    """How many processes the launcher started."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def _compute() -> None:
+    """A little of what training does: what torch first reads of its libraries then stays resident."""
+    with torch.random.fork_rng(devices=()):
+        layer = nn.TransformerEncoderLayer(16, 2, 32)
+        optimizer = torch.optim.AdamW(layer.parameters())
+        layer(torch.randn(4, 2, 16)).log_softmax(-1).sum().backward()
+        optimizer.step()
 
 
 def _host_memory() -> tuple[int, int]:

@@ -1,6 +1,7 @@
 """Recipes: one YAML mapping, the same keys as flags, and what is said when either is wrong."""
 
 import pytest
+import yaml
 from transformers import TrainingArguments
 
 from oprd.errors import UserError
@@ -186,3 +187,22 @@ def test_counts_below_one_are_refused(parse, key, value):
 def test_fsdp_is_a_flag_without_a_value(parse, lines, flags, given):
     _, config = parse(lines, flags)
     assert bool(config.fsdp) == given
+
+
+@pytest.mark.parametrize(
+    ("asked", "adapted"),
+    [
+        ({}, "all-linear"),
+        ({"lora_target_modules": "all-linear"}, "all-linear"),
+        ({"lora_target_modules": "q_proj"}, {"q_proj"}),
+        ({"lora_target_modules": ["q_proj", "v_proj"]}, {"q_proj", "v_proj"}),
+    ],
+    ids=str,
+)
+def test_modules_that_are_adapted(tmp_path, asked, adapted):
+    path = tmp_path / "recipe.yaml"
+    names = {"model_name_or_path": "tiny:student", "teacher_model_name_or_path": "tiny:teacher"}
+    keys = names | {"dataset_name": "tiny", "output_dir": str(tmp_path / "run"), "use_peft": True}
+    path.write_text(yaml.safe_dump(keys | asked))
+    run, _ = parse_training_recipe(path)
+    assert run.lora.target_modules == adapted

@@ -11,6 +11,7 @@ from oprd.errors import UserError
 from oprd.models import commit_of, load_model
 
 MERGED_FOLDER = "merged"
+EVERY = "all-linear"  # peft's name for all but the LM head
 
 
 def _key(default: Any, text: str) -> Any:
@@ -25,7 +26,7 @@ class AdapterArguments:
     lora_r: int = _key(16, "Rank of the adapters.")
     lora_alpha: int = _key(32, "Adapters are scaled by lora_alpha / lora_r.")
     lora_dropout: float = _key(0.0, "Dropout in front of the adapters.")
-    lora_target_modules: list[str] | None = _key(None, "Modules to adapt; default: every linear one.")
+    lora_target_modules: list[str] | None = _key(None, "Modules to adapt; default: all-linear.")
     use_rslora: bool = _key(False, "Scale by lora_alpha / √lora_r.")
     use_dora: bool = _key(False, "DoRA: magnitudes of their own beside the low-rank directions.")
 
@@ -42,12 +43,13 @@ class AdapterArguments:
                 f"lora_r is {self.lora_r} and lora_dropout {self.lora_dropout}: the rank must be at least 1 "
                 "and the dropout in [0, 1)"
             )
+        named = self.lora_target_modules or [EVERY]
         return LoraConfig(
             task_type="CAUSAL_LM",
             r=self.lora_r,
             lora_alpha=self.lora_alpha,
             lora_dropout=self.lora_dropout,
-            target_modules=self.lora_target_modules or "all-linear",
+            target_modules=EVERY if named == [EVERY] else named,
             use_rslora=self.use_rslora,
             use_dora=self.use_dora,
         )

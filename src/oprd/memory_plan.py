@@ -67,8 +67,9 @@ def plan_memory(
         rehearsal = Rehearsal(student, settings, longest, machine, peft_config, mesh)
         measure = rehearsal.footprint.peak_of
         measure(rehearsal.first_step)
-        updates = {step: measure(partial(rehearsal.update, step)) for step in _steps(settings)}
+        # Rollouts come first: what they read of a file is in memory from then on.
         rollout = measure((lambda: None) if settings.use_vllm else rehearsal.roll_out)
+        updates = {step: measure(partial(rehearsal.update, step)) for step in _steps(settings)}
         step = max(updates, key=lambda step: sum(updates[step].values()))
         rollout, update = (_beside(rehearsal, parts, machine) for parts in (rollout, updates[step]))
     if settings.use_vllm and settings.vllm_mode == "colocate":

@@ -67,9 +67,10 @@ def plan_memory(
         rehearsal = Rehearsal(student, settings, longest, machine, peft_config, mesh)
         measure = rehearsal.footprint.peak_of
         measure(rehearsal.first_step)
-        # Rollouts come first: what they read of a file is in memory from then on.
-        rollout = measure((lambda: None) if settings.use_vllm else rehearsal.roll_out)
+        roll_out = (lambda: None) if settings.use_vllm else rehearsal.roll_out
+        measure(roll_out)  # what either reads of a file is there when the other comes again
         updates = {step: measure(partial(rehearsal.update, step)) for step in _steps(settings)}
+        rollout = measure(roll_out)
         step = max(updates, key=lambda step: sum(updates[step].values()))
         rollout, update = (_beside(rehearsal, parts, machine) for parts in (rollout, updates[step]))
     if settings.use_vllm and settings.vllm_mode == "colocate":

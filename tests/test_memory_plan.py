@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,7 +13,6 @@ import yaml
 from peft import LoraConfig
 from transformers import AutoModelForCausalLM, Qwen2Config
 
-import rank_plan
 from oprd.batch import Batch
 from oprd.doctor import longest_rollout
 from oprd.footprint import Footprint
@@ -380,7 +380,7 @@ def test_the_plan_of_two_ranks_is_near_what_they_measure(tmp_path, hundred_milli
     )
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     result = subprocess.run(
-        [*command, rank_plan.__file__, str(path), mode],
+        [*command, str(Path(__file__).parent / "trainer" / "rank_plan.py"), str(path), mode],
         env=os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,

@@ -197,7 +197,7 @@ def test_fsdp_is_a_flag_without_a_value(parse, lines, flags, given):
         ({"lora_target_modules": "q_proj"}, {"q_proj"}),
         ({"lora_target_modules": ["q_proj", "v_proj"]}, {"q_proj", "v_proj"}),
     ],
-    ids=str,
+    ids=["by default", "all, by peft's word", "one by name", "a list of names"],
 )
 def test_modules_that_are_adapted(tmp_path, asked, adapted):
     path = tmp_path / "recipe.yaml"

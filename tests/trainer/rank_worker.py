@@ -2,7 +2,6 @@
 
 MODELS is a JSON object of names and folders, MODE is ddp, fsdp, fsdp_from_rank_0, where the others are sent
 their weights, zero2 or zero3; RUNS is a list of cases with settings of their own, by default all as they are.
-accelerate shards on CPU only when told that it is not one.
 """
 
 import importlib
@@ -12,19 +11,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-if __name__ == "__main__" and sys.argv[3].startswith("fsdp"):
-    os.environ |= {
-        "ACCELERATE_USE_FSDP": "true",
-        "FSDP_VERSION": "2",
-        "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
-        "FSDP_RESHARD_AFTER_FORWARD": "true",
-        "FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT",
-        "FSDP_CPU_RAM_EFFICIENT_LOADING": str(sys.argv[3] == "fsdp_from_rank_0").lower(),
-    }
-
 import torch
-from accelerate import PartialState
-from accelerate.utils import DistributedType
+from cpu_sharding import ask_for_fsdp, shard_on_cpu
 from datasets import Dataset
 from peft import LoraConfig
 from tiny_pair import QUICK, ScriptedTrainer, prompt_texts
@@ -102,8 +90,7 @@ def run_case(
         | settings
     )
     if sharded:
-        _ = args.device
-        PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+        shard_on_cpu(args)
     kind = type("Scripted", (ScriptedTrainer,), {"script": staticmethod(script) if scripted else None})
     trainer = kind(
         model=models[student],
@@ -157,6 +144,8 @@ def deepspeed(stage: int) -> dict[str, Any]:
 def main() -> None:
     models, output, mode = json.loads(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
     sharded = mode.startswith("fsdp")
+    if sharded:
+        ask_for_fsdp(from_rank_0=mode == "fsdp_from_rank_0")
     runs = json.loads(sys.argv[4]) if len(sys.argv) > 4 else [(case, {}) for case in CASES]
     shared = {"deepspeed": deepspeed(int(mode[-1]))} if mode.startswith("zero") else {}
     for case, more in runs:

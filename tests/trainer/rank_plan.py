@@ -1,24 +1,14 @@
 """A memory plan beside its dry run on every rank, under torchrun: `rank_plan.py RECIPE ddp|fsdp`.
 
-The first rank prints planned and measured MB as JSON. accelerate shards on CPU only if misled.
+The first rank prints planned and measured MB as JSON.
 """
 
 import json
-import os
 import sys
 from dataclasses import replace
 
-if __name__ == "__main__" and sys.argv[2] == "fsdp":
-    os.environ |= {
-        "ACCELERATE_USE_FSDP": "true",
-        "FSDP_VERSION": "2",
-        "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
-        "FSDP_RESHARD_AFTER_FORWARD": "true",
-    }
-
 import torch
-from accelerate import PartialState
-from accelerate.utils import DistributedType
+from cpu_sharding import ask_for_fsdp, shard_on_cpu
 
 from oprd.doctor import longest_rollout
 from oprd.dry_run import PEAKS, dry_run
@@ -29,10 +19,11 @@ from oprd.train import parse_training_recipe
 
 def main() -> None:
     sharded = sys.argv[2] == "fsdp"
-    run, config = parse_training_recipe(sys.argv[1], ["--ddp_backend", "gloo"])
-    _ = config.device  # makes the process group
     if sharded:
-        PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+        ask_for_fsdp()
+    run, config = parse_training_recipe(sys.argv[1], ["--ddp_backend", "gloo"])
+    if sharded:
+        shard_on_cpu(config)
     longest, _ = longest_rollout(run, config, config.world_size)
     machine = replace(Machine.here(config), sharded=sharded)
     plan = plan_memory(run.model_name_or_path, config, longest, machine, run.lora)

@@ -6,7 +6,7 @@
 An update is teacher forward, student forward and backward on one batch of rollouts, the same random weights
 and tokens for all arms, gradient checkpointing on; the optimiser, the same for all, is left out. Seconds are
 wall time; memory is the peak over what is resident before the update (CUDA: the allocator's; CPU: the
-process's), gradients included. Arms:
+process's), gradients included. What has no room here is left out. Arms:
 
 bare               both backbones and a scalar of the student's last state: the limit
 oprd, oprd_last    ours, all layers or the last one, the last k rows
@@ -103,6 +103,8 @@ def full_vocab_whole(student: Tensor, teacher: Tensor, tokens: Tensor) -> Tensor
     return (log_p.exp() * (log_p - log_q)).sum(-1)
 
 
+# Float32 copies of [rows, |V|] that are alive at once, as measured on a CPU.
+COPIES = {"sampled_token_whole": 4.1, "top_16_whole": 4.1, "full_vocab_whole": 7.1, "authors": 2.1}
 WHOLE = {loss.__name__: loss for loss in (sampled_token_whole, top_16_whole, full_vocab_whole)}
 ARMS = ("bare", *OURS, *WHOLE, "authors", "trl")
 # What `make bench-quick` holds the ratios of one run to: arm, what it is divided by, measure, least, most.
@@ -119,6 +121,8 @@ CHECKS = (
 # the resident set is then what is alive, and not what the allocator keeps.
 HANDED_BACK = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}
 MEMORY_ROUNDS = 3
+# Response tokens from which an update takes minutes on a CPU: one round, beside which a warm-up is nothing.
+LONG = 8192
 SWEEPS = {
     "length": ("tokens", (512, 1024, 2048, 4096, 8192, 16_384, 32_768)),
     "vocabulary": ("vocabulary", (32_000, 64_000, 151_936, 256_000)),
@@ -268,12 +272,10 @@ class Arm:
 
 
 def fits(arm: str, shape: Shape) -> bool:
-    """Whether whole logits, some seven copies in float32, have room on this machine."""
-    if arm not in WHOLE:
-        return True
-    needed = 7 * 4 * shape.rollouts * shape.tokens * shape.vocabulary
-    if torch.cuda.is_available():
-        return needed < 0.8 * torch.cuda.get_device_properties(0).total_memory
+    """Whether an arm's whole logits have room on this machine."""
+    needed = COPIES.get(arm, 0) * 4 * shape.rollouts * shape.tokens * shape.vocabulary
+    if torch.cuda.is_available():  # where bfloat16 logits stand beside their float32 copies
+        return 1.5 * needed < 0.8 * torch.cuda.get_device_properties(0).total_memory
     return needed < 0.6 * psutil.virtual_memory().available
 
 
@@ -282,15 +284,18 @@ def measure(preset: str, shape: Shape, arms: Sequence[str], repeats: int) -> lis
     for name in ("tokens", "vocabulary", "rollouts", "last"):
         arguments += [f"--{name}", str(getattr(shape, name))]
     kept = [arm for arm in arms if fits(arm, shape)]
+    long = shape.tokens >= LONG and not torch.cuda.is_available()
+    repeats = 1 if long else repeats
     about = {"preset": preset, "tokens": shape.tokens, "last": shape.last, "vocabulary": shape.vocabulary}
     about |= {"rollouts": shape.rollouts}
     with tempfile.TemporaryDirectory() as shared:
         arguments += ["--shared", shared]
-        rows = run_in_turn(__file__, kept, arguments, repeats)
+        rows = run_in_turn(__file__, kept, arguments, repeats, warm_up=not long)
         if not torch.cuda.is_available():
             for row in rows:
                 del row["transient_mb"]
-            rows += run_in_turn(__file__, kept, arguments, min(repeats, MEMORY_ROUNDS), HANDED_BACK)
+            rounds = min(repeats, MEMORY_ROUNDS)
+            rows += run_in_turn(__file__, kept, arguments, rounds, HANDED_BACK, warm_up=not long)
             for row in rows[len(kept) * repeats :]:
                 del row["seconds"]
     return [about | row | hardware() for row in rows]
@@ -342,7 +347,8 @@ def plot(rows: Sequence[Row], over: str, path: Path) -> None:
             ]
             axes.plot(sizes, medians, marker="o", markersize=3, label=arm if key == "seconds" else None)
         axes.set(xscale="log", yscale="log", xlabel=labels[over], ylabel=label)
-        axes.set_xticks(sizes, [f"{size:,}" for size in sizes], minor=False)
+        swept = sorted({row[over] for row in rows})
+        axes.set_xticks(swept, [f"{size:,}" for size in swept], minor=False)
         axes.xaxis.set_minor_locator(NullLocator())
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))

@@ -63,12 +63,13 @@ def run_in_turn(
     arguments: Sequence[str],
     repeats: int,
     environment: dict[str, str] | None = None,
+    warm_up: bool = True,
 ) -> list[Row]:
     """Every arm once as a warm-up, then `repeats` rounds of all arms, each round beginning with another."""
     workers = [Worker(script, arm, arguments, environment or {}) for arm in arms]
     rows = []
     try:
-        for worker in workers:
+        for worker in workers if warm_up else []:
             worker.run()
         for repeat in range(repeats):
             start = repeat % len(workers)

@@ -15,7 +15,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from oprd.errors import UserError
 from oprd.models import holds_adapters
 from oprd.rollouts import Engine, HFEngine, Rollout, Sampling, cut_at_eos, eos_token_ids
-from oprd.student_engine import CHECKED_TOKENS, Drawn, log_prob_gaps
+from oprd.staleness import CHECKED_TOKENS, log_prob_gaps
+from oprd.student_engine import Drawn
 from oprd.vllm_engine import INSTALL, is_installed, make_llm
 
 ENGINES = ("auto", "hf", "vllm")

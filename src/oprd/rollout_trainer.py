@@ -12,7 +12,8 @@ from oprd.batch import TERMS, Batch, on_host, truncated_rollouts, weigh_rows
 from oprd.packing import repack
 from oprd.rollouts import eval_mode
 from oprd.sharding import Sharding
-from oprd.student_engine import StudentEngine, check_gap, log_prob_gaps
+from oprd.staleness import FixedText, check_gap, check_moved_alone, log_prob_gaps
+from oprd.student_engine import StudentEngine
 from oprd.translation import Translation
 from oprd.update import Update
 
@@ -26,6 +27,7 @@ class RolloutTrainer(Trainer):
     translation: Translation
     sharding: Sharding | None
     engine: StudentEngine | None
+    fixed_text: FixedText
     _buffered_inputs: Any
 
     def _generate_single_turn(self, prompt_ids: Any, *args: Any, **kwargs: Any) -> Any:
@@ -62,10 +64,13 @@ class RolloutTrainer(Trainer):
         if engine.unchecked:
             with self.update.stopwatch.part("check"), eval_mode(self.model), self.accelerator.autocast():
                 gaps = log_prob_gaps(self.model_wrapped, drawn, device)
+                moved = self.fixed_text.moved_alone(engine, self.model_wrapped, drawn, device)
             self.update.averages.add("rollout/logprob_gap", gaps.sum(), len(gaps))
-            worst = self.accelerator.gather(gaps.mean()[None]).max().item()  # every rank stops, or none
+            found = torch.stack([gaps.mean(), gaps.new_tensor(moved)])[None]
+            gap, moved = self.accelerator.gather(found).amax(0).tolist()  # every rank stops, or none
             dtypes = (engine.dtype, self.model.dtype, _computed_in(self.args))
-            check_gap(worst, dtypes, self.state.global_step + 1)
+            check_gap(gap, dtypes, self.state.global_step + 1)
+            check_moved_alone(moved, dtypes, self.state.global_step + 1)
             engine.unchecked = False
         width = batch["completion_ids"].shape[1]
         return {} if self.tools else {"engine_log_probs": drawn.padded(width, device)}

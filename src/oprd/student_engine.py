@@ -1,23 +1,19 @@
-"""The vLLM of a training run: what it sampled, how likely it held that, whether its weights are stale."""
+"""The vLLM of a training run: handed the student's weights, asked for rollouts and for log-probs of texts."""
 
+import importlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from accelerate.utils import broadcast_object_list
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.utils.rnn import pad_sequence
 
 from oprd.meters import Stopwatch
-
-CHECKED_TOKENS = 32
-# Mean |Δ log-prob| in nats over the checked tokens, above which weights and not rounding differ. Two float32
-# implementations are 1e-7 to 1e-5 apart, two bfloat16 ones 0.003 (at worst 0.015 in 16 steps of a tiny pair;
-# about 0.02 is told of models of many layers); a step at rate 1e-3 that did not arrive is 0.18 or more away.
-TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.1}
 
 
 @dataclass(frozen=True)
@@ -78,6 +74,31 @@ class StudentEngine:
             self.drawn = Drawn(prompts, responses, _sampled(responses, values, ids))
         return result
 
+    @property
+    def is_awake(self) -> bool:
+        """Whether it has weights between rollouts: asleep they are thrown away, and come anew."""
+        return self._generation.mode == "server" or not self._generation.enable_sleep_mode
+
+    def score(self, prompt: list[int], response: list[int]) -> list[float]:
+        """The log-probs of a text's response; a server is asked by the first rank for all of them."""
+        if self._generation.mode == "server":
+            told = (
+                [self._ask_server(prompt, response)] if self._generation.accelerator.is_main_process else [[]]
+            )
+            return broadcast_object_list(told)[0]
+        greedy = importlib.import_module("vllm").SamplingParams(  # takes no random number from the rollouts
+            temperature=0, max_tokens=1, prompt_logprobs=0, detokenize=False
+        )
+        (output,) = self.llm.generate([{"prompt_token_ids": prompt + response}], greedy, use_tqdm=False)
+        listed = output.prompt_logprobs[len(prompt) :]
+        return [at[token].logprob for token, at in zip(response, listed, strict=True)]
+
+    def _ask_server(self, prompt: list[int], response: list[int]) -> list[float]:
+        scores = self._generation.vllm_client.get_sequence_logprobs(
+            [prompt + response], [len(prompt)], top_logprobs=1
+        )
+        return [value for (value,) in scores["actual_logprobs"][0]]
+
     def take(self) -> Drawn:
         """The first call since the last `take`."""
         drawn, self.drawn = self.drawn, None
@@ -104,21 +125,6 @@ def _local(weight: nn.Parameter) -> Tensor:
     return data.to_local() if isinstance(data, DTensor) else data
 
 
-def check_gap(gap: float, dtypes: Sequence[torch.dtype | None], step: int) -> None:
-    """Raise `RuntimeError` if engine and student, computing in `dtypes`, differ more than rounding explains.
-
-    `gap` is the mean |Δ log-prob| in nats; None is a dtype that only a server knows, taken as half precision.
-    """
-    allowed = max(TOLERANCE.get(dtype or torch.bfloat16, TOLERANCE[torch.float32]) for dtype in dtypes)
-    if not gap <= allowed:
-        raise RuntimeError(
-            f"step {step}: with the weights handed over, vLLM's log-probs of its own tokens differ from the "
-            f"student's by {gap:.3g} nats on average (rounding explains {allowed:g}): it does not hold the "
-            "student's weights, and its rollouts would not be on-policy; set use_vllm: false, or install a "
-            "vLLM version that README.md names"
-        )
-
-
 def _sampled(responses: Any, values: Any, ids: Any) -> list[list[float]]:
     """Of the tokens whose log-probs the engine lists at every position, the sampled one's."""
     return [
@@ -128,22 +134,3 @@ def _sampled(responses: Any, values: Any, ids: Any) -> list[list[float]]:
         ]
         for response, rows, listed in zip(responses, values, ids, strict=True)
     ]
-
-
-@torch.no_grad()
-def log_prob_gaps(model: Any, drawn: Drawn, device: torch.device) -> Float[Tensor, " n"]:
-    """|log π_engine − log π_student| of the first tokens of one response, by one forward of `model`.
-
-    Of the responses that are long enough, it is that of the shortest prompt.
-    """
-    longest = max(min(len(response), CHECKED_TOKENS) for response in drawn.response_ids)
-    able = [i for i, response in enumerate(drawn.response_ids) if len(response) >= longest]
-    chosen = min(able, key=lambda i: len(drawn.prompt_ids[i]))
-    tokens = torch.tensor(drawn.response_ids[chosen][:longest], device=device)
-    prompt = torch.tensor(drawn.prompt_ids[chosen], device=device)
-    ids = torch.cat([prompt, tokens[:-1]])[None]
-    mask = torch.ones_like(ids)
-    logits = model(input_ids=ids, attention_mask=mask, use_cache=False, logits_to_keep=longest).logits[0]
-    ours = logits[-longest:].float().log_softmax(-1).gather(-1, tokens[:, None]).squeeze(-1)
-    theirs = torch.tensor(drawn.log_probs[chosen][:longest], device=device)
-    return (ours - theirs).abs()

@@ -38,6 +38,7 @@ from oprd.rollouts import render_prompt
 from oprd.saving import ResumableTrainer
 from oprd.settings import ObjectiveSettings, at_least
 from oprd.sharding import Sharding, check_zero3
+from oprd.staleness import FixedText
 from oprd.student_engine import StudentEngine
 from oprd.teacher import Teacher, quantization
 from oprd.translation import Translation
@@ -173,7 +174,7 @@ class OPRDTrainer(ResumableTrainer, RolloutTrainer, DistillationTrainer):
             self.teacher.reader = prepare_deepspeed(self.teacher.reader, self.accelerator)
         else:
             self.update.place(self.accelerator.device, self.sharding)
-        self.engine = self._take_over_engine()
+        self.engine, self.fixed_text = self._take_over_engine(), FixedText()
         self._add_recorder()
 
     # Set-up

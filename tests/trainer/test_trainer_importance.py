@@ -1,12 +1,23 @@
 """Rollouts of an engine whose log-probs are not quite the trainer's: weights, and the gap that is logged."""
 
+import copy
+
 import by_hand
 import pytest
 import torch
 
 from oprd.errors import UserError
 from oprd.importance import importance_weights
-from oprd.student_engine import CHECKED_TOKENS, Drawn, check_gap, log_prob_gaps
+from oprd.staleness import (
+    CHECKED_TOKENS,
+    READ_AGAIN_EVERY,
+    FixedText,
+    check_gap,
+    check_moved_alone,
+    log_prob_gaps,
+    student_log_probs,
+)
+from oprd.student_engine import Drawn
 from oprd.trainer import OPRDConfig
 
 CORRECTED = {"use_vllm": True, "output_loss": "sampled_token", "vllm_importance_sampling_correction": True}
@@ -160,3 +171,94 @@ def test_the_gap_that_stops_a_run_depends_on_the_precision(gap, dtypes, stops):
         return check_gap(gap, dtypes, 3)
     with pytest.raises(RuntimeError, match=r"step 3: .* it does not hold the student's weights"):
         check_gap(gap, dtypes, 3)
+
+
+class Holder:
+    """An engine with a copy of the student's weights, in `dtype`, made when it is handed them."""
+
+    is_awake = True
+
+    def __init__(self, dtype=torch.float32):
+        self.dtype = dtype
+
+    def hand_over(self, model):
+        self.model = copy.deepcopy(model).to(self.dtype)
+
+    def score(self, prompt, response):
+        return student_log_probs(self.model, prompt, response, torch.device("cpu")).tolist()
+
+
+def moved(model, engine, drawn, hand_overs, step=1e-6, arrives=lambda n: True):
+    """What every hand-over finds, the student's weights moving by ± `step` before each."""
+    generator, text, found = torch.Generator().manual_seed(0), FixedText(), []
+    for n in range(1, hand_overs + 1):
+        with torch.no_grad():
+            for p in model.parameters():
+                p += step * torch.randint(0, 2, p.shape, generator=generator).mul(2).sub(1)
+        if arrives(n):
+            engine.hand_over(model)
+        found.append(text.moved_alone(engine, model, drawn, torch.device("cpu")))
+    return found
+
+
+PROMPT, RESPONSE = [30, 31, 32], list(range(50, 95))
+DRAWN = Drawn([PROMPT], [RESPONSE], [[0.0] * len(RESPONSE)])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_weights_that_arrive_move_the_engine_however_little(make_trainer, dtype):
+    assert moved(make_trainer().model.eval(), Holder(dtype), DRAWN, 4 * READ_AGAIN_EVERY) == [0.0] * 32
+
+
+@pytest.mark.parametrize("last", [1, READ_AGAIN_EVERY + 3])
+def test_an_engine_that_stands_still_is_told(make_trainer, last):
+    model = make_trainer().model.eval()
+    kept = Holder()
+    found = moved(model, kept, DRAWN, 3 * READ_AGAIN_EVERY, arrives=lambda n: n <= last)
+    visits = [READ_AGAIN_EVERY * n - 1 for n in (1, 2, 3)]
+    assert all(value == 0 for n, value in enumerate(found) if n not in visits)
+    # The first visit knows nothing yet, and one after the last hand-over sees that move.
+    told = found[visits[1]] if last == 1 else found[visits[2]]
+    assert found[visits[0]] == 0 and 1e-5 < told < 1e-2
+    with pytest.raises(RuntimeError, match="by nothing at all: it does not hold the student's weights"):
+        check_moved_alone(told, (torch.float32, torch.float32), 16)
+    check_gap(told / 2, (None, torch.bfloat16), 16)  # which rounding could explain
+
+
+def test_how_far_a_student_moved_alone(make_trainer):
+    model = make_trainer().model.eval()
+    engine, text, cpu = Holder(), FixedText(), torch.device("cpu")
+    engine.hand_over(model)
+    for _ in range(READ_AGAIN_EVERY):
+        assert text.moved_alone(engine, model, DRAWN, cpu) == 0
+    before = student_log_probs(model, PROMPT, RESPONSE[: CHECKED_TOKENS - 1], cpu)
+    with torch.no_grad():
+        model.lm_head.weight.mul_(1.01)
+    other = Drawn([[40]], [list(range(60, 100))], [[0.0] * 40])  # the text stays that of the first rollouts
+    *_, found = (text.moved_alone(engine, model, other, cpu) for _ in range(READ_AGAIN_EVERY))
+    after = student_log_probs(model, PROMPT, RESPONSE[: CHECKED_TOKENS - 1], cpu)
+    assert found == pytest.approx((after - before).abs().mean().item(), rel=1e-6)
+
+
+@pytest.mark.parametrize(("asleep", "response"), [(True, RESPONSE), (False, [50])])
+def test_there_may_be_nothing_to_read_again(make_trainer, asleep, response):
+    model, engine = make_trainer().model.eval(), Holder()
+    engine.is_awake = not asleep
+    drawn = Drawn([PROMPT], [response], [[0.0] * len(response)])
+    assert moved(model, engine, drawn, 3 * READ_AGAIN_EVERY, arrives=lambda n: n == 1) == [0.0] * 24
+
+
+@pytest.mark.parametrize(
+    ("nats", "dtypes", "stops"),
+    [
+        (0.0, (torch.float32, torch.float32), False),
+        (2e-5, (torch.float32, torch.float32), True),
+        (2e-5, (None, torch.float32), False),
+        (2e-3, (torch.bfloat16, torch.float32), True),
+    ],
+)
+def test_the_move_that_stops_a_run_depends_on_the_precision(nats, dtypes, stops):
+    if not stops:
+        return check_moved_alone(nats, dtypes, 3)
+    with pytest.raises(RuntimeError, match=r"step 3: the student's log-probs of a text have moved by "):
+        check_moved_alone(nats, dtypes, 3)

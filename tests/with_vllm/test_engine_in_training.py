@@ -54,6 +54,11 @@ def test_six_colocated_steps(start, tmp_path):
     assert len(moved) > 30 and "lm_head.weight" not in moved
 
 
+def test_steps_that_move_the_student_by_next_to_nothing(start, tmp_path):
+    steps = train(start, "vanilla.yaml", tmp_path / "run", "--max_steps", "17", "--learning_rate", "1e-7")
+    assert len(steps) == 17 and max(step["rollout/logprob_gap"] for step in steps) < 1e-5
+
+
 def test_sampled_tokens_are_weighed(start, tmp_path):
     flags = ["--vllm_importance_sampling_correction", "true", "--learning_rate", "1e-3"]
     steps = train(start, "sampled_token.yaml", tmp_path / "run", *GROUPS, *flags)
@@ -111,7 +116,7 @@ def test_log_probs_are_the_models_own_in_every_sampling_setting(start, tmp_path)
     assert work(start, "cuts", tmp_path / "run")["gap"] < 1e-3
 
 
-@pytest.mark.parametrize(("case", "step"), [("stale", 2), ("scrambled", 1)])
+@pytest.mark.parametrize(("case", "step"), [("stale", 2), ("stale_slowly", 16), ("scrambled", 1)])
 def test_an_engine_of_other_weights_stops_the_run(start, tmp_path, case, step):
     ended = start(WORKER, case, tmp_path / "run")
     assert ended.returncode == 1

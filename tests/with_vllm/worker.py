@@ -82,7 +82,7 @@ def lora(folder: Path) -> int:
     return 0
 
 
-def stale(folder: Path) -> int:
+def stale(folder: Path, *flags: str) -> int:
     """An engine that keeps the weights it was started with."""
     from vllm.model_executor.models.qwen3 import Qwen3ForCausalLM
 
@@ -92,7 +92,12 @@ def stale(folder: Path) -> int:
         return set() if isinstance(weights, list) else load(self, weights)  # a trainer's come as a list
 
     Qwen3ForCausalLM.load_weights = load_once
-    return train(folder)
+    return train(folder, *flags)
+
+
+def stale_slowly(folder: Path) -> int:
+    """The same, with steps so small that rounding in half precision could hide them."""
+    return stale(folder, "--learning_rate", "1e-7", "--max_steps", "20")
 
 
 def scrambled(folder: Path) -> int:
@@ -108,11 +113,13 @@ def scrambled(folder: Path) -> int:
     return train(folder)
 
 
-def train(folder: Path) -> int:
-    flags = ["--use_vllm", "true", "--max_steps", "4", "--warmup_steps", "0", "--output_dir", str(folder)]
-    return cli.run(["train", str(VANILLA), *flags])
+def train(folder: Path, *flags: str) -> int:
+    common = ["--use_vllm", "true", "--max_steps", "4", "--warmup_steps", "0", "--output_dir", str(folder)]
+    return cli.run(["train", str(VANILLA), *common, *flags])
 
 
 if __name__ == "__main__":
-    case = {function.__name__: function for function in (cuts, lora, stale, scrambled)}[sys.argv[1]]
+    case = {function.__name__: function for function in (cuts, lora, stale, stale_slowly, scrambled)}[
+        sys.argv[1]
+    ]
     sys.exit(case(Path(sys.argv[2])))

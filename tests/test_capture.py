@@ -1,5 +1,7 @@
 """Captured states against `output_hidden_states=True`, bitwise, in value and gradient."""
 
+from functools import partial
+
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
@@ -233,50 +235,77 @@ def test_nested_captures_of_one_forward(tiny_model, batch):
 # Checkpointing around the hooks
 
 
-class ReplayedBlock(nn.Module):
-    """A block that checkpoints its `__call__`, hooks included, as transformers 5.16 does."""
-
-    gradient_checkpointing = False
-    use_reentrant = False
-
+class Block(nn.Module):
     def __init__(self):
         super().__init__()
         self.linear = nn.Linear(4, 4)
-
-    def __call__(self, x):
-        if self.gradient_checkpointing and self.training:
-            return checkpoint(super().__call__, x, use_reentrant=self.use_reentrant)
-        return super().__call__(x)
 
     def forward(self, x):
         return x + self.linear(x).tanh()
 
 
-class ReplayedStack(nn.Module):
+class ReplayedBlock(Block):
+    """A block that checkpoints its `__call__`, hooks included, as transformers up to 5.19 does."""
+
+    gradient_checkpointing = False
+
+    def __call__(self, *args, **kwargs):
+        if self.gradient_checkpointing and self.training:
+            return self._gradient_checkpointing_func(partial(super().__call__, **kwargs), *args)
+        return super().__call__(*args, **kwargs)
+
+
+class Stack(nn.Module):
     """The least that `capture` asks of a model: a config, a list of blocks, a norm at the end."""
+
+    gradient_checkpointing = False
+    block = ReplayedBlock
 
     def __init__(self):
         super().__init__()
         torch.manual_seed(0)
         self.config = PreTrainedConfig(num_hidden_layers=NUM_LAYERS)
         self.embed, self.norm = nn.Embedding(9, 4), nn.LayerNorm(4)
-        self.layers = nn.ModuleList(ReplayedBlock() for _ in range(NUM_LAYERS))
+        self.layers = nn.ModuleList(self.block() for _ in range(NUM_LAYERS))
 
     def forward(self, ids):
         x = self.embed(ids)
         for layer in self.layers:
-            x = layer(x)
+            x = self.through(layer, x)
         return self.norm(x)
+
+    def through(self, layer, x):
+        return layer(x)
+
+
+class CheckpointingStack(Stack):
+    """A stack that checkpoints its blocks, as models did before transformers had a class for it."""
+
+    block = Block
+
+    def through(self, layer, x):
+        return (
+            self._gradient_checkpointing_func(layer.__call__, x) if self.gradient_checkpointing else layer(x)
+        )
+
+
+def checkpoint_blocks(model, use_reentrant):
+    """As `gradient_checkpointing_enable` does it."""
+    for module in model.modules():
+        if hasattr(module, "gradient_checkpointing"):
+            module.gradient_checkpointing = True
+            module._gradient_checkpointing_func = partial(checkpoint, use_reentrant=use_reentrant)
 
 
 @pytest.mark.parametrize("use_reentrant", [False, True])
 @pytest.mark.parametrize("stop_early", [False, True])
 @pytest.mark.parametrize("layers", [[0], [1], [1, 2], EVERY_LAYER], ids=str)
 @pytest.mark.parametrize("with_rows", [False, True])
-def test_hooks_replayed_by_the_backward(with_rows, layers, stop_early, use_reentrant):
+@pytest.mark.parametrize("stack", [Stack, CheckpointingStack])
+def test_hooks_replayed_by_the_backward(stack, with_rows, layers, stop_early, use_reentrant):
     ids = torch.arange(6).reshape(2, 3)
     rows = torch.tensor([[True, False, True], [False, False, True]]) if with_rows else None
-    model = ReplayedStack()
+    model = stack()
     x = model.embed(ids)
     plain = {0: x}
     for layer, block in enumerate(model.layers, start=1):
@@ -286,8 +315,7 @@ def test_hooks_replayed_by_the_backward(with_rows, layers, stop_early, use_reent
         plain = {layer: state[rows] for layer, state in plain.items()}
     wanted = gradients(model, weighted_sum({layer: plain[layer] for layer in layers}))
 
-    for block in model.layers:
-        block.gradient_checkpointing, block.use_reentrant = True, use_reentrant
+    checkpoint_blocks(model, use_reentrant)
     with capture(model, layers, rows, stop_early=stop_early) as states:
         model(ids)
     assert sorted(states) == layers
@@ -298,6 +326,23 @@ def test_hooks_replayed_by_the_backward(with_rows, layers, stop_early, use_reent
         model(ids)
         assert_same_gradients(gradients(model, weighted_sum(states)), wanted)
     assert sorted(states) == layers
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_rows_get_their_gradient_between_their_blocks(mode, tiny_model, batch):
+    """One gradient at full length at a time: not those of all layers before the backward of any block."""
+    inputs, rows = batch
+    model = tiny_model()
+    set_mode(model, mode)
+    with capture(model, [1, 2, 3], rows, final_norm=False) as states:
+        model(**inputs)
+    order = []
+    for layer, state in states.items():
+        state.register_hook(lambda _, layer=layer: order.append(("rows", layer)))
+    for layer, block in enumerate(blocks(model), start=1):
+        block.mlp.down_proj.weight.register_hook(lambda _, layer=layer: order.append(("block", layer)))
+    weighted_sum(states).backward()
+    assert order == [(what, layer) for layer in (3, 2, 1) for what in ("rows", "block")]
 
 
 # Stopping early

@@ -74,14 +74,14 @@ def capture(
     deepest = max(layers, default=0)
     with ExitStack() as hooks:
         for layer in layers:
-            if layer == 0:
-                hook = sequence[0].register_forward_pre_hook(store.on_input, with_kwargs=True)
-            elif layer == len(sequence) and final_norm:
-                hook = stack.register_forward_hook(store.on_output(layer))
+            if layer == len(sequence) and final_norm:
+                hooks.callback(stack.register_forward_hook(store.on_output(layer)).remove)
+            elif (replayer := _replayer(block := sequence[max(layer - 1, 0)], stack)) is not None:
+                hooks.enter_context(_around_checkpoint(replayer, block, layer, store))
+            elif layer == 0:
+                hooks.callback(block.register_forward_pre_hook(store.on_input, with_kwargs=True).remove)
             else:
-                hook = sequence[layer - 1].register_forward_hook(store.on_output(layer))
-            hooks.callback(hook.remove)
-        hooks.callback(stack.register_forward_hook(store.on_end).remove)
+                hooks.callback(block.register_forward_hook(store.on_output(layer)).remove)
         if stop_early:
             # Before block l + 1, and ahead of any other hook there, so that nothing of it is begun.
             stop = (
@@ -102,39 +102,23 @@ class _Store:
         self.states: dict[int, Tensor] = {}
         self._rows, self._transform = rows, transform
         self._indices: dict[torch.device, Tensor] = {}
-        self._whole: dict[int, Tensor] = {}
 
-    def on_input(self, block: nn.Module, args: tuple, kwargs: dict) -> None:
-        self._keep(0, args[0] if args else kwargs["hidden_states"], block)
+    def on_input(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        self.keep(0, args[0] if args else kwargs["hidden_states"])
 
     def on_output(self, layer: int) -> Callable[[nn.Module, tuple, object], None]:
         def hook(module: nn.Module, args: tuple, output: object) -> None:
-            self._keep(layer, _tensor(output), module)
+            self.keep(layer, _tensor(output))
 
         return hook
 
-    def on_end(self, *_: object) -> None:
-        for layer, whole in self._whole.items():
-            self._store(layer, whole)
-        self._whole.clear()
-
     def finish(self, layers: Sequence[int]) -> None:
-        self.on_end()
         if missing := [layer for layer in layers if layer not in self.states]:
             raise RuntimeError(f"layers {missing} did not run: run one forward inside the capture")
 
-    def _keep(self, layer: int, whole: Tensor, module: nn.Module) -> None:
-        if torch._C._current_graph_task_id() != -1:  # a checkpointed block replayed by the backward
-            return
-        if layer in self.states or layer in self._whole:
+    def keep(self, layer: int, whole: Tensor) -> None:
+        if layer in self.states:
             raise RuntimeError(f"layer {layer} ran twice: run one forward inside each capture")
-        # Inside a checkpointed block a new op would be lost or miscounted: pick once it has returned.
-        if getattr(module, "gradient_checkpointing", False) and module.training:
-            self._whole[layer] = whole
-        else:
-            self._store(layer, whole)
-
-    def _store(self, layer: int, whole: Tensor) -> None:
         picked = self._pick(whole)
         self.states[layer] = picked if self._transform is None else self._transform(layer, picked)
 
@@ -149,6 +133,43 @@ class _Store:
         if whole.device not in self._indices:
             self._indices[whole.device] = self._rows.flatten().nonzero().squeeze(1).to(whole.device)
         return whole.flatten(0, 1).index_select(0, self._indices[whole.device])
+
+
+def _replayer(block: Any, stack: Any) -> Any | None:
+    """What will run a block again in the backward, its hooks included: itself, its stack, or nothing.
+
+    Blocks of transformers 5.19 checkpoint their `__call__`, those of 5.23 their `forward` alone; models of an
+    older style have their stack do it.
+    """
+    owner = block if hasattr(block, "gradient_checkpointing") else stack
+    if not (getattr(owner, "gradient_checkpointing", False) and owner.training):
+        return None
+    return None if owner is block and type(block).__call__ is nn.Module.__call__ else owner
+
+
+@contextmanager
+def _around_checkpoint(replayer: Any, block: Any, layer: int, store: _Store) -> Iterator[None]:
+    """Keep what a block reads (layer 0) or returns, outside of what is checkpointed.
+
+    Inside, where its hooks run, a new op would be lost or miscounted; and rows that are picked only after the
+    forward would all get their gradient, at full length, before any block does.
+    """
+    checkpointed = replayer._gradient_checkpointing_func
+
+    def around(function: Any, *args: Any, **kwargs: Any) -> Any:
+        is_block = replayer is block or getattr(function, "__self__", None) is block
+        if is_block and layer == 0:
+            store.keep(0, args[0] if args else function.keywords["hidden_states"])
+        output = checkpointed(function, *args, **kwargs)
+        if is_block and layer > 0:
+            store.keep(layer, _tensor(output))
+        return output
+
+    replayer._gradient_checkpointing_func = around
+    try:
+        yield
+    finally:
+        replayer._gradient_checkpointing_func = checkpointed
 
 
 def _tensor(output: object) -> Tensor:

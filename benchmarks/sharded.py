@@ -24,6 +24,7 @@ from harness import hardware, write
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from oprd.meters import MemoryMeter, resident_mb
+from oprd.ranks import leave_ranks
 from oprd.reading import Reading, Want
 from oprd.sharding import Sharding
 from oprd.teacher import Teacher
@@ -75,7 +76,7 @@ def rank(arm: str, vocabulary: int) -> None:
     if dist.get_rank() == 0:
         print(json.dumps(measured))
     dist.barrier()
-    dist.destroy_process_group()
+    leave_ranks()
 
 
 def main() -> None:

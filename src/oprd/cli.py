@@ -135,6 +135,7 @@ def _train(args: argparse.Namespace, flags: list[str]) -> None:
     import torch.distributed as dist
 
     from oprd.dry_run import try_longest
+    from oprd.ranks import leave_ranks
     from oprd.train import parse_training_recipe, train
 
     run, config = parse_training_recipe(args.recipe, flags)
@@ -142,7 +143,7 @@ def _train(args: argparse.Namespace, flags: list[str]) -> None:
     if config.process_index == 0:
         print(report)
     if dist.is_initialized() and not config.use_vllm:  # vLLM takes its groups down itself
-        dist.destroy_process_group()
+        leave_ranks()
 
 
 def _doctor(args: argparse.Namespace, flags: list[str]) -> None:

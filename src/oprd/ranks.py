@@ -1,5 +1,6 @@
 """The processes that torchrun or accelerate launch started: which one this is, and how many there are."""
 
+import gc
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -51,4 +52,13 @@ def joined_ranks() -> Iterator[Ranks]:
     dist.init_process_group(timeout=timedelta(days=1))  # ranks meet once, after all their rollouts
     yield ranks
     dist.barrier()
+    leave_ranks()
+
+
+def leave_ranks() -> None:
+    """Take the process group down with its threads, which could abort a Python that is on its way out.
+
+    They live as long as anything holds the group, and trainers hold it in reference cycles.
+    """
+    gc.collect()
     dist.destroy_process_group()

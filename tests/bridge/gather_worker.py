@@ -11,6 +11,7 @@ import torch.distributed as dist
 from oprd.bridge import BridgeFitter
 from oprd.bridge.held_out import is_held_out, rollout_hash
 from oprd.errors import UserError
+from oprd.ranks import leave_ranks
 from oprd.selection import LayerMap
 
 NUM_ROWS, ROLLOUT, HOLDOUT = 400, 8, 0.2
@@ -52,4 +53,4 @@ if __name__ == "__main__":
         fitter_of("halves", rank, wider=rank).gather()
     except UserError as error:
         (output / f"refused-{rank}").write_text(str(error))
-    dist.destroy_process_group()
+    leave_ranks()

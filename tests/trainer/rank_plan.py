@@ -14,6 +14,7 @@ from oprd.doctor import longest_rollout
 from oprd.dry_run import PEAKS, dry_run
 from oprd.machine import Machine
 from oprd.memory_plan import plan_memory
+from oprd.ranks import leave_ranks
 from oprd.train import parse_training_recipe
 
 
@@ -32,7 +33,7 @@ def main() -> None:
         planned = dict(zip(PEAKS, (plan.update_mb, plan.rollout_mb), strict=True))
         parts = {"update": plan.update, "rollout": plan.rollout}
         print(json.dumps({"planned": planned, "measured": peaks, "parts": parts}))
-    torch.distributed.destroy_process_group()
+    leave_ranks()
 
 
 if __name__ == "__main__":

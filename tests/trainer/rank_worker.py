@@ -19,6 +19,7 @@ from tiny_pair import QUICK, ScriptedTrainer, prompt_texts
 from torch.distributed.tensor import DTensor
 
 from oprd.capture import blocks
+from oprd.ranks import leave_ranks
 from oprd.reading import Reading, Want
 from oprd.trainer import OPRDConfig
 
@@ -154,8 +155,9 @@ def main() -> None:
         if sharded:
             check_sharded(trainer)
         trainer.accelerator.wait_for_everyone()
+        del trainer
     if not any(more.get("use_vllm") for _, more in runs):  # vLLM takes its groups down itself
-        torch.distributed.destroy_process_group()
+        leave_ranks()
 
 
 if __name__ == "__main__":

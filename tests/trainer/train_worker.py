@@ -5,6 +5,7 @@ import sys
 import torch
 from cpu_sharding import ask_for_fsdp, shard_on_cpu
 
+from oprd.ranks import leave_ranks
 from oprd.train import parse_training_recipe, train
 
 torch.set_num_threads(1)
@@ -14,4 +15,4 @@ run, config = parse_training_recipe(sys.argv[2], [*sys.argv[3:], "--ddp_backend"
 if sys.argv[1] == "fsdp":
     shard_on_cpu(config)
 train(run, config)
-torch.distributed.destroy_process_group()
+leave_ranks()

@@ -121,7 +121,7 @@ CHECKS = (
 # the resident set is then what is alive, and not what the allocator keeps.
 HANDED_BACK = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}
 MEMORY_ROUNDS = 3
-# Response tokens from which an update takes minutes on a CPU: one round, beside which a warm-up is nothing.
+# Response tokens from which an update takes minutes on a CPU: one round, warmed up by a short update.
 LONG = 8192
 SWEEPS = {
     "length": ("tokens", (512, 1024, 2048, 4096, 8192, 16_384, 32_768)),
@@ -159,6 +159,12 @@ def make_inputs(shape: Shape, device: torch.device) -> dict[str, Tensor]:
     return inputs
 
 
+def make_batch(shape: Shape, settings: ObjectiveSettings, device: torch.device) -> Batch:
+    inputs = make_inputs(shape, device)
+    truncated = torch.zeros(shape.rollouts, dtype=torch.bool)
+    return Batch.of(inputs | weigh_rows(inputs, truncated, settings, lambda units: units))
+
+
 class Arm:
     """One way to do an update."""
 
@@ -170,9 +176,6 @@ class Arm:
         self.teacher = Teacher(teacher)
         settings = ObjectiveSettings(positions=f"last={shape.last}", **OURS.get(name, {}))
         settings.check()
-        inputs = make_inputs(shape, self.device)
-        truncated = torch.zeros(shape.rollouts, dtype=torch.bool)
-        self.batch = Batch.of(inputs | weigh_rows(inputs, truncated, settings, lambda units: units))
         self.loss: Callable[[], Tensor] = getattr(self, f"_{name}", self._ours)
         if name in OURS:
             self.move(self.device)
@@ -182,6 +185,10 @@ class Arm:
                 self.update = replace(self.update, comparison=Comparison(bridge.layer_map, bridge))
         if name in WHOLE:
             self.loss = self._whole
+        if shape.tokens >= LONG:  # instead of a warm-up of minutes
+            self.batch = make_batch(replace(shape, tokens=shape.last), settings, self.device)
+            self.measure()
+        self.batch = make_batch(shape, settings, self.device)
 
     def measure(self) -> dict[str, float]:
         """Seconds and transient megabytes of one update."""

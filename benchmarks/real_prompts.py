@@ -12,8 +12,8 @@ from pathlib import Path
 import yaml
 from transformers import PreTrainedTokenizerBase, Qwen3Config, Qwen3ForCausalLM, set_seed
 
+from oprd.folder.recorder import METRICS_FILE, read_metrics
 from oprd.prompts import load_prompts
-from oprd.recorder import METRICS_FILE, read_metrics
 from oprd.rollouts import render_prompt
 from oprd.tiny.tokenizer import train_tokenizer
 from oprd.train import parse_training_recipe, train

@@ -26,7 +26,7 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 from oprd.meters import MemoryMeter, resident_mb
 from oprd.ranks import leave_ranks
 from oprd.reading import Reading, Want
-from oprd.sharding import Sharding
+from oprd.sharding.fsdp import Sharding
 from oprd.teacher import Teacher
 
 ARMS, REPEATS, VOCABULARIES, LAYERS = ("whole", "sharded"), 5, (2_000, 32_000), 24

@@ -8,8 +8,8 @@ import pytest
 import torch
 from safetensors import SafetensorError
 
-from oprd.checkpoints import checkpoints, last_whole_checkpoint, publish, rotate, written_whole
-from oprd.whole import SEAL_FILE, damage, seal
+from oprd.folder.checkpoints import checkpoints, last_whole_checkpoint, publish, rotate, written_whole
+from oprd.folder.whole import SEAL_FILE, damage, seal
 
 
 def write(folder, *names, sealed=True):

@@ -10,7 +10,7 @@ import torch
 import yaml
 
 from oprd import cli
-from oprd.vllm_engine import is_installed
+from oprd.engines.vllm import is_installed
 
 RECIPE = {
     "model_name_or_path": "tiny:student",

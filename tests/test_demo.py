@@ -9,7 +9,7 @@ import yaml
 from oprd import cli
 from oprd.demo import at_share, run_demo
 from oprd.demo_pairs import PAIRS
-from oprd.recorder import read_metrics
+from oprd.folder.recorder import read_metrics
 
 ARMS = ["student", "teacher", "oprd", "opd_sampled_token", "opd_top_k"]
 FIELDS = {

@@ -11,16 +11,17 @@ import torch
 import yaml
 from transformers.utils import is_bitsandbytes_available
 
-from oprd import cli, machine
+from oprd import cli
 from oprd.doctor import examine, longest_rollout
-from oprd.knobs import first_knob
-from oprd.machine import Machine
-from oprd.memory_plan import plan_memory
+from oprd.engines.vllm import is_installed
+from oprd.folder.run import resolved_settings, write_resolved
 from oprd.meters import MB
 from oprd.models import load_tokenizer, resolve_model
-from oprd.run import resolved_settings, write_resolved
+from oprd.planning import machine
+from oprd.planning.knobs import first_knob
+from oprd.planning.machine import Machine
+from oprd.planning.memory_plan import plan_memory
 from oprd.train import parse_training_recipe
-from oprd.vllm_engine import is_installed
 
 RECIPE = {
     "model_name_or_path": "tiny:student",

@@ -14,17 +14,7 @@ LEAVES = ["selection", "capture", "losses", "output_space"]
 BELOW_THE_TRAINER = [
     *LEAVES,
     *("objective", "alignment", "bridge", "prompts", "rollouts", "evaluation", "report", "teacher", "tiny"),
-    *(
-        "footprint",
-        "resident",
-        "longest",
-        "decoding",
-        "rehearsal",
-        "machine",
-        "memory_plan",
-        "blueprint",
-        "checks",
-    ),
+    *("engines", "sharding", "folder", "planning"),
 ]
 
 

@@ -15,11 +15,11 @@ from transformers import AutoModelForCausalLM, Qwen2Config
 
 from oprd.batch import Batch
 from oprd.doctor import longest_rollout
-from oprd.footprint import Footprint
-from oprd.machine import Machine
-from oprd.memory_plan import plan_memory
 from oprd.models import load_model, load_tokenizer, resolve_model
-from oprd.parts import (
+from oprd.planning.footprint import Footprint
+from oprd.planning.machine import Machine
+from oprd.planning.memory_plan import plan_memory
+from oprd.planning.parts import (
     ACTIVATIONS,
     BUCKETS,
     GATHERED,
@@ -31,8 +31,8 @@ from oprd.parts import (
     STUDENT,
     TEACHER,
 )
-from oprd.rehearsal import Rehearsal
-from oprd.resident import ResidentBlocks
+from oprd.planning.rehearsal import Rehearsal
+from oprd.planning.resident import ResidentBlocks
 from oprd.teacher import Teacher
 from oprd.train import parse_training_recipe
 from oprd.update import Update

@@ -3,7 +3,7 @@
 import pytest
 
 from oprd.errors import UserError
-from oprd.run import check_folder, write_resolved
+from oprd.folder.run import check_folder, write_resolved
 
 STORED = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4, "num_processes": 1}
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from oprd.errors import UserError
-from oprd.whole import SEAL_FILE, check_writable, damage, seal, unseal, write_whole
+from oprd.folder.whole import SEAL_FILE, check_writable, damage, seal, unseal, write_whole
 
 
 @pytest.fixture

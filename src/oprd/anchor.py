@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from oprd.bridge import Bridge
 from oprd.losses import relative_mse
 from oprd.reading import Reading, StateReader, Want
-from oprd.sharding import Sharding
+from oprd.sharding.fsdp import Sharding
 
 
 @dataclass(frozen=True)

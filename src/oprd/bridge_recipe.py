@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from oprd.bridge.pair import Directions, FitSettings, Method, Rank
-from oprd.engines import ENGINES
+from oprd.engines.choose import ENGINES
 from oprd.errors import UserError
 from oprd.recipe import parse_recipe
 from oprd.rollouts import Sampling

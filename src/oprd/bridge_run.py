@@ -25,19 +25,19 @@ from oprd.bridge.identity import identity
 from oprd.bridge.report import plot_bridge
 from oprd.bridge_recipe import BridgeArguments
 from oprd.capture import num_layers
-from oprd.engines import choose_engine
+from oprd.engines.choose import choose_engine
 from oprd.errors import UserError
+from oprd.folder.run import RESOLVED_FILE, check_folder, resolved_settings, write_resolved
+from oprd.folder.whole import check_writable
 from oprd.intake import usable_prompts
 from oprd.models import load_model, load_tokenizer, resolve_model
 from oprd.prompts import load_prompts
 from oprd.ranks import Ranks, joined_ranks
 from oprd.reading import Want, read_states
 from oprd.rollouts import Engine, Rollout, left_pad, render_prompt
-from oprd.run import RESOLVED_FILE, check_folder, resolved_settings, write_resolved
 from oprd.selection import LayerMap, Positions
 from oprd.teacher import Teacher
 from oprd.translation import Translation
-from oprd.whole import check_writable
 
 logger = logging.getLogger(__name__)
 

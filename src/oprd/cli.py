@@ -174,7 +174,7 @@ def _bridge(args: argparse.Namespace, flags: list[str]) -> None:
 def _eval(args: argparse.Namespace, _: list[str]) -> None:
     import torch
 
-    from oprd.engines import choose_engine
+    from oprd.engines.choose import choose_engine
     from oprd.evaluation.problems import EvalSettings, response_room
     from oprd.evaluation.run import evaluate
     from oprd.models import load_model, load_tokenizer, resolve_model

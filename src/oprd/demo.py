@@ -18,14 +18,14 @@ from oprd.demo_pairs import BRIDGE, LABELS, PAIRS, SHARED, STUDENT, TASK, Pair
 from oprd.errors import UserError
 from oprd.evaluation.problems import EvalSettings
 from oprd.evaluation.run import evaluate
+from oprd.folder.recorder import METRICS_FILE, read_metrics
+from oprd.folder.whole import check_writable, write_whole
 from oprd.models import load_model, load_tokenizer, resolve_model
 from oprd.prompts import load_prompts
-from oprd.recorder import METRICS_FILE, read_metrics
 from oprd.report.plots import plot_runs
 from oprd.rollouts import Sampling
 from oprd.train import RunArguments, train
 from oprd.trainer import OPRDConfig
-from oprd.whole import check_writable, write_whole
 
 OTHER_PROMPTS = 1000  # added to the seed of a second run
 UPDATE_PARTS = ("time/teacher_seconds", "time/student_seconds", "time/optimizer_seconds")

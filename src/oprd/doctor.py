@@ -8,19 +8,19 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from oprd.checks import Finding, check_disk, check_engine, check_output, checked
+from oprd.folder.run import resolved_settings
 from oprd.init_kwargs import hub_kwargs, student_kwargs
 from oprd.intake import prompts_per_step, usable_prompts
-from oprd.knobs import Knob, advice, first_knob
-from oprd.longest import Longest
-from oprd.machine import Machine, launched_ranks
-from oprd.memory_plan import MemoryPlan, plan_memory
 from oprd.meters import MB
 from oprd.models import load_tokenizer, resolve_model
-from oprd.parts import ORDER
+from oprd.planning.checks import Finding, check_disk, check_engine, check_output, checked
+from oprd.planning.knobs import Knob, advice, first_knob
+from oprd.planning.longest import Longest
+from oprd.planning.machine import Machine, launched_ranks
+from oprd.planning.memory_plan import MemoryPlan, plan_memory
+from oprd.planning.parts import ORDER
 from oprd.prompts import load_prompts
 from oprd.rollouts import Prompt, render_prompt
-from oprd.run import resolved_settings
 from oprd.train import RunArguments
 from oprd.trainer import OPRDConfig
 

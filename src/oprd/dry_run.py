@@ -10,14 +10,14 @@ from typing import Any
 
 from datasets import Dataset
 
-from oprd.decoding import sample_last_token
 from oprd.doctor import longest_rollout
 from oprd.errors import refusals_told
-from oprd.knobs import advice, first_knob
-from oprd.longest import Longest, rollouts_at_once
-from oprd.machine import Machine, launched_ranks
-from oprd.memory_plan import MemoryPlan, Unplannable, fullest_step, plan_memory
 from oprd.meters import MB, resident_mb
+from oprd.planning.decoding import sample_last_token
+from oprd.planning.knobs import advice, first_knob
+from oprd.planning.longest import Longest, rollouts_at_once
+from oprd.planning.machine import Machine, launched_ranks
+from oprd.planning.memory_plan import MemoryPlan, Unplannable, fullest_step, plan_memory
 from oprd.train import RunArguments
 from oprd.trainer import OPRDConfig, OPRDTrainer
 

@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor
 from oprd.capture import backbone
 from oprd.errors import UserError
 from oprd.models import weights_are_here
-from oprd.sharded_state import whole_tensor
+from oprd.sharding.state import whole_tensor
 
 HALF = (torch.bfloat16, torch.float16)
 

@@ -12,9 +12,9 @@ from oprd import output_space
 from oprd.alignment import same_vocabulary
 from oprd.batch import Batch, SupervisedRows
 from oprd.diagnostics import add_log_prob_gap, add_output_statistics
+from oprd.engines.importance import importance_weights
 from oprd.errors import UserError
 from oprd.head import Head
-from oprd.importance import importance_weights
 from oprd.meters import Averages
 from oprd.settings import ObjectiveSettings
 from oprd.teacher import Teacher, shared_vocabulary

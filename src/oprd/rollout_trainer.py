@@ -9,11 +9,11 @@ from transformers import Trainer
 
 from oprd.alignment import AlignedResponse
 from oprd.batch import TERMS, Batch, on_host, truncated_rollouts, weigh_rows
+from oprd.engines.staleness import FixedText, check_gap, check_moved_alone, log_prob_gaps
+from oprd.engines.student import StudentEngine
 from oprd.packing import repack
 from oprd.rollouts import eval_mode
-from oprd.sharding import Sharding
-from oprd.staleness import FixedText, check_gap, check_moved_alone, log_prob_gaps
-from oprd.student_engine import StudentEngine
+from oprd.sharding.fsdp import Sharding
 from oprd.translation import Translation
 from oprd.update import Update
 

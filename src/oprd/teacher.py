@@ -17,7 +17,7 @@ from oprd.errors import UserError
 from oprd.init_kwargs import hub_kwargs
 from oprd.models import load_model, load_tokenizer, resolve_model
 from oprd.reading import Reading, StateReader, Want
-from oprd.sharding import Sharding
+from oprd.sharding.fsdp import Sharding
 
 logger = logging.getLogger(__name__)
 

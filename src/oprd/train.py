@@ -10,18 +10,18 @@ from pathlib import Path
 from accelerate.utils import broadcast_object_list
 
 from oprd.adapters import MERGED_FOLDER, AdapterArguments, note_commit, save_merged
-from oprd.checkpoints import last_whole_checkpoint, publish, written_whole
 from oprd.errors import UserError, refusals_told
 from oprd.evaluation.problems import EvalSettings, response_room
 from oprd.evaluation.shared import evaluate_on_ranks
+from oprd.folder.checkpoints import last_whole_checkpoint, publish, written_whole
+from oprd.folder.run import STATE_FILE, check_folder, is_finished, resolved_settings, write_resolved
+from oprd.folder.whole import check_writable
 from oprd.models import holds_adapters
 from oprd.prompts import load_prompts
 from oprd.recipe import parse_recipe
 from oprd.rollouts import Sampling
-from oprd.run import STATE_FILE, check_folder, is_finished, resolved_settings, write_resolved
 from oprd.settings import at_least
 from oprd.trainer import OPRDConfig, OPRDTrainer
-from oprd.whole import check_writable
 
 logger = logging.getLogger(__name__)
 

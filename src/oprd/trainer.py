@@ -24,26 +24,26 @@ from trl.trainer.utils import RepeatSampler
 
 from oprd.batch import Batch, on_host
 from oprd.bridge.drift import DriftMonitor
-from oprd.card import model_card
+from oprd.engines.importance import check_correction
+from oprd.engines.staleness import FixedText
+from oprd.engines.student import StudentEngine
+from oprd.engines.vllm import check_server, check_training, training_engines
 from oprd.errors import UserError
 from oprd.finite import NonFiniteLoss
-from oprd.importance import check_correction
+from oprd.folder.card import model_card
+from oprd.folder.recorder import Recorder
+from oprd.folder.saving import ResumableTrainer
 from oprd.init_kwargs import hub_kwargs, student_kwargs, teacher_kwargs
 from oprd.intake import prompts_per_step, usable_prompts
 from oprd.meters import MemoryMeter
 from oprd.models import holds_adapters, resolve_model
-from oprd.recorder import Recorder
 from oprd.rollout_trainer import PACKED, RolloutTrainer
 from oprd.rollouts import render_prompt
-from oprd.saving import ResumableTrainer
 from oprd.settings import ObjectiveSettings, at_least
-from oprd.sharding import Sharding, check_zero3
-from oprd.staleness import FixedText
-from oprd.student_engine import StudentEngine
+from oprd.sharding.fsdp import Sharding, check_zero3
 from oprd.teacher import Teacher, quantization
 from oprd.translation import Translation
 from oprd.update import Update
-from oprd.vllm_engine import check_server, check_training, training_engines
 
 logger = logging.getLogger(__name__)
 

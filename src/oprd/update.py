@@ -27,7 +27,7 @@ from oprd.output_term import OutputTerm
 from oprd.reading import Want, read_states
 from oprd.selection import LayerMap
 from oprd.settings import ObjectiveSettings
-from oprd.sharding import Sharding
+from oprd.sharding.fsdp import Sharding
 from oprd.teacher import Teacher
 
 logger = logging.getLogger(__name__)

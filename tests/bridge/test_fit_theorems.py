@@ -113,8 +113,8 @@ def test_normal_equations(fit, affine):
 def test_lower_ranks_are_slices(filled, tmp_path, options):
     fitter = filled(*reference.make_rows(400, 19, 17), **options)
     large, small = fitter.fit(16), fitter.fit(4)
-    assert_same(large.first(4), small)
-    assert_same(Bridge.load(large.save(tmp_path), rank=4), small)
+    assert_same(Bridge.load(large.save(tmp_path), rank=4), large.first(4))
+    assert_same(large.first(4), small, 1e-14)  # products of other shapes may round differently
     assert large.ranks == {1: 16}  # untouched
 
 

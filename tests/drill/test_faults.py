@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 
 from killing import CLI, assert_same_run, finish, flags, lasting, run, start
-from oprd.checkpoints import checkpoints, last_whole_checkpoint
-from oprd.run import is_finished
-from oprd.whole import SEAL_FILE
+from oprd.folder.checkpoints import checkpoints, last_whole_checkpoint
+from oprd.folder.run import is_finished
+from oprd.folder.whole import SEAL_FILE
 
 pytestmark = pytest.mark.drill
 

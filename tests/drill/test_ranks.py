@@ -3,7 +3,7 @@
 import pytest
 
 from killing import CLI, DRIVER, TORCHRUN, assert_same_run, finish, flags, lasting, run
-from oprd.checkpoints import last_whole_checkpoint
+from oprd.folder.checkpoints import last_whole_checkpoint
 
 pytestmark = pytest.mark.drill
 

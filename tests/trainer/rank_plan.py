@@ -12,8 +12,8 @@ from cpu_sharding import ask_for_fsdp, shard_on_cpu
 
 from oprd.doctor import longest_rollout
 from oprd.dry_run import PEAKS, dry_run
-from oprd.machine import Machine
-from oprd.memory_plan import plan_memory
+from oprd.planning.machine import Machine
+from oprd.planning.memory_plan import plan_memory
 from oprd.ranks import leave_ranks
 from oprd.train import parse_training_recipe
 

@@ -13,7 +13,7 @@ from tiny_pair import QUICK
 
 from oprd.errors import UserError
 from oprd.evaluation import shared
-from oprd.recorder import read_metrics
+from oprd.folder.recorder import read_metrics
 from oprd.train import parse_training_recipe, train
 
 PROBLEMS, SAMPLES = 5, 3

@@ -7,8 +7,8 @@ import yaml
 from tiny_pair import QUICK
 
 from oprd.errors import UserError
+from oprd.folder.recorder import read_metrics
 from oprd.models import load_tokenizer
-from oprd.recorder import read_metrics
 from oprd.train import parse_training_recipe, train
 
 

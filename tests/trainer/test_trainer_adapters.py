@@ -10,8 +10,8 @@ from test_trainer_run import lasting
 from tiny_pair import QUICK, prompt_texts
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from oprd import engines
-from oprd.engines import choose_engine
+from oprd.engines import choose
+from oprd.engines.choose import choose_engine
 from oprd.errors import UserError
 from oprd.models import load_model, load_tokenizer, resolve_model
 from oprd.train import parse_training_recipe, train
@@ -123,7 +123,7 @@ def test_adapters_are_no_student_but_a_teacher(run, recipe, tmp_path):
 def test_vllm_is_not_asked_for_adapters(run, monkeypatch):
     folder, _ = run
     model, tokenizer = load_model(str(folder)), load_tokenizer(str(folder))
-    monkeypatch.setattr(engines, "is_installed", lambda: True)
+    monkeypatch.setattr(choose, "is_installed", lambda: True)
     assert choose_engine("auto", None, model, tokenizer, str(folder)).name == "hf"
     with pytest.raises(UserError, match="name its folder merged"):
         choose_engine("vllm", None, model, tokenizer, str(folder))

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from test_trainer_bridge import save_random_bridge
 from tiny_pair import QUICK
 
-from oprd.recorder import read_metrics
+from oprd.folder.recorder import read_metrics
 
 SKIPPED = ("time/", "memory/")
 EXPERTS = {
@@ -142,7 +142,8 @@ def test_deepspeed_equals_one_process(tmp_path, models, mode):
         same_metrics(tmp_path / mode / case, tmp_path / case, rel=2e-5)
 
 
-ADAM = {"optim": "adamw_torch", "adam_epsilon": 1e-4, "save_strategy": "steps", "save_steps": 2}
+# Such an epsilon keeps Adam from making steps of a gradient's rounding.
+ADAM = {"optim": "adamw_torch", "adam_epsilon": 1e-3, "save_strategy": "steps", "save_steps": 2}
 RESUMED = ("output", "tied", "adapters", "experts")
 
 

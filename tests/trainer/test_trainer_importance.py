@@ -6,9 +6,8 @@ import by_hand
 import pytest
 import torch
 
-from oprd.errors import UserError
-from oprd.importance import importance_weights
-from oprd.staleness import (
+from oprd.engines.importance import importance_weights
+from oprd.engines.staleness import (
     CHECKED_TOKENS,
     READ_AGAIN_EVERY,
     FixedText,
@@ -17,7 +16,8 @@ from oprd.staleness import (
     log_prob_gaps,
     student_log_probs,
 )
-from oprd.student_engine import Drawn
+from oprd.engines.student import Drawn
+from oprd.errors import UserError
 from oprd.trainer import OPRDConfig
 
 CORRECTED = {"use_vllm": True, "output_loss": "sampled_token", "vllm_importance_sampling_correction": True}

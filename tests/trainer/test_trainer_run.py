@@ -11,12 +11,12 @@ from safetensors.torch import load_file, save_file
 from tiny_pair import QUICK, prompt_texts
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
-from oprd.checkpoints import last_whole_checkpoint
 from oprd.errors import UserError
-from oprd.recorder import keep_steps, read_metrics
-from oprd.run import is_finished
+from oprd.folder.checkpoints import last_whole_checkpoint
+from oprd.folder.recorder import keep_steps, read_metrics
+from oprd.folder.run import is_finished
+from oprd.folder.whole import SEAL_FILE
 from oprd.train import parse_training_recipe, train
-from oprd.whole import SEAL_FILE
 
 KEYS = {
     "step",

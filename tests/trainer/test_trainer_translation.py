@@ -235,7 +235,10 @@ def test_sampled_text(make, roll_out, gradient, kind, chunk):
     expected = by_hand.text_loss(*models, given, readings(trainer, given), ends(trainer), **kind)
     agree(trainer, gradient, batch, expected)
     assert batch["output_weights"].sum().item() == pytest.approx(1)
-    close(gradient(trainer, batch), gradient(trainer, *pieces(batch, [[7, 2], [0, 4, 5], [1], [3, 6]])))
+    for model in models:  # log-probs cancel in the sum, and float32 products differ with their shape
+        model.double()
+    apart = pieces(batch, [[7, 2], [0, 4, 5], [1], [3, 6]])
+    close(gradient(trainer, batch), gradient(trainer, *apart), tolerance=1e-12)
 
 
 def test_sampled_text_beside_the_bridge(make, roll_out, gradient, bridge):

@@ -15,7 +15,8 @@ import torch
 
 pytest.importorskip("vllm")
 
-from oprd.engines import ServerEngine, VLLMEngine, choose_engine
+from oprd.engines.choose import ServerEngine, VLLMEngine, choose_engine
+from oprd.engines.vllm import check_server
 from oprd.errors import UserError
 from oprd.evaluation.problems import EvalSettings
 from oprd.evaluation.run import evaluate
@@ -23,7 +24,6 @@ from oprd.models import load_model, load_tokenizer, resolve_model
 from oprd.prompts import load_prompts
 from oprd.rollouts import HFEngine, Sampling, eos_token_ids, render_prompt
 from oprd.trainer import OPRDConfig
-from oprd.vllm_engine import check_server
 
 BRIDGE = Path(__file__).parents[2] / "recipes" / "tiny" / "bridge.yaml"
 SETTINGS = EvalSettings(samples=4, sampling=Sampling(64, 1.0, 1.0), batch_size=8)

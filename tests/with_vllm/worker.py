@@ -13,7 +13,7 @@ from datasets import Dataset
 from peft import LoraConfig
 
 from oprd import cli
-from oprd.student_engine import StudentEngine
+from oprd.engines.student import StudentEngine
 from oprd.tiny import task
 from oprd.trainer import OPRDConfig, OPRDTrainer
 

@@ -20,8 +20,8 @@ from oprd.errors import UserError
 from oprd.evaluation import metrics
 from oprd.evaluation.grade import extract_answer, grade
 from oprd.evaluation.problems import EvalSettings, Problem, check_context, read_problems
+from oprd.folder.whole import check_writable, write_whole
 from oprd.rollouts import Engine, HFEngine, Rollout, eos_token_ids
-from oprd.whole import check_writable, write_whole
 
 FINGERPRINT_ENTRIES = 1024
 

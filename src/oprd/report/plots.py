@@ -7,7 +7,7 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from oprd.recorder import METRICS_FILE, read_metrics
+from oprd.folder.recorder import METRICS_FILE, read_metrics
 
 matplotlib.rcParams |= {
     "font.size": 10,

@@ -23,8 +23,8 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from oprd.parts import GATHERED, HOST, KEPT
-from oprd.resident import ResidentBlocks
+from oprd.planning.parts import GATHERED, HOST, KEPT
+from oprd.planning.resident import ResidentBlocks
 
 ROW_BYTES = 2**20
 

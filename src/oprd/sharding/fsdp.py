@@ -27,7 +27,7 @@ from oprd.capture import blocks
 from oprd.errors import UserError
 from oprd.reading import StateReader
 from oprd.settings import ObjectiveSettings
-from oprd.sharded_table import RowFetcher, shard_tables
+from oprd.sharding.table import RowFetcher, shard_tables
 
 logger = logging.getLogger(__name__)
 

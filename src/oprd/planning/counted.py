@@ -7,10 +7,10 @@ from typing import Any
 from torch import Tensor
 
 from oprd.bridge.artifact import TENSORS
-from oprd.footprint import Footprint
 from oprd.meters import Stopwatch
 from oprd.output_term import OutputTerm
-from oprd.parts import LOGITS, READING, REFERENCE
+from oprd.planning.footprint import Footprint
+from oprd.planning.parts import LOGITS, READING, REFERENCE
 from oprd.update import Update
 
 

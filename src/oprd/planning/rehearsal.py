@@ -11,18 +11,18 @@ from torch.distributed.fsdp import FSDPModule
 from torch.utils._pytree import tree_leaves
 
 from oprd.batch import Batch, Inputs, weigh_rows
-from oprd.blueprint import make_optimizer, on_meta
 from oprd.capture import blocks
-from oprd.counted import counted
-from oprd.decoding import sample_last_token
-from oprd.footprint import Footprint
 from oprd.init_kwargs import hub_kwargs, student_kwargs, teacher_kwargs
-from oprd.longest import Longest, rollouts_at_once
-from oprd.machine import Machine
 from oprd.models import base_model, load_tokenizer, resolve_model
-from oprd.parts import ACTIVATIONS, GRADIENTS, OPTIMISER, REFERENCE, SAMPLING, STUDENT, TEACHER
-from oprd.pretended import shard_student
-from oprd.sharding import Sharding
+from oprd.planning.blueprint import make_optimizer, on_meta
+from oprd.planning.counted import counted
+from oprd.planning.decoding import sample_last_token
+from oprd.planning.footprint import Footprint
+from oprd.planning.longest import Longest, rollouts_at_once
+from oprd.planning.machine import Machine
+from oprd.planning.parts import ACTIVATIONS, GRADIENTS, OPTIMISER, REFERENCE, SAMPLING, STUDENT, TEACHER
+from oprd.planning.pretended import shard_student
+from oprd.sharding.fsdp import Sharding
 from oprd.teacher import Teacher
 from oprd.translation import Translation
 from oprd.update import Update

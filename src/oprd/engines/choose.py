@@ -12,12 +12,12 @@ from urllib.request import Request, urlopen
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from oprd.engines.staleness import CHECKED_TOKENS, log_prob_gaps
+from oprd.engines.student import Drawn
+from oprd.engines.vllm import INSTALL, is_installed, make_llm
 from oprd.errors import UserError
 from oprd.models import holds_adapters
 from oprd.rollouts import Engine, HFEngine, Rollout, Sampling, cut_at_eos, eos_token_ids
-from oprd.staleness import CHECKED_TOKENS, log_prob_gaps
-from oprd.student_engine import Drawn
-from oprd.vllm_engine import INSTALL, is_installed, make_llm
 
 ENGINES = ("auto", "hf", "vllm")
 REQUESTS_AT_A_TIME = 64

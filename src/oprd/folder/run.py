@@ -15,7 +15,7 @@ from typing import Any
 import yaml
 
 from oprd.errors import UserError
-from oprd.whole import damage, write_whole
+from oprd.folder.whole import damage, write_whole
 
 RESOLVED_FILE = "resolved.yaml"
 STATE_FILE = "trainer_state.json"

@@ -8,13 +8,13 @@ from typing import Any
 
 from transformers.utils import is_bitsandbytes_available
 
+from oprd.engines.vllm import check_training
 from oprd.errors import UserError
-from oprd.memory_plan import MemoryPlan
+from oprd.folder.run import check_folder, is_finished
+from oprd.folder.whole import check_writable
 from oprd.meters import MB
-from oprd.run import check_folder, is_finished
+from oprd.planning.memory_plan import MemoryPlan
 from oprd.teacher import quantization
-from oprd.vllm_engine import check_training
-from oprd.whole import check_writable
 
 
 @dataclass(frozen=True)

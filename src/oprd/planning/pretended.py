@@ -13,8 +13,8 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from oprd.errors import UserError
-from oprd.machine import Machine
-from oprd.sharding import Sharding
+from oprd.planning.machine import Machine
+from oprd.sharding.fsdp import Sharding
 
 AXIS = "ranks"
 

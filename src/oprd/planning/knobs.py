@@ -5,11 +5,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
-from oprd.longest import Longest
-from oprd.machine import Machine
-from oprd.memory_plan import MemoryPlan, plan_memory
 from oprd.meters import MB
-from oprd.trainer import OPRDConfig
+from oprd.planning.longest import Longest
+from oprd.planning.machine import Machine
+from oprd.planning.memory_plan import MemoryPlan, plan_memory
 
 WORTHWHILE = 0.05  # of the peak: a knob that saves less is not worth naming
 
@@ -24,15 +23,16 @@ class Knob:
 
 def first_knob(
     student: str,
-    config: OPRDConfig,
+    config: Any,
     longest: Longest,
     machine: Machine,
     plan: MemoryPlan,
     peft_config: Any = None,
 ) -> Knob | None:
-    """The first knob, cheapest first, that makes a run fit, or that saves something worth it if it fits.
+    """The first knob of an `OPRDConfig` that makes a run fit, or that saves something worth it if it fits.
 
-    Where none is enough by itself, the one that saves most. What it saves is what a plan with it says.
+    The cheapest come first. Where none is enough by itself, the one that saves most. What it saves is what a
+    plan with it says.
     """
     best: Knob | None = None
     for keys, other, elsewhere in _knobs(config, longest, machine):
@@ -47,9 +47,7 @@ def first_knob(
     return best
 
 
-def _knobs(
-    config: OPRDConfig, longest: Longest, machine: Machine
-) -> Iterator[tuple[str, OPRDConfig, Machine]]:
+def _knobs(config: Any, longest: Longest, machine: Machine) -> Iterator[tuple[str, Any, Machine]]:
     """What may be turned, what costs least first: the recipe's keys, the recipe and the machine with them."""
     micro_batch, accumulation = config.per_device_train_batch_size, config.gradient_accumulation_steps
     budget = config.max_tokens_per_micro_batch
@@ -77,9 +75,7 @@ def _knobs(
     yield from _turned(config, machine, turns)
 
 
-def _turned(
-    config: OPRDConfig, machine: Machine, turns: list[dict[str, Any]]
-) -> Iterator[tuple[str, OPRDConfig, Machine]]:
+def _turned(config: Any, machine: Machine, turns: list[dict[str, Any]]) -> Iterator[tuple[str, Any, Machine]]:
     for turn in turns:
         other = copy.copy(config)
         for key, value in turn.items():

@@ -8,9 +8,9 @@ from peft import PeftModel
 from transformers import Trainer
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 
-from oprd.checkpoints import last_whole_checkpoint, rotate, written_whole
-from oprd.sharded_state import load_optimizer_state, load_weights, whole_optimizer_state, whole_weights
-from oprd.sharding import Sharding
+from oprd.folder.checkpoints import last_whole_checkpoint, rotate, written_whole
+from oprd.sharding.fsdp import Sharding
+from oprd.sharding.state import load_optimizer_state, load_weights, whole_optimizer_state, whole_weights
 
 
 class ResumableTrainer(Trainer):

@@ -9,9 +9,9 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
+from oprd.folder.run import STATE_FILE
+from oprd.folder.whole import damage, seal, unseal
 from oprd.meters import MB
-from oprd.run import STATE_FILE
-from oprd.whole import damage, seal, unseal
 
 logger = logging.getLogger(__name__)
 

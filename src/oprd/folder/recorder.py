@@ -10,8 +10,8 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from oprd.folder.whole import write_whole
 from oprd.meters import Averages, MemoryMeter, Stopwatch
-from oprd.whole import write_whole
 
 METRICS_FILE = "metrics.jsonl"
 BAR = {

@@ -13,7 +13,7 @@ from accelerate.utils import broadcast_object_list
 from jaxtyping import Float
 from torch import Tensor
 
-from oprd.student_engine import Drawn, StudentEngine
+from oprd.engines.student import Drawn, StudentEngine
 
 CHECKED_TOKENS = 32
 READ_AGAIN_EVERY = 8

@@ -1,0 +1,1 @@
+"""vLLM and its peers: for rollouts in training, for evaluation and the bridge."""

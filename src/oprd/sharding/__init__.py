@@ -1,0 +1,1 @@
+"""FSDP2 and ZeRO: models, tables and state spread over ranks."""

@@ -347,7 +347,7 @@ def plot(rows: Sequence[Row], over: str, path: Path) -> None:
         panels, ("seconds", "transient_mb"), ("seconds", "transient MB"), strict=True
     ):
         for arm in dict.fromkeys(row["arm"] for row in rows):
-            sizes = sorted({row[over] for row in rows if row["arm"] == arm})
+            sizes = sorted({row[over] for row in rows if row["arm"] == arm and key in row})
             medians = [
                 statistics.median(of_arm([row for row in rows if row[over] == size], arm, key))
                 for size in sizes

@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -44,8 +45,17 @@ def flags(folder: Path, data: Path, **changes: Any) -> list[str]:
     return [word for key, value in settings.items() for word in (f"--{key}", str(value))]
 
 
-def start(command: list[str], argv: list[str], **options: Any) -> subprocess.Popen[str]:
-    """Start a command in the repository, its output kept; it hears Ctrl-C, which background jobs do not."""
+def start(command: list[str], argv: list[str], largest_file: int | None = None) -> subprocess.Popen[str]:
+    """Start a command in the repository, its output kept, no file of it larger than so many bytes.
+
+    It hears Ctrl-C, which background jobs do not.
+    """
+
+    def prepare() -> None:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        if largest_file is not None:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file))
+
     return subprocess.Popen(
         [*command, *argv],
         cwd=ROOT,
@@ -53,8 +63,7 @@ def start(command: list[str], argv: list[str], **options: Any) -> subprocess.Pop
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-        **options,
+        preexec_fn=prepare,
     )
 
 

@@ -1,7 +1,6 @@
 """Faults other than a kill: full disks, signals, damaged checkpoints, folders that cannot be written."""
 
 import os
-import resource
 import shutil
 import signal
 import subprocess
@@ -77,8 +76,7 @@ def test_a_disk_full_for_the_final_model_leaves_the_run_to_be_finished(data, sma
 def test_a_file_too_large_ends_the_run_in_one_line_and_it_resumes(tmp_path, data, uninterrupted):
     folder = tmp_path / "run"
     argv = [*TRAIN, *flags(folder, data)]
-    limited = {"preexec_fn": lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (FILE_LIMIT, FILE_LIMIT))}
-    code, said = run(CLI, argv, **limited)
+    code, said = run(CLI, argv, largest_file=FILE_LIMIT)
     assert code == 1 and f"{folder}/checkpoint-2 could not be written" in last_line(said)
     assert checkpoints(folder) == []
     finish(argv, folder)

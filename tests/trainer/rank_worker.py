@@ -142,6 +142,11 @@ def deepspeed(stage: int) -> dict[str, Any]:
     }
 
 
+def threads() -> list[str]:
+    """The names of this process's threads, where the system tells."""
+    return [task.joinpath("comm").read_text().strip() for task in Path("/proc/self/task").glob("*")]
+
+
 def main() -> None:
     models, output, mode = json.loads(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
     sharded = mode.startswith("fsdp")
@@ -158,6 +163,7 @@ def main() -> None:
         del trainer
     if not any(more.get("use_vllm") for _, more in runs):  # vLLM takes its groups down itself
         leave_ranks()
+        assert not [name for name in threads() if "gloo" in name]  # such as could outlive Python
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from oprd.batch import Inputs
-from oprd.rollouts import Prompt, left_pad
+from oprd.rollouts import Prompt
 from oprd.settings import ObjectiveSettings
 
 ANY_LENGTH = 1024  # stands for an endless response, where max_completion_length is none
@@ -48,8 +48,10 @@ class Longest:
 
     def rollouts(self, count: int, device: torch.device) -> Inputs:
         """A batch of `count` such rollouts; all but the first miss a token, so that there is padding."""
-        shorter = [self.prompt_ids[1:] or self.prompt_ids] * (count - 1)
-        prompt_ids, prompt_mask = left_pad([self.prompt_ids, *shorter], 0)
+        prompt_ids = torch.tensor(self.prompt_ids).repeat(count, 1)
+        prompt_mask = torch.ones_like(prompt_ids)
+        if len(self.prompt_ids) > 1:
+            prompt_ids[1:, 0] = prompt_mask[1:, 0] = 0
         ids = torch.tensor(self.response_ids).expand(count, -1).contiguous()
         return {
             "prompt_ids": prompt_ids.to(device),

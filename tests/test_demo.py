@@ -84,7 +84,7 @@ BRIDGED = {
 def test_pairs_that_need_a_bridge(pair, tmp_path):
     output = tmp_path / "out"
     argv = ["demo", "--pair", pair, "--output", str(output)]
-    assert cli.run([*argv, "--steps", "4", "--problems", "4", "--samples", "2"]) == 0
+    assert cli.run([*argv, "--steps", "8", "--problems", "4", "--samples", "2"]) == 0
     summary = json.loads((output / "summary.json").read_text())
     assert list(summary["arms"]) == BRIDGED[pair] and summary["settings"]["pair"] == pair
     assert (output / "fit" / "bridge.safetensors").exists() and (output / "fit" / "ranks.png").exists()

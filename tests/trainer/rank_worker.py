@@ -163,7 +163,8 @@ def main() -> None:
         del trainer
     if not any(more.get("use_vllm") for _, more in runs):  # vLLM takes its groups down itself
         leave_ranks()
-        assert not [name for name in threads() if "gloo" in name]  # such as could outlive Python
+        if mode == "ddp":  # DTensors' own caches hold the group of a sharded run
+            assert not [name for name in threads() if "gloo" in name]  # such as could outlive Python
 
 
 if __name__ == "__main__":

@@ -95,9 +95,8 @@ def student_log_probs(
     tokens = torch.tensor(response, device=device)
     ids = torch.tensor(prompt + response[:-1], device=device)[None]
     mask = torch.ones_like(ids)
-    logits = model(input_ids=ids, attention_mask=mask, use_cache=False, logits_to_keep=len(response)).logits[
-        0
-    ]
+    output = model(input_ids=ids, attention_mask=mask, use_cache=False, logits_to_keep=len(response))
+    logits = output.logits[0]
     return logits[-len(response) :].float().log_softmax(-1).gather(-1, tokens[:, None]).squeeze(-1)
 
 

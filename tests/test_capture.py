@@ -328,6 +328,13 @@ def test_hooks_replayed_by_the_backward(stack, with_rows, layers, stop_early, us
     assert sorted(states) == layers
 
 
+def test_checkpointing_that_is_not_hugging_faces_is_refused():
+    model = Stack()
+    model.layers[0].gradient_checkpointing = True
+    with pytest.raises(UserError, match="ReplayedBlock checkpoints in a way of its own"), capture(model, [1]):
+        pass
+
+
 @pytest.mark.parametrize("mode", MODES)
 def test_rows_get_their_gradient_between_their_blocks(mode, tiny_model, batch):
     """One gradient at full length at a time: not those of all layers before the backward of any block."""

@@ -144,7 +144,14 @@ def _replayer(block: Any, stack: Any) -> Any | None:
     owner = block if hasattr(block, "gradient_checkpointing") else stack
     if not (getattr(owner, "gradient_checkpointing", False) and owner.training):
         return None
-    return None if owner is block and type(block).__call__ is nn.Module.__call__ else owner
+    if owner is block and type(block).__call__ is nn.Module.__call__:
+        return None
+    if not hasattr(owner, "_gradient_checkpointing_func"):
+        raise UserError(
+            f"{type(owner).__name__} checkpoints in a way of its own, which its states cannot be told from: "
+            "switch it on with gradient_checkpointing_enable, or off"
+        )
+    return owner
 
 
 @contextmanager

@@ -198,8 +198,9 @@ def test_of_several_ranks_one_tells_the_mistake(recipe, tmp_path, mistaken, said
     each = f"exec {sys.executable} -m oprd.cli train {tmp_path}/$RANK.yaml"
     _, errors, code = on_two_ranks("sh", "-c", each)
     assert code == 1
-    (line,) = [line for line in errors.splitlines() if "layer 9" in line]
-    assert line.startswith(said)
+    told = [line for line in errors.splitlines() if "layer 9" in line]
+    assert len(told) == 1 and told[0].startswith(said), errors
+    assert (tmp_path / "run").exists() == (mistaken == "1")  # the first rank owns it
 
 
 @pytest.mark.slow

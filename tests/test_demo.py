@@ -8,7 +8,7 @@ import yaml
 
 from oprd import cli
 from oprd.demo import at_share, run_demo
-from oprd.demo_pairs import PAIRS
+from oprd.demo_pairs import BRIDGE, PAIRS
 from oprd.folder.recorder import read_metrics
 
 ARMS = ["student", "teacher", "oprd", "opd_sampled_token", "opd_top_k"]
@@ -80,11 +80,16 @@ BRIDGED = {
 }
 
 
+@pytest.fixture
+def small_fit(monkeypatch):
+    monkeypatch.setitem(BRIDGE, "num_prompts", 96)
+
+
 @pytest.mark.parametrize("pair", BRIDGED)
-def test_pairs_that_need_a_bridge(pair, tmp_path):
+def test_pairs_that_need_a_bridge(pair, tmp_path, small_fit):
     output = tmp_path / "out"
     argv = ["demo", "--pair", pair, "--output", str(output)]
-    assert cli.run([*argv, "--steps", "8", "--problems", "4", "--samples", "2"]) == 0
+    assert cli.run([*argv, "--steps", "5", "--problems", "4", "--samples", "2"]) == 0
     summary = json.loads((output / "summary.json").read_text())
     assert list(summary["arms"]) == BRIDGED[pair] and summary["settings"]["pair"] == pair
     assert (output / "fit" / "bridge.safetensors").exists() and (output / "fit" / "ranks.png").exists()
@@ -96,7 +101,7 @@ def test_pairs_that_need_a_bridge(pair, tmp_path):
     assert (output / "accuracy.png").stat().st_size > 5000
 
 
-def test_a_run_before_the_run(tmp_path, monkeypatch):
+def test_a_run_before_the_run(tmp_path, monkeypatch, small_fit):
     """Half the steps through the bridge, half over the text from there, on other prompts."""
     bridged = PAIRS["tokenizer"]
     arms = {"bridge_then_text": bridged.arms["bridge_then_text"]}

@@ -16,7 +16,7 @@ from typing import Any
 from oprd.errors import UserError, refusals_told
 
 LONGEST_RESPONSE = 16384  # the paper's
-PATIENCE_SECONDS = 5
+PATIENCE_SECONDS = 10
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -115,7 +115,7 @@ def _save_final(trainer: OPRDTrainer, folder: Path) -> None:
 
 def _make_trainer(run: RunArguments, config: OPRDConfig, label: str) -> OPRDTrainer:
     folder = Path(config.output_dir)
-    is_new = not folder.exists()
+    is_ours = config.should_save and not folder.exists()
     try:
         with refusals_told():
             prompts = load_prompts(run.dataset_name, run.dataset_train_split, run.dataset_config)
@@ -132,7 +132,7 @@ def _make_trainer(run: RunArguments, config: OPRDConfig, label: str) -> OPRDTrai
             if run.accuracy_dataset_name:
                 trainer.recorder.observers.append(_accuracy_observer(run, config, trainer))
     except UserError:
-        if is_new:  # the base class makes it before everything is checked
+        if is_ours:  # the base class makes it before everything is checked
             shutil.rmtree(folder, ignore_errors=True)
         raise
     return trainer

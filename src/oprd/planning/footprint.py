@@ -100,6 +100,11 @@ class Footprint(TorchDispatchMode):
             self._parts.pop()
 
     @property
+    def is_unread(self) -> bool:
+        """Whether something that is mapped from a file has not been read so far."""
+        return bool(self._unread)
+
+    @property
     def live_bytes(self) -> int:
         """Bytes that live now."""
         return self._live.total()

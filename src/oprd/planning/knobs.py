@@ -9,8 +9,10 @@ from oprd.meters import MB
 from oprd.planning.longest import Longest
 from oprd.planning.machine import Machine
 from oprd.planning.memory_plan import MemoryPlan, plan_memory
+from oprd.planning.parts import ENGINE, OPTIMISER, PROCESS, REFERENCE, STUDENT, TEACHER
 
 WORTHWHILE = 0.05  # of the peak: a knob that saves less is not worth naming
+MODELS = frozenset({STUDENT, TEACHER, REFERENCE, OPTIMISER})
 
 
 @dataclass(frozen=True)
@@ -19,6 +21,22 @@ class Knob:
 
     keys: str
     peak_mb: float
+
+
+@dataclass(frozen=True)
+class _Turn:
+    """A run with a knob turned; of what stays in memory throughout it makes `shrinks` smaller."""
+
+    keys: str
+    config: Any
+    machine: Machine
+    shrinks: frozenset[str] = frozenset()
+
+    def best_mb(self, plan: MemoryPlan) -> float:
+        """The least that could be left of the peak: what stays throughout."""
+        fullest = max(plan.rollout, plan.update, key=lambda parts: sum(parts.values()))
+        stays = (MODELS | {PROCESS, ENGINE}) - self.shrinks
+        return sum(size for part, size in fullest.items() if part in stays) / MB
 
 
 def first_knob(
@@ -35,10 +53,15 @@ def first_knob(
     plan with it says.
     """
     best: Knob | None = None
-    for keys, other, elsewhere in _knobs(config, longest, machine):
+    enough = (1 - WORTHWHILE) * plan.peak_mb
+    for turn in _turns(config, longest, machine):
+        if turn.best_mb(plan) > enough:  # told without another plan
+            continue
+        other = turn.config
         longest_then = replace(longest, response_ids=longest.response_ids[: other.max_completion_length])
-        knob = Knob(keys, plan_memory(student, other, longest_then, elsewhere, peft_config).peak_mb)
-        if plan.peak_mb - knob.peak_mb < WORTHWHILE * plan.peak_mb:
+        turned = plan_memory(student, other, longest_then, turn.machine, peft_config)
+        knob = Knob(turn.keys, turned.peak_mb)
+        if knob.peak_mb > enough:
             continue
         if knob.peak_mb * MB <= machine.free_bytes:
             return knob
@@ -47,40 +70,35 @@ def first_knob(
     return best
 
 
-def _knobs(config: Any, longest: Longest, machine: Machine) -> Iterator[tuple[str, Any, Machine]]:
-    """What may be turned, what costs least first: the recipe's keys, the recipe and the machine with them."""
+def _turns(config: Any, longest: Longest, machine: Machine) -> Iterator[_Turn]:
+    """What may be turned, what costs least first."""
+
+    def turn(shrinks: frozenset[str] = frozenset(), **changes: Any) -> _Turn:
+        other = copy.copy(config)
+        for key, value in changes.items():
+            setattr(other, key, value)
+        keys = ", ".join(f"{key}: {_as_yaml(value)}" for key, value in changes.items())
+        return _Turn(keys, other, machine, shrinks)
+
     micro_batch, accumulation = config.per_device_train_batch_size, config.gradient_accumulation_steps
     budget = config.max_tokens_per_micro_batch
-    turns: list[dict[str, Any]] = []
     if not config.gradient_checkpointing:
-        turns.append({"gradient_checkpointing": True})
+        yield turn(gradient_checkpointing=True)
     if budget is not None and budget >= 2 * longest.num_tokens:
-        turns.append({"max_tokens_per_micro_batch": budget // 2})
+        yield turn(max_tokens_per_micro_batch=budget // 2)
     elif budget is None and micro_batch % 2 == 0:
-        halved = {"per_device_train_batch_size": micro_batch // 2}
-        turns.append(halved | {"gradient_accumulation_steps": accumulation * 2})
+        yield turn(per_device_train_batch_size=micro_batch // 2, gradient_accumulation_steps=accumulation * 2)
     if config.output_schedule.ever_active and config.output_chunk_size > 1:
-        turns.append({"output_chunk_size": -(-config.output_chunk_size // 4)})
-    yield from _turned(config, machine, turns)
+        yield turn(output_chunk_size=-(-config.output_chunk_size // 4))
     if machine.ranks > 1 and not machine.sharded:
-        yield "FSDP, which shards both models", config, replace(machine, sharded=True)
+        yield _Turn("FSDP, which shards both models", config, replace(machine, sharded=True), MODELS)
     teacher = dict(config.teacher_model_init_kwargs or {})
-    turns = []
     if machine.device.type != "cpu" and "device_map" not in teacher and not config.teacher_offload:
-        turns.append({"teacher_offload": True})
+        yield turn(frozenset({TEACHER}), teacher_offload=True)
     if teacher.get("dtype", "auto" if config.bf16 else "float32") == "float32":
-        turns.append({"teacher_model_init_kwargs": teacher | {"dtype": "bfloat16"}})
+        yield turn(frozenset({TEACHER}), teacher_model_init_kwargs=teacher | {"dtype": "bfloat16"})
     if len(longest.response_ids) > 1:
-        turns.append({"max_completion_length": len(longest.response_ids) // 2})
-    yield from _turned(config, machine, turns)
-
-
-def _turned(config: Any, machine: Machine, turns: list[dict[str, Any]]) -> Iterator[tuple[str, Any, Machine]]:
-    for turn in turns:
-        other = copy.copy(config)
-        for key, value in turn.items():
-            setattr(other, key, value)
-        yield ", ".join(f"{key}: {_as_yaml(value)}" for key, value in turn.items()), other, machine
+        yield turn(max_completion_length=len(longest.response_ids) // 2)
 
 
 def _as_yaml(value: Any) -> str:

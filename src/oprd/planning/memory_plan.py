@@ -68,7 +68,8 @@ def plan_memory(
         measure = rehearsal.footprint.peak_of
         measure(rehearsal.first_step)
         roll_out = (lambda: None) if settings.use_vllm else rehearsal.roll_out
-        measure(roll_out)  # what either reads of a file is there when the other comes again
+        if rehearsal.footprint.is_unread:
+            measure(roll_out)  # what either reads of a file is there when the other comes again
         updates = {step: measure(partial(rehearsal.update, step)) for step in _steps(settings)}
         rollout = measure(roll_out)
         step = max(updates, key=lambda step: sum(updates[step].values()))

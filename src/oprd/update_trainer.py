@@ -1,0 +1,93 @@
+"""A trainer's update: the losses of a window of rollouts, and the gradient norm that ends its step."""
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from oprd.batch import Batch, on_host
+from oprd.finite import NonFiniteLoss
+from oprd.folder.recorder import Recorder
+from oprd.meters import MemoryMeter
+from oprd.rollout_trainer import PACKED, RolloutTrainer
+
+
+class UpdateTrainer(RolloutTrainer):
+    """What happens between rollouts and the optimiser's step, for a trainer that extends TRL's."""
+
+    memory: MemoryMeter
+    recorder: Recorder
+
+    def training_step(self, model: torch.nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
+        with self.update.stopwatch.part("student"):
+            return super().training_step(model, inputs, num_items_in_batch)
+
+    def compute_loss(
+        self,
+        model: torch.nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
+    ) -> Any:
+        """Eq. 7 on one micro-batch, run inside the wrapper's forward so that DDP and FSDP see it."""
+        if self.model.training and self._step % self.args.gradient_accumulation_steps == 0:
+            self.memory.start()
+            self.update.watch.clear()
+        if "representation_weights" not in inputs and PACKED not in inputs:
+            inputs = on_host(inputs)  # rollouts that somebody gave: a window of their own
+            inputs = inputs | self._row_weights(inputs)
+        loss = self._packed_loss(model, inputs[PACKED]) if PACKED in inputs else self._one_loss(model, inputs)
+        return (loss, None) if return_outputs else loss
+
+    def _packed_loss(self, model: torch.nn.Module, parts: list[dict[str, Any]]) -> Tensor:
+        """The loss of the last micro-batch, plus those of the others, whose gradients are taken here."""
+        total = torch.zeros((), device=self.accelerator.device, requires_grad=True)
+        for part in parts[:-1]:
+            with self.accelerator.no_sync(model) if self.sharding is None else nullcontext():
+                loss = self._one_loss(model, part)
+                self.accelerator.backward(loss)
+            total = total + loss.detach()
+        return total + self._one_loss(model, parts[-1]) if parts else total
+
+    def _one_loss(self, model: torch.nn.Module, inputs: dict[str, Any]) -> Tensor:
+        loss = self._through(model, self.update.loss, Batch.of(inputs))
+        # DDP and FSDP average gradients over ranks; the weights already sum to one over all of them.
+        return loss * self.accelerator.num_processes
+
+    def _through(self, model: torch.nn.Module, function: Callable[..., Any], batch: Batch) -> Any:
+        """`function(batch, step)` inside the wrapper's forward, where DDP and FSDP have the weights ready."""
+        unwrapped = self.accelerator.unwrap_model(model)
+        # TRL's redirection goes past the forward that accelerate wrapped in autocast.
+        with self.accelerator.autocast():
+            return self._forward_redirection(model, unwrapped, function, batch, self.state.global_step)
+
+    def prediction_step(self, *args: Any, **kwargs: Any) -> Any:
+        result = super().prediction_step(*args, **kwargs)
+        self.update.stopwatch.pop()
+        self._check_finite()
+        for name, value in self.update.averages.pop(self._sum_over_ranks).items():
+            self._metrics["eval"][name].append(value)
+        return result
+
+    def _get_grad_norm(self, model: torch.nn.Module, grad_norm: Any = None) -> Any:
+        """This step's gradient norm; the run ends before a step whose losses or gradient are not finite."""
+        self._check_finite()
+        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        if norm is not None:
+            self.recorder.grad_norm = float(norm)
+            if not torch.isfinite(torch.tensor(self.recorder.grad_norm)):
+                raise RuntimeError(
+                    f"step {self.state.global_step + 1}: the gradient is not finite although the loss is; "
+                    "lower the learning rate or the loss weights"
+                )
+        return norm
+
+    def _check_finite(self) -> None:
+        try:
+            self.update.watch.check()
+        except NonFiniteLoss as error:
+            prompts = [text[:300] for text in self._tokenizer.batch_decode(error.rollouts[:4])]
+            where = f"step {self.state.global_step + 1}: {error}"
+            raise RuntimeError(f"{where}, in rollouts of {prompts}") from error

@@ -5,8 +5,9 @@
 
 An update is teacher forward, student forward and backward on one batch of rollouts, the same random weights
 and tokens for all arms, gradient checkpointing on; the optimiser, the same for all, is left out. Seconds are
-wall time; memory is the peak over what is resident before the update (CUDA: the allocator's; CPU: the
-process's), gradients included. What has no room here is left out. Arms:
+wall time; memory is torch's allocations at most, gradients included, over those before the update (CUDA: the
+allocator's peak; CPU: the profiler's events in an update of its own, which is the warm-up too: what is
+resident there lies by the habits of malloc). What has no room here is left out. Arms:
 
 bare               both backbones and a scalar of the student's last state: the limit
 oprd, oprd_last    ours, all layers or the last one, the last k rows
@@ -29,7 +30,7 @@ from typing import Any
 
 import psutil
 import torch
-from harness import Row, hardware, of_arm, paired_ratio, run_in_turn, serve, write
+from harness import Row, allocated_mb, hardware, of_arm, paired_ratio, run_in_turn, serve, write
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 from torch import Tensor
@@ -39,7 +40,7 @@ from oprd.batch import Batch, weigh_rows
 from oprd.bridge.artifact import Bridge, Projector
 from oprd.capture import backbone
 from oprd.comparison import Comparison
-from oprd.meters import MemoryMeter
+from oprd.meters import MB
 from oprd.settings import ObjectiveSettings
 from oprd.teacher import Teacher
 from oprd.update import Update
@@ -117,12 +118,7 @@ CHECKS = (
     ("full_vocab", "trl", "seconds", 0.0, 1.05),
     ("full_vocab", "trl", "transient_mb", 0.0, 1.05),
 )
-# On a CPU memory is measured in rounds of its own, in which the allocator gives freed tensors back at once:
-# the resident set is then what is alive, and not what the allocator keeps.
-HANDED_BACK = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}
-MEMORY_ROUNDS = 3
-# Response tokens from which an update takes minutes on a CPU: one round, warmed up by a short update.
-LONG = 8192
+LONG = 8192  # response tokens from which an update takes minutes on a CPU: one round
 SWEEPS = {
     "length": ("tokens", (512, 1024, 2048, 4096, 8192, 16_384, 32_768)),
     "vocabulary": ("vocabulary", (32_000, 64_000, 151_936, 256_000)),
@@ -185,32 +181,24 @@ class Arm:
                 self.update = replace(self.update, comparison=Comparison(bridge.layer_map, bridge))
         if name in WHOLE:
             self.loss = self._whole
-        if shape.tokens >= LONG:  # instead of a warm-up of minutes
-            self.batch = make_batch(replace(shape, tokens=shape.last), settings, self.device)
-            self.measure()
         self.batch = make_batch(shape, settings, self.device)
+        if self.device.type == "cpu":
+            self.transient_mb = allocated_mb(lambda: self.loss().backward())
+            self._end_step()
 
     def measure(self) -> dict[str, float]:
         """Seconds and transient megabytes of one update."""
         self.move(self.device)
-        self.student.zero_grad(set_to_none=True)
-        memory = MemoryMeter(self.device)
         self._wait()
-        memory.start()
+        before = torch.cuda.memory_allocated() if self.device.type == "cuda" else 0
         start = time.perf_counter()
         self.loss().backward()
         self._wait()
         seconds = time.perf_counter() - start
-        result = {"seconds": seconds, "transient_mb": memory.read()["memory/transient_mb"]}
-        if self.name in OURS:  # what a training step does once, after its last micro-batch
-            self.update.averages.pop(lambda values: values)
-            self.update.stopwatch.pop()
-            self.update.watch.check()
-        self.student.zero_grad(set_to_none=True)
-        if self.device.type == "cuda":  # leave the device to the other arms
-            self.move(torch.device("cpu"))
-            torch.cuda.empty_cache()
-        return result
+        if self.device.type == "cuda":
+            self.transient_mb = (torch.cuda.max_memory_allocated() - before) / MB
+        self._end_step()
+        return {"seconds": seconds, "transient_mb": self.transient_mb}
 
     def move(self, device: torch.device) -> None:
         self.student.to(device)
@@ -219,6 +207,17 @@ class Arm:
     def _wait(self) -> None:
         if self.device.type == "cuda":
             torch.cuda.synchronize()
+
+    def _end_step(self) -> None:
+        if self.name in OURS:  # what a training step does once, after its last micro-batch
+            self.update.averages.pop(lambda values: values)
+            self.update.stopwatch.pop()
+            self.update.watch.check()
+        self.student.zero_grad(set_to_none=True)
+        if self.device.type == "cuda":  # leave the device to the other arms
+            self.move(torch.device("cpu"))
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
 
     def _states(self, model: PreTrainedModel) -> Tensor:
         reading = self.batch.student
@@ -291,20 +290,13 @@ def measure(preset: str, shape: Shape, arms: Sequence[str], repeats: int) -> lis
     for name in ("tokens", "vocabulary", "rollouts", "last"):
         arguments += [f"--{name}", str(getattr(shape, name))]
     kept = [arm for arm in arms if fits(arm, shape)]
-    long = shape.tokens >= LONG and not torch.cuda.is_available()
-    repeats = 1 if long else repeats
+    on_cuda = torch.cuda.is_available()
+    repeats = 1 if shape.tokens >= LONG and not on_cuda else repeats
     about = {"preset": preset, "tokens": shape.tokens, "last": shape.last, "vocabulary": shape.vocabulary}
     about |= {"rollouts": shape.rollouts}
     with tempfile.TemporaryDirectory() as shared:
         arguments += ["--shared", shared]
-        rows = run_in_turn(__file__, kept, arguments, repeats, warm_up=not long)
-        if not torch.cuda.is_available():
-            for row in rows:
-                del row["transient_mb"]
-            rounds = min(repeats, MEMORY_ROUNDS)
-            rows += run_in_turn(__file__, kept, arguments, rounds, HANDED_BACK, warm_up=not long)
-            for row in rows[len(kept) * repeats :]:
-                del row["seconds"]
+        rows = run_in_turn(__file__, kept, arguments, repeats, warm_up=on_cuda)
     return [about | row | hardware() for row in rows]
 
 

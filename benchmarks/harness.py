@@ -13,10 +13,14 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Sequence
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.profiler import ProfilerActivity, profile
+
+from oprd.meters import MB
 
 Row = dict[str, Any]
 
@@ -32,11 +36,11 @@ def serve(measure: Callable[[], dict[str, float]]) -> None:
 class Worker:
     """One arm's process."""
 
-    def __init__(self, script: str, arm: str, arguments: Sequence[str], environment: dict[str, str]) -> None:
+    def __init__(self, script: str, arm: str, arguments: Sequence[str]) -> None:
         self.arm = arm
         command = [sys.executable, script, "--worker", arm, *arguments]
-        pipe, environment = subprocess.PIPE, os.environ | environment
-        self._process = subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, env=environment)
+        pipe = subprocess.PIPE
+        self._process = subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True)
         self._read()
 
     def run(self) -> dict[str, float]:
@@ -58,15 +62,10 @@ class Worker:
 
 
 def run_in_turn(
-    script: str,
-    arms: Sequence[str],
-    arguments: Sequence[str],
-    repeats: int,
-    environment: dict[str, str] | None = None,
-    warm_up: bool = True,
+    script: str, arms: Sequence[str], arguments: Sequence[str], repeats: int, warm_up: bool = True
 ) -> list[Row]:
     """Every arm once as a warm-up, then `repeats` rounds of all arms, each round beginning with another."""
-    workers = [Worker(script, arm, arguments, environment or {}) for arm in arms]
+    workers = [Worker(script, arm, arguments) for arm in arms]
     rows = []
     try:
         for worker in workers if warm_up else []:
@@ -80,6 +79,16 @@ def run_in_turn(
         for worker in workers:
             worker.close()
     return sorted(rows, key=lambda row: (arms.index(row["arm"]), row["repeat"]))
+
+
+def allocated_mb(program: Callable[[], Any]) -> float:
+    """The most of torch's memory that `program` holds at once on a CPU, in 10⁶ bytes."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as events:
+        program()
+    assert events.profiler is not None and events.profiler.kineto_results is not None
+    found = (event for event in events.profiler.kineto_results.events() if event.name() == "[memory]")
+    sizes = (event.nbytes() for event in sorted(found, key=lambda event: event.start_ns()))
+    return max(accumulate(sizes, initial=0)) / MB
 
 
 def of_arm(rows: Iterable[Row], arm: str, key: str) -> list[float]:

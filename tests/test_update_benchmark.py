@@ -59,13 +59,22 @@ def test_a_run_in_turn(tmp_path, monkeypatch, capsys):
     actor_update.main()
     rows = list(csv.DictReader(output.open()))
     measured = [(row["arm"], row["repeat"], bool(row["seconds"]), bool(row["transient_mb"])) for row in rows]
-    rounds = [(arm, repeat) for arm in ("bare", "oprd") for repeat in "01"]
-    together = torch.cuda.is_available()  # on a CPU, memory has rounds of its own
-    expected = [(*one, True, together) for one in rounds]
-    assert measured == expected + ([] if together else [(*one, False, True) for one in rounds])
+    assert measured == [(arm, repeat, True, True) for arm in ("bare", "oprd") for repeat in "01"]
     assert {row["vocabulary"] for row in rows} == {"50"} and all(row["hardware"] for row in rows)
     table = capsys.readouterr().out
     assert "| bare |" in table and "1 (1–1)" in table
+
+
+def test_allocations_are_counted_while_they_live():
+    kept = []
+
+    def program():
+        kept.append(torch.ones(1_000_000))
+        (torch.ones(2_000_000) * 2).sum()
+        kept.append(torch.ones(3_000_000))
+
+    assert harness.allocated_mb(program) == pytest.approx(4 * (1 + 2 + 2), rel=1e-3)
+    assert harness.allocated_mb(kept.clear) == 0
 
 
 def test_paired_ratios():

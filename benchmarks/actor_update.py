@@ -40,7 +40,7 @@ from oprd.batch import Batch, weigh_rows
 from oprd.bridge.artifact import Bridge, Projector
 from oprd.capture import backbone
 from oprd.comparison import Comparison
-from oprd.meters import MB
+from oprd.meters import MemoryMeter
 from oprd.settings import ObjectiveSettings
 from oprd.teacher import Teacher
 from oprd.update import Update
@@ -189,14 +189,15 @@ class Arm:
     def measure(self) -> dict[str, float]:
         """Seconds and transient megabytes of one update."""
         self.move(self.device)
+        memory = MemoryMeter(self.device)
         self._wait()
-        before = torch.cuda.memory_allocated() if self.device.type == "cuda" else 0
+        memory.start()
         start = time.perf_counter()
         self.loss().backward()
         self._wait()
         seconds = time.perf_counter() - start
         if self.device.type == "cuda":
-            self.transient_mb = (torch.cuda.max_memory_allocated() - before) / MB
+            self.transient_mb = memory.read()["memory/transient_mb"]
         self._end_step()
         return {"seconds": seconds, "transient_mb": self.transient_mb}
 
@@ -217,7 +218,6 @@ class Arm:
         if self.device.type == "cuda":  # leave the device to the other arms
             self.move(torch.device("cpu"))
             torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats()
 
     def _states(self, model: PreTrainedModel) -> Tensor:
         reading = self.batch.student

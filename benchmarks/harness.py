@@ -64,7 +64,7 @@ class Worker:
 def run_in_turn(
     script: str, arms: Sequence[str], arguments: Sequence[str], repeats: int, warm_up: bool = True
 ) -> list[Row]:
-    """Every arm once as a warm-up, then `repeats` rounds of all arms, each round beginning with another."""
+    """Every arm once to `warm_up`, then `repeats` rounds of all arms, each round beginning with another."""
     workers = [Worker(script, arm, arguments) for arm in arms]
     rows = []
     try:

@@ -5,6 +5,7 @@ import math
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,11 +17,13 @@ from oprd.doctor import examine, longest_rollout
 from oprd.engines.vllm import is_installed
 from oprd.folder.run import resolved_settings, write_resolved
 from oprd.meters import MB
-from oprd.models import load_tokenizer, resolve_model
+from oprd.models import load_model, load_tokenizer, resolve_model
 from oprd.planning import machine
+from oprd.planning.checks import check_disk
 from oprd.planning.knobs import first_knob
 from oprd.planning.machine import Machine
 from oprd.planning.memory_plan import plan_memory
+from oprd.rollout_trainer import RolloutTrainer
 from oprd.train import parse_training_recipe
 
 RECIPE = {
@@ -206,6 +209,30 @@ def test_a_dry_run_tries_the_longest_rollouts_and_leaves_nothing(capsys, recipe,
     if sys.platform == "linux":
         assert "memory/peak_mb" in out and "memory/rollout_peak_mb" in out
     assert not (tmp_path / "run").exists()
+
+
+def test_rollouts_without_an_end_are_supervised_in_a_dry_run(recipe, monkeypatch):
+    supervised = []
+    describe = RolloutTrainer._describe
+
+    def note(self, batch, aligned):
+        supervised.append((batch["representation_weights"] > 0).sum().item())
+        describe(self, batch, aligned)
+
+    monkeypatch.setattr(RolloutTrainer, "_describe", note)
+    path = recipe(mask_truncated_completions=True, positions="all")
+    assert cli.run(["train", path, "--dry_run"]) == 0
+    assert supervised == [8 * 16] * 2
+
+
+def test_adapters_end_as_a_whole_model_on_the_disk(recipe):
+    run, config = parse_training_recipe(recipe(use_peft=True))
+    longest, _ = longest_rollout(run, config)
+    plan = plan_memory(run.model_name_or_path, config, longest, Machine(torch.device("cpu"), 0, 0), run.lora)
+    whole = sum(weight.numel() for weight in load_model(resolve_model("tiny:student")).parameters())
+    assert plan.final_bytes - plan.model_bytes == 4 * whole
+    disk = check_disk(Path(config.output_dir), config, plan)
+    assert "and the model" in disk
 
 
 @pytest.mark.skipif(is_bitsandbytes_available(), reason="bitsandbytes is installed")

@@ -94,7 +94,9 @@ def test_real_prompts(tmp_path):
 )
 def test_accelerate_takes_every_launcher(path):
     config = load_config_from_file(str(path))
-    kind = {"one": "NO", "fsdp2": "FSDP", "zero2": "DEEPSPEED", "zero3": "DEEPSPEED"}[path.stem.partition("_")[0]]
+    kind = {"one": "NO", "fsdp2": "FSDP", "zero2": "DEEPSPEED", "zero3": "DEEPSPEED"}[
+        path.stem.partition("_")[0]
+    ]
     assert config.distributed_type.value == kind and config.mixed_precision == "bf16"
     assert config.num_processes == {"one_gpu": 1, "fsdp2_nodes": 16}.get(path.stem, 8)
     if kind == "FSDP":

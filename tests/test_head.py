@@ -5,12 +5,13 @@ import copy
 import pytest
 import torch
 import transformers
+from accelerate.hooks import ModelHook, add_hook_to_module
 from transformers import Qwen3ForCausalLM
 
 from oprd import output_space
 from oprd.capture import backbone
 from oprd.errors import UserError
-from oprd.head import Head
+from oprd.head import Head, check_head
 
 SIZES = {
     "vocab_size": 41,
@@ -276,3 +277,28 @@ def test_a_head_that_is_no_plain_linear_layer_is_read_by_its_own_forward():
     torch.testing.assert_close(
         head.in_chunks(mixed, rows, (others, tokens), 3), mixed(head(rows), others, tokens).detach()
     )
+
+
+def test_a_head_that_is_spread_over_devices_is_refused_with_the_cause():
+    model = build("plain")
+    add_hook_to_module(model.lm_head, ModelHook())
+    check_head(model, is_trained=False)
+    with pytest.raises(UserError, match="one process for each GPU"):
+        check_head(model, is_trained=True)
+
+
+def test_float16_keeps_rows_of_a_small_share():
+    """Rows of a large batch weigh less than float16 can tell from 0, and the loss is scaled afterwards."""
+    exact = make_head()
+    rows, others, tokens, weights = make_rows(64)
+    weights, scale = weights * 1e-6, 2.0**16
+    half = Head(copy.deepcopy(exact.linear).half(), 1.0, None, 11)
+    exact.linear.load_state_dict({k: v.double() for k, v in half.linear.state_dict().items()})
+    given = rows.detach().half().requires_grad_()
+    precise = given.detach().double().requires_grad_()
+    total, _ = half.weighted_loss(mixed, given, (others.float(), tokens), weights, 3)
+    (total * scale).backward()
+    wanted, _ = dense(exact, precise, others.float(), tokens, weights)
+    (wanted * scale).backward()
+    for ours, theirs in ((given.grad, precise.grad), (half.linear.weight.grad, exact.linear.weight.grad)):
+        assert ours.dtype == torch.float16 and (ours.double() - theirs).norm() < 1e-3 * theirs.norm()

@@ -36,10 +36,15 @@ class Anchor:
         bases = {layer: torch.linalg.qr(bridge.projectors[layer].student.T)[0] for layer in layers}
         return cls(StateReader(reference), bases)
 
-    def shard(self, sharding: Sharding) -> None:
-        """Spread a copy of the student over ranks, as the student is."""
-        if not hasattr(self.reference.model, "disable_adapter"):
+    def place(self, device: torch.device, sharding: Sharding | None) -> None:
+        """Put a copy of the student where the student will be: on `device`, or spread over ranks."""
+        model: Any = self.reference.model
+        if hasattr(model, "disable_adapter"):
+            return
+        if sharding is not None:
             sharding.shard(self.reference)
+        elif model.device.type != device.type:  # DeepSpeed moves the student later
+            model.to(device)
 
     @torch.no_grad()
     def read(self, reading: Reading, want: Want) -> dict[int, Tensor]:

@@ -8,9 +8,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from datasets import Dataset
+from torch import Tensor
 
 from oprd.doctor import longest_rollout
+from oprd.engines.student import StudentEngine
 from oprd.errors import refusals_told
 from oprd.meters import MB, resident_mb
 from oprd.planning.decoding import sample_last_token
@@ -36,7 +39,7 @@ STEPS = 2  # the first makes the optimiser's state, which the second has to fit 
 
 
 class DryRunTrainer(OPRDTrainer):
-    """An `OPRDTrainer` that is given the longest rollouts; the last token of each is sampled in earnest."""
+    """An `OPRDTrainer` that is given the longest rollouts, whose last token generate really samples."""
 
     longest: Longest
     rollouts_per_step: int
@@ -47,6 +50,9 @@ class DryRunTrainer(OPRDTrainer):
             with self.whole_student(), self.accelerator.autocast():
                 sample_last_token(self.accelerator.unwrap_model(self.model_wrapped), rollouts, self.args)
         return [list(self.longest.response_ids) for _ in prompt_ids]
+
+    def _read_engine(self, engine: StudentEngine, batch: dict[str, Any]) -> dict[str, Tensor]:
+        return {"engine_log_probs": torch.zeros(batch["completion_ids"].shape, device=self.args.device)}
 
 
 def try_longest(run: RunArguments, config: OPRDConfig) -> str:
@@ -142,6 +148,7 @@ def _short(config: OPRDConfig, longest: Longest, step: int, folder: str) -> OPRD
         setattr(args, f"{term}_weight", str(schedule(step)))
     args.gradient_accumulation_steps = _accumulation(config, longest)
     args.output_dir, args.max_steps, args.save_strategy = folder, STEPS, "no"
+    args.mask_truncated_completions = False  # the longest response has no end, and is to be supervised
     args.report_to, args.disable_tqdm, args.push_to_hub = [], True, False
     return args
 

@@ -16,8 +16,6 @@ from oprd.errors import UserError
 from oprd.models import weights_are_here
 from oprd.sharding.state import whole_tensor
 
-HALF = (torch.bfloat16, torch.float16)
-
 
 @dataclass(frozen=True)
 class Head:
@@ -113,8 +111,10 @@ class Head:
         """States and W, over the shared vocabulary, as they are multiplied."""
         kind = rows.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else rows.dtype
-        if kind != "cuda" and dtype in HALF:
-            dtype = torch.float32  # only CUDA multiplies half precision into float32
+        if dtype is torch.float16 or (kind != "cuda" and dtype is torch.bfloat16):
+            # A row's share of the loss is small, and float16 would round it to 0; only CUDA multiplies
+            # bfloat16 into float32.
+            dtype = torch.float32
         return rows.to(dtype), self.linear.weight[: self.vocabulary].to(dtype)
 
     @torch.no_grad()
@@ -145,10 +145,15 @@ def check_head(student: nn.Module, is_trained: bool) -> None:
             "the student's input embedding has adapters and is tied to its LM head, which would not see them "
             "until they are merged: leave the embedding out of lora_target_modules"
         )
+    if is_trained and hasattr(linear, "_hf_hook"):
+        raise UserError(
+            "the student is spread over devices or offloaded, and no output loss would train its LM head "
+            "right: start one process for each GPU (torchrun), or show it one (CUDA_VISIBLE_DEVICES=0)"
+        )
     if _is_adapted(linear) or (is_trained and not _is_plain(linear)):
         raise UserError(
             f"the student's LM head is {type(linear).__name__}, and no loss would train it right: leave "
-            "lm_head out of lora_target_modules, modules_to_save, quantisation and offloading"
+            "lm_head out of lora_target_modules, modules_to_save and quantisation"
         )
 
 
@@ -189,9 +194,10 @@ class _WeightedLoss(torch.autograd.Function):
                 if any(gradient is not None for gradient in gradients):
                     (slope,) = torch.autograd.grad(here, product)
                     _accumulate(gradients, chunk, slope, states[chunk], used)
+        ctx.dtypes = [None if x is None else x.dtype for x in inputs]
         ctx.gradients = [
-            gradient if gradient is None or x is None else gradient.to(x.dtype)
-            for gradient, x in zip(gradients, inputs, strict=True)
+            gradient if gradient is None or dtype is torch.float16 else gradient.to(dtype)
+            for gradient, dtype in zip(gradients, ctx.dtypes, strict=True)
         ]
         result = torch.cat(values)
         ctx.mark_non_differentiable(result)
@@ -202,7 +208,8 @@ class _WeightedLoss(torch.autograd.Function):
         gradients, ctx.gradients = ctx.gradients, None
         if gradients is None:
             raise RuntimeError("the gradient of a chunked output loss can be taken once only")
-        return *(None,) * 5, *(None if x is None else x.mul_(grads[0]) for x in gradients)
+        scaled = zip(gradients, ctx.dtypes, strict=True)  # float16 is large enough once the loss was scaled
+        return *(None,) * 5, *(None if x is None else x.mul_(grads[0]).to(dtype) for x, dtype in scaled)
 
 
 def _accumulate(
@@ -239,14 +246,14 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
 
 def _product(rows: Float[Tensor, "N D"], weight: Float[Tensor, "V D"]) -> Float[Tensor, "N V"]:
     """rows · Wᵀ in float32 or wider: logits are never rounded to half precision."""
-    if rows.dtype in HALF:
+    if rows.dtype is torch.bfloat16:
         return torch.mm(rows, weight.T, out_dtype=torch.float32)
     return rows @ weight.T
 
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
     """total += a · b, without rounding the product to half precision."""
-    if a.dtype in HALF:
+    if a.dtype is torch.bfloat16:
         torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
     else:
         total.addmm_(a, b)

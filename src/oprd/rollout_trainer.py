@@ -30,6 +30,12 @@ class RolloutTrainer(Trainer):
     fixed_text: FixedText
     _buffered_inputs: Any
 
+    def _tokenize_prompts(self, prompts: list[Any]) -> Any:
+        """TRL's ids of the prompts, but that text which begins with a BOS gets no second one."""
+        if isinstance(prompts[0], str):
+            return [self._render(prompt) for prompt in prompts], None, {}
+        return super()._tokenize_prompts(prompts)
+
     def _generate_single_turn(self, prompt_ids: Any, *args: Any, **kwargs: Any) -> Any:
         with nullcontext() if self.use_vllm else self.whole_student():
             return super()._generate_single_turn(prompt_ids, *args, **kwargs)

@@ -21,6 +21,7 @@ from oprd.prompts import load_prompts
 from oprd.recipe import parse_recipe
 from oprd.rollouts import Sampling
 from oprd.settings import at_least
+from oprd.sharding.zero import loaded_whole
 from oprd.trainer import OPRDConfig, OPRDTrainer
 
 logger = logging.getLogger(__name__)
@@ -104,7 +105,8 @@ def _save_final(trainer: OPRDTrainer, folder: Path) -> None:
         if is_writer:
             if holds_adapters(str(partial)):
                 (partial / CARD_FILE).unlink(missing_ok=True)  # peft's, a form to be filled in
-                save_merged(partial, trainer.processing_class, trainer.args.trust_remote_code)
+                with loaded_whole():
+                    save_merged(partial, trainer.processing_class, trainer.args.trust_remote_code)
                 shutil.copy(folder / CARD_FILE, partial / MERGED_FOLDER)
             trainer.state.save_to_json(str(partial / STATE_FILE))
     if is_writer:

@@ -37,7 +37,8 @@ from oprd.meters import MemoryMeter
 from oprd.models import holds_adapters, resolve_model
 from oprd.rollouts import render_prompt
 from oprd.settings import ObjectiveSettings, at_least
-from oprd.sharding.fsdp import Sharding, check_zero3
+from oprd.sharding.fsdp import Sharding
+from oprd.sharding.zero import check_zero3
 from oprd.teacher import Teacher, quantization
 from oprd.translation import Translation
 from oprd.update import Update

@@ -82,8 +82,8 @@ class Update:
     def place(self, device: torch.device, sharding: Sharding | None) -> None:
         """Put the frozen models where they are read: on `device`, or spread over ranks as the student is."""
         self.teacher.place(device, sharding, self.settings.teacher_offload)
-        if sharding is not None and self.anchor is not None:
-            self.anchor.shard(sharding)
+        if self.anchor is not None:
+            self.anchor.place(device, sharding)
 
     def loss(self, batch: Batch, step: int) -> Tensor:
         """μ · representation + w · output (Eq. 7) + a · anchor of one micro-batch at update `step`, 0-based.

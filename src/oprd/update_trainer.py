@@ -1,10 +1,12 @@
 """A trainer's update: the losses of a window of rollouts, and the gradient norm that ends its step."""
 
-from collections.abc import Callable
-from contextlib import nullcontext
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
+from accelerate.utils import DistributedType
 from torch import Tensor
 
 from oprd.batch import Batch, on_host
@@ -45,11 +47,26 @@ class UpdateTrainer(RolloutTrainer):
         """The loss of the last micro-batch, plus those of the others, whose gradients are taken here."""
         total = torch.zeros((), device=self.accelerator.device, requires_grad=True)
         for part in parts[:-1]:
-            with self.accelerator.no_sync(model) if self.sharding is None else nullcontext():
+            with self._more_to_come(model) as keys:
                 loss = self._one_loss(model, part)
-                self.accelerator.backward(loss)
+                self.accelerator.backward(loss, **keys)
             total = total + loss.detach()
         return total + self._one_loss(model, parts[-1]) if parts else total
+
+    @contextmanager
+    def _more_to_come(self, model: torch.nn.Module) -> Iterator[dict[str, Any]]:
+        """Within it a backward is not the step's last: no exchange of gradients; yields its arguments."""
+        if self.accelerator.distributed_type == DistributedType.DEEPSPEED:
+            state = self.accelerator.gradient_state
+            is_last = state.sync_gradients
+            state._set_sync_gradients(False)  # or the engine would step
+            try:
+                yield {"scale_wrt_gas": False}  # as the base class has it
+            finally:
+                state._set_sync_gradients(is_last)
+            return
+        with self.accelerator.no_sync(model) if self.sharding is None else nullcontext():
+            yield {}
 
     def _one_loss(self, model: torch.nn.Module, inputs: dict[str, Any]) -> Tensor:
         loss = self._through(model, self.update.loss, Batch.of(inputs))
@@ -77,7 +94,8 @@ class UpdateTrainer(RolloutTrainer):
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
         if norm is not None:
             self.recorder.grad_norm = float(norm)
-            if not torch.isfinite(torch.tensor(self.recorder.grad_norm)):
+            # A gradient scaler, in float16, skips such a step and scales less from then on.
+            if self.accelerator.scaler is None and not math.isfinite(self.recorder.grad_norm):
                 raise RuntimeError(
                     f"step {self.state.global_step + 1}: the gradient is not finite although the loss is; "
                     "lower the learning rate or the loss weights"

@@ -31,6 +31,7 @@ CASES: dict[str, dict[str, Any]] = {
     "token": {"representation_loss": "relative_mse", "reduction": "token", "num_generations": 2},
     "accumulated": {"gradient_accumulation_steps": 2, "mask_truncated_completions": True},
     "packed": {"gradient_accumulation_steps": 2, "max_tokens_per_micro_batch": 24},
+    "packed_at_once": {"max_tokens_per_micro_batch": 24},  # several backwards in one micro-batch
     "output": OUTPUT,
     "tied": OUTPUT | {"student": "tied", "teacher": "tied_teacher", "diagnostics_steps": 1},
     "phases": {

@@ -5,14 +5,17 @@ import json
 import pytest
 import torch
 import yaml
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from test_trainer_run import lasting
-from tiny_pair import QUICK, prompt_texts
+from tiny_pair import QUICK, perturb, prompt_texts
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from oprd.engines import choose
 from oprd.engines.choose import choose_engine
+from oprd.engines.student import StudentEngine
 from oprd.errors import UserError
+from oprd.meters import Stopwatch
 from oprd.models import load_model, load_tokenizer, resolve_model
 from oprd.train import parse_training_recipe, train
 
@@ -150,3 +153,38 @@ def test_small_updates_outlive_a_model_stored_in_bfloat16(recipe, tmp_path, stud
         assert (merged[name] - wanted[name]).norm() <= 0.01 * update.norm()
     card = (folder / "README.md").read_text()
     assert "oprd" in card and (folder / "merged" / "README.md").read_text() == card
+
+
+class HandsOver:
+    """As TRL hands adapters over, merged into the weights below them for as long as it takes."""
+
+    mode, generation_kwargs = "server", {}
+
+    def __init__(self, model):
+        self.model = model
+
+    def sync_weights(self):
+        self.model.merge_adapter()
+        self.model.unmerge_adapter()
+
+    def generate(self):
+        self.sync_weights()
+
+
+@pytest.mark.parametrize("kind", [{}, {"use_dora": True}], ids=["lora", "dora"])
+def test_weights_below_adapters_come_back_as_they_were(student, kind):
+    model = AutoModelForCausalLM.from_pretrained(student, dtype=torch.bfloat16)
+    model = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear", **kind))
+    perturb(model, seed=3)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    HandsOver(model).sync_weights()
+    assert any(not torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    model.load_state_dict(before)
+    generation = HandsOver(model)
+    engine = StudentEngine(generation, Stopwatch(torch.device("cpu")), [2])
+    for hand_over in (engine.sync_weights, generation.generate):
+        engine.unchecked = False
+        with torch.no_grad():
+            hand_over()
+        assert engine.unchecked
+        assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())

@@ -589,3 +589,10 @@ def test_anchor_of_adapters_is_the_model_below_them(make_trainer, roll_out, grad
 def test_anchor_needs_a_bridge():
     with pytest.raises(UserError, match="anchor_weight holds what a bridge leaves open"):
         OPRDConfig(anchor_weight="1")
+
+
+def test_the_anchors_copy_goes_where_the_student_will_be(make_trainer, bridge):
+    """Under DeepSpeed the student is still on the host when it is copied."""
+    anchor = make_trainer(bridge=bridge, anchor_weight="1").update.anchor
+    anchor.place(torch.device("meta"), None)
+    assert anchor.reference.model.device.type == "meta"

@@ -11,11 +11,18 @@ import pytest
 import rank_worker
 import torch
 import yaml
+from accelerate.utils.deepspeed import HfDeepSpeedConfig
 from safetensors.torch import load_file
 from test_trainer_bridge import save_random_bridge
 from tiny_pair import QUICK
+from transformers.integrations.deepspeed import (
+    is_deepspeed_zero3_enabled,
+    set_hf_deepspeed_config,
+    unset_hf_deepspeed_config,
+)
 
 from oprd.folder.recorder import read_metrics
+from oprd.sharding.zero import loaded_whole
 
 SKIPPED = ("time/", "memory/")
 EXPERTS = {
@@ -127,8 +134,8 @@ def test_in_half_precision_gradients_are_summed_in_float32(tmp_path, models):
 
 
 ZERO = {
-    "zero2": ("output", "tied", "bridge"),
-    "zero3": ("representation", "accumulated", "adapters_through_bridge"),
+    "zero2": ("output", "tied", "bridge", "packed_at_once"),
+    "zero3": ("representation", "accumulated", "adapters_through_bridge", "packed_at_once"),
 }
 
 
@@ -223,3 +230,14 @@ def test_one_process_told_to_shard_says_that_it_does_not_and_resumes(tmp_path, s
         assert done.stderr.count("FSDP is asked for, but nothing is sharded") == 1
     assert [record["step"] for record in read_metrics(tmp_path / "run" / "metrics.jsonl")] == [1, 2, 3]
     assert json.loads((tmp_path / "run" / "trainer_state.json").read_text())["global_step"] == 3
+
+
+def test_one_rank_loads_a_model_whole_under_zero3():
+    config = HfDeepSpeedConfig({"zero_optimization": {"stage": 3}})
+    set_hf_deepspeed_config(config)
+    try:
+        with loaded_whole():
+            assert not is_deepspeed_zero3_enabled()
+        assert is_deepspeed_zero3_enabled()
+    finally:
+        unset_hf_deepspeed_config()

@@ -11,6 +11,7 @@ import torch
 import trl
 from datasets import Dataset
 from tiny_pair import prompt_texts
+from tokenizers.processors import TemplateProcessing
 
 from oprd.batch import truncated_rollouts
 from oprd.errors import UserError
@@ -218,3 +219,16 @@ def test_a_teacher_with_its_own_template_sees_the_tools(tool_trainer, roll_out):
     trainer.translation.tokenizer = trainer._tokenizer
     batch = roll_out(trainer)
     assert torch.equal(batch["teacher_prompt_ids"], batch["prompt_ids"])
+
+
+def test_text_that_begins_with_a_bos_gets_no_second_one(make_trainer, tokenizer, roll_out):
+    """Tokenizers as Llama's put a BOS before text, and so do some datasets."""
+    bos = copy.deepcopy(tokenizer)
+    bos.bos_token = "<|im_start|>"
+    single = TemplateProcessing(single="<|im_start|> $A", special_tokens=[("<|im_start|>", bos.bos_token_id)])
+    bos.backend_tokenizer.post_processor = single
+    rows = Dataset.from_dict({"prompt": ["<|im_start|>What is 3?", "What is 3?"] * 4})
+    trainer = make_trainer(dataset=rows, script=by_length, extra={"processing_class": bos})
+    batch = roll_out(trainer, 4)
+    for ids, mask in zip(batch["prompt_ids"], batch["prompt_mask"].bool(), strict=True):
+        assert ids[mask].tolist() == [bos.bos_token_id, *tokenizer("What is 3?")["input_ids"]]

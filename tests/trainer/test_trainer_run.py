@@ -1,6 +1,7 @@
 """Run folders of `oprd train`: metrics, resuming, refusals, faults, what a finished run leaves."""
 
 import json
+import math
 import shutil
 from pathlib import Path
 
@@ -380,3 +381,13 @@ def test_a_gradient_that_is_not_finite_stops_the_run_unapplied(make_trainer):
     with pytest.raises(RuntimeError, match="step 1: the gradient is not finite"):
         trainer.train()
     assert torch.equal(trainer.model.model.layers[0].mlp.up_proj.weight, before)
+
+
+def test_a_scaler_skips_a_step_whose_gradient_is_not_finite(make_trainer):
+    """In float16 gradients overflow from time to time, and are scaled less from then on."""
+    trainer = make_trainer()
+    trainer.accelerator.scaler = torch.amp.GradScaler("cpu")
+    assert trainer._get_grad_norm(trainer.model, grad_norm=torch.tensor(math.inf)) == math.inf
+    trainer.recorder.on_step_end(trainer.args, trainer.state, trainer.control)
+    (line,) = (Path(trainer.args.output_dir) / "metrics.jsonl").read_text().splitlines()
+    assert "learning_rate" in json.loads(line) and "grad_norm" not in json.loads(line)

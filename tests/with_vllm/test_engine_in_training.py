@@ -59,6 +59,14 @@ def test_steps_that_move_the_student_by_next_to_nothing(start, tmp_path):
     assert len(steps) == 17 and max(step["rollout/logprob_gap"] for step in steps) < 1e-5
 
 
+def test_a_dry_run(start, tmp_path):
+    for flags in ([], ["--output_loss", "sampled_token", "--vllm_importance_sampling_correction", "true"]):
+        argv = ["train", RECIPES / "vanilla.yaml", "--dry_run", "--use_vllm", "true", *flags]
+        ended = start("-m", "oprd.cli", *argv, "--output_dir", tmp_path / "run")
+        assert ended.returncode == 0, ended.stderr[-3000:]
+        assert "dry run: 2 steps of" in ended.stdout and not (tmp_path / "run").exists()
+
+
 def test_sampled_tokens_are_weighed(start, tmp_path):
     flags = ["--vllm_importance_sampling_correction", "true", "--learning_rate", "1e-3"]
     steps = train(start, "sampled_token.yaml", tmp_path / "run", *GROUPS, *flags)

@@ -40,6 +40,7 @@ class StudentEngine:
 
     def __init__(self, generation: Any, stopwatch: Stopwatch, eos_token_ids: Sequence[int]) -> None:
         generation.logprobs = 0  # of the sampled token alone
+        self._hand_over, generation.sync_weights = generation.sync_weights, self.sync_weights
         options: dict[str, Any] = {"stop_token_ids": list(eos_token_ids)}
         if generation.mode == "colocate" and "stop" not in generation.generation_kwargs:
             options["detokenize"] = False  # nobody reads the text, and it is 7 % of the time
@@ -63,7 +64,7 @@ class StudentEngine:
     def sync_weights(self) -> None:
         """Hand the student's weights over, adapters merged into them."""
         with self._stopwatch.part("sync"), _frozen_weights_kept(self._generation.model):
-            self._generation.sync_weights()
+            self._hand_over()
         self.unchecked = True
 
     def generate(self, prompts: list[list[int]], **kwargs: Any) -> tuple:
@@ -108,15 +109,18 @@ class StudentEngine:
 
 @contextmanager
 def _frozen_weights_kept(model: nn.Module) -> Iterator[None]:
-    """Put back what adapters are merged into and taken out of: it comes out rounded, more at every step."""
+    """Put back what adapters are merged into and taken out of: it comes out rounded, more at every step.
+
+    A weight's storage may be another one afterwards (DoRA).
+    """
     kept = [
-        (_local(weight), _local(weight).to("cpu", copy=True))
+        (weight, _local(weight).to("cpu", copy=True))
         for name, weight in model.named_parameters()
         if ".base_layer." in name
     ]
     yield
     for weight, before in kept:
-        weight.copy_(before)
+        _local(weight).copy_(before)
 
 
 def _local(weight: nn.Parameter) -> Tensor:

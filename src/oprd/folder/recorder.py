@@ -1,6 +1,7 @@
 """Writes one line of `metrics.jsonl` per optimiser step and keeps a progress bar with the same numbers."""
 
 import json
+import math
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -82,7 +83,7 @@ class Recorder(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
         values = self.averages.pop(self._reduce)
-        values["grad_norm"] = self.grad_norm
+        values |= {"grad_norm": self.grad_norm} if math.isfinite(self.grad_norm) else {}
         values["learning_rate"] = self._learning_rate
         values |= {f"time/{name}_seconds": seconds for name, seconds in self.stopwatch.pop().items()}
         values |= self.memory.read()

@@ -61,7 +61,7 @@ def check_disk(folder: Path, config: Any, plan: MemoryPlan) -> str:
     if limit is not None:
         kept = min(kept, limit + 1)  # the oldest goes when the next one is whole
     each = plan.model_bytes if config.save_only_model else plan.checkpoint_bytes
-    needed = kept * each + plan.model_bytes
+    needed = kept * each + plan.final_bytes
     free = shutil.disk_usage(next(path for path in (folder, *folder.parents) if path.exists())).free
     says = f"{kept} checkpoints of {each / MB:,.0f} MB and the model, of {free / MB:,.0f} MB that are free"
     if needed > free:

@@ -21,6 +21,10 @@ from oprd.planning.rehearsal import Rehearsal
 
 Parts = dict[str, int]
 
+# Updates that are gone through on a CPU, of which the fullest counts: holes in malloc's heap are others each
+# time, and a run meets the fullest of many steps.
+HEAP_PASSES = 3
+
 
 class Unplannable(UserError):
     """What a model computes cannot be carried out on shapes alone."""
@@ -31,7 +35,8 @@ class MemoryPlan:
     """Bytes by part on one rank, at the fullest moment of the rollouts and of the update.
 
     `step` is the update, 0-based, that holds most: schedules switch terms on and off. On disk the trained
-    model takes `model_bytes` and a checkpoint, which has the optimiser's state too, `checkpoint_bytes`.
+    model takes `model_bytes` and a checkpoint, which has the optimiser's state too, `checkpoint_bytes`; the
+    run ends with `final_bytes`: the model or, of adapters, these and the whole model that they make.
     """
 
     rollout: Parts
@@ -39,6 +44,7 @@ class MemoryPlan:
     step: int
     model_bytes: int
     checkpoint_bytes: int
+    final_bytes: int
 
     @property
     def rollout_mb(self) -> float:
@@ -70,8 +76,7 @@ def plan_memory(
         roll_out = (lambda: None) if settings.use_vllm else rehearsal.roll_out
         if rehearsal.footprint.is_unread:
             measure(roll_out)  # what either reads of a file is there when the other comes again
-        # What malloc keeps of the heap's holes is another amount each time, and a run takes many steps.
-        passes = 2 if machine.device.type == "cpu" else 1
+        passes = HEAP_PASSES if machine.device.type == "cpu" else 1
         updates = [(measure(partial(rehearsal.update, step)), step) for step in _steps(settings) * passes]
         rollout = measure(roll_out)
         update, step = max(updates, key=lambda each: sum(each[0].values()))

@@ -28,6 +28,7 @@ from oprd.translation import Translation
 from oprd.update import Update
 
 BYTES_OF_A_TOKEN = 32  # on the host: four ids, as a tokenizer of bytes may make of one
+MERGED_BYTES = 4  # of a number of the model that adapters are merged into
 QUANTISED_BYTES = {"8bit": 1, "4bit": 0.5 + 4 / 64}  # with a float32 scale for 64 weights
 
 
@@ -121,12 +122,14 @@ class Rehearsal:
         return sum(weight.nbytes for weight in self._trained)
 
     @property
-    def saved_bytes(self) -> tuple[int, int]:
-        """What the trained model, or its adapters alone, take on disk, and a checkpoint, after a step."""
+    def saved_bytes(self) -> tuple[int, int, int]:
+        """On disk: the trained model or its adapters; a checkpoint, after a step; what a run ends with."""
         adapters = hasattr(self.student, "peft_config")
         model = self.trained_bytes if adapters else _bytes(self.student)
         state = tree_leaves(list(self._optimizer.state.values()))
-        return model, model + sum(x.nbytes for x in state if isinstance(x, Tensor))
+        checkpoint = model + sum(x.nbytes for x in state if isinstance(x, Tensor))
+        frozen = sum(weight.numel() for weight in self.student.parameters() if not weight.requires_grad)
+        return model, checkpoint, model + adapters * MERGED_BYTES * frozen
 
     def _through(self, batch: Batch, step: int) -> Tensor:
         """The loss inside the student's forward, in which FSDP has the weights ready."""

@@ -26,7 +26,6 @@ from torch.distributed.fsdp import (
 from oprd.capture import blocks
 from oprd.errors import UserError
 from oprd.reading import StateReader
-from oprd.settings import ObjectiveSettings
 from oprd.sharding.table import RowFetcher, shard_tables
 
 logger = logging.getLogger(__name__)
@@ -102,15 +101,3 @@ class Sharding:
                 kept = unit is model or unit is head
                 unit.set_reshard_after_forward(self.reshard_after_forward and not kept, recurse=False)
                 unit.reshard()
-
-
-def check_zero3(student: nn.Module, settings: ObjectiveSettings) -> None:
-    """Raise `UserError` for what DeepSpeed's partitioning rules out: only a module that runs has weights."""
-    causal: Any = student
-    if settings.output_schedule.ever_active or settings.diagnostics_steps:
-        raise UserError(
-            "output losses and diagnostics_steps use the LM heads outside the models, where ZeRO-3 has no "
-            "weights: use FSDP2 (recipes/accelerate), ZeRO-2, or output_loss: none with diagnostics_steps: 0"
-        )
-    if settings.anchor_schedule.ever_active and not hasattr(causal, "disable_adapter"):
-        raise UserError("anchor_weight copies the student, which ZeRO-3 partitions: use FSDP2 or ZeRO-2")

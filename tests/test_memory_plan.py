@@ -28,6 +28,7 @@ from oprd.planning.parts import (
     LOGITS,
     OPTIMISER,
     PROCESS,
+    SAMPLING,
     STUDENT,
     TEACHER,
 )
@@ -314,6 +315,12 @@ def test_a_tensor_counts_for_as_long_as_it_lives():
     assert parts["here"] == 2 * 4000 and parts.get(KEPT, 0) <= 5 * 4096
     large = footprint.peak_of(lambda: torch.zeros(10**9).exp())
     assert sum(large.values()) == pytest.approx(8e9, rel=0.01)
+
+
+def test_sampled_tokens_that_vllm_weighs_can_be_planned(plan):
+    keys = {"output_loss": "sampled_token", "representation_weight": "0"}
+    weighed = plan(**keys, use_vllm=True, vllm_importance_sampling_correction=True)
+    assert weighed.update[LOGITS] >= plan(**keys).update[LOGITS] > 0 and not weighed.rollout.get(SAMPLING)
 
 
 @pytest.fixture(scope="module")

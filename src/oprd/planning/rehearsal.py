@@ -207,6 +207,8 @@ class Rehearsal:
             read = translation.prompts([self.longest.prompt] * count)
             batch |= read | {"teacher_prompt_ids": read["teacher_prompt_ids"].to(self.device)}
             batch |= translation.responses(batch["completion_ids"], batch["completion_mask"])[0]
+        if settings.use_vllm:
+            batch |= {"engine_log_probs": torch.zeros(batch["completion_ids"].shape, device=self.device)}
         whole = torch.zeros(count, dtype=torch.bool)
         vocabulary = self.objective.output.vocabulary
         return batch | weigh_rows(batch, whole, settings, lambda units: units, vocabulary)

@@ -115,6 +115,8 @@ CHECKS = (
     ("oprd_bridge", "oprd", "seconds", 0.0, 1.10),
     ("top_16_whole", "oprd", "seconds", 2.5, 1e9),
     ("top_16_whole", "oprd", "transient_mb", 5.0, 1e9),
+    ("full_vocab", "oprd", "seconds", 1.5, 1e9),
+    ("full_vocab", "oprd", "transient_mb", 2.0, 1e9),
     ("full_vocab", "trl", "seconds", 0.0, 1.05),
     ("full_vocab", "trl", "transient_mb", 0.0, 1.05),
 )
@@ -182,6 +184,7 @@ class Arm:
         if name in WHOLE:
             self.loss = self._whole
         self.batch = make_batch(shape, settings, self.device)
+        self._leave_device()
         if self.device.type == "cpu":
             self.transient_mb = allocated_mb(lambda: self.loss().backward())
             self._end_step()
@@ -215,7 +218,11 @@ class Arm:
             self.update.stopwatch.pop()
             self.update.watch.check()
         self.student.zero_grad(set_to_none=True)
-        if self.device.type == "cuda":  # leave the device to the other arms
+        self._leave_device()
+
+    def _leave_device(self) -> None:
+        """Leave an accelerator to the other arms."""
+        if self.device.type == "cuda":
             self.move(torch.device("cpu"))
             torch.cuda.empty_cache()
 

@@ -23,6 +23,7 @@ from oprd.planning.checks import check_disk
 from oprd.planning.knobs import first_knob
 from oprd.planning.machine import Machine
 from oprd.planning.memory_plan import plan_memory
+from oprd.planning.parts import STUDENT, TEACHER
 from oprd.rollout_trainer import RolloutTrainer
 from oprd.train import parse_training_recipe
 
@@ -150,8 +151,11 @@ def test_a_dry_run_through_a_bridge(capsys, recipe, tmp_path):
 
 
 def test_ranks_share_a_sharded_run(recipe):
-    run, config = parse_training_recipe(recipe())
-    assert examine(run, config, ranks=4).machine.ranks == 4
+    run, config = parse_training_recipe(recipe(), ["--fsdp", "true"])
+    alone, shared = (examine(run, config, ranks=ranks) for ranks in (1, 4))
+    assert shared.machine.ranks == 4 and shared.machine.sharded
+    for part in (STUDENT, TEACHER):
+        assert shared.plan.update[part] < 0.3 * alone.plan.update[part]
 
 
 @pytest.mark.parametrize(

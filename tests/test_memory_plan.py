@@ -22,6 +22,7 @@ from oprd.planning.memory_plan import plan_memory
 from oprd.planning.parts import (
     ACTIVATIONS,
     BUCKETS,
+    ENGINE,
     GATHERED,
     GRADIENTS,
     KEPT,
@@ -321,6 +322,8 @@ def test_sampled_tokens_that_vllm_weighs_can_be_planned(plan):
     keys = {"output_loss": "sampled_token", "representation_weight": "0"}
     weighed = plan(**keys, use_vllm=True, vllm_importance_sampling_correction=True)
     assert weighed.update[LOGITS] >= plan(**keys).update[LOGITS] > 0 and not weighed.rollout.get(SAMPLING)
+    weights = sum(weight.numel() for weight in load_model(resolve_model("tiny:student")).parameters())
+    assert weighed.rollout[ENGINE] == weighed.update[ENGINE] == 2**30 + 4 * weights
 
 
 @pytest.fixture(scope="module")

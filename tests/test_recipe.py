@@ -181,10 +181,12 @@ def test_counts_below_one_are_refused(parse, key, value):
         ("fsdp: true\n", [], True),
         ("", ["--fsdp"], True),
         ("fsdp: false\n", [], False),
+        ("", ["--fsdp", "true"], True),
+        ("fsdp: true\n", ["--fsdp", "false"], False),
         ("", [], False),
     ],
 )
-def test_fsdp_is_a_flag_without_a_value(parse, lines, flags, given):
+def test_fsdp_is_asked_for_with_or_without_a_value(parse, lines, flags, given):
     _, config = parse(lines, flags)
     assert bool(config.fsdp) == given
 

@@ -12,20 +12,24 @@ from oprd.batch import Inputs
 GROUP_COST = 1 / 32  # of the budget: what starting one more micro-batch is worth in padded tokens
 
 
-def micro_batches(lengths: Sequence[int], budget: int) -> list[list[int]]:
+def micro_batches(prompts: Sequence[int], responses: Sequence[int], budget: int) -> list[list[int]]:
     """Indices of rollouts, longest first, in groups whose padded tokens stay within `budget`.
 
-    A rollout that is longer than the budget is a group of its own. Of all ways to cut the rollouts, in order
-    of length, the one of least cost: padded tokens, and for every group `GROUP_COST` of the budget.
+    `prompts` and `responses` are lengths in tokens; a group is padded to the longest of each. A rollout that
+    is longer than the budget is a group of its own. Of all ways to cut the rollouts, in order of length, the
+    one of least cost: padded tokens, and for every group `GROUP_COST` of the budget.
     """
-    order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
+    order = sorted(range(len(prompts)), key=lambda i: (-prompts[i] - responses[i], i))
     best, cuts = [0.0], [0]
     for end in range(1, len(order) + 1):
-        costs = []
-        for start in range(end):
-            padded = (end - start) * lengths[order[start]]
-            if padded <= budget or end - start == 1:
-                costs.append((best[start] + padded + GROUP_COST * budget, start))
+        costs, prompt, response = [], 0, 0
+        for start in reversed(range(end)):
+            prompt = max(prompt, prompts[order[start]])
+            response = max(response, responses[order[start]])
+            padded = (end - start) * (prompt + response)
+            if padded > budget and end - start > 1:
+                break
+            costs.append((best[start] + padded + GROUP_COST * budget, start))
         cost, cut = min(costs)
         best.append(cost)
         cuts.append(cut)
@@ -49,10 +53,10 @@ def repack(
         for name, value in window[0].items()
         if value is not None
     }
-    lengths = (whole["prompt_mask"].sum(-1) + whole["completion_mask"].sum(-1)).tolist()
+    prompts, responses = (whole[f"{part}_mask"].sum(-1).tolist() for part in ("prompt", "completion"))
     parts = [
         {name: value[torch.tensor(group)] if value.ndim else value for name, value in whole.items()}
-        for group in micro_batches(lengths, budget)
+        for group in micro_batches(prompts, responses, budget)
     ]
     idle = {name: value[-1:] if value.ndim else value for name, value in parts[-1].items()}
     idle |= {name: torch.zeros_like(value) for name, value in idle.items() if name.endswith("_weights")}

@@ -76,8 +76,6 @@ class _UniqueKeyLoader(yaml.SafeLoader):
 def _as_flag(path: str, key: str, value: Any) -> list[str]:
     if value is None:
         raise UserError(f"{path}: {key} has no value; give it one or leave the key out")
-    if key == "fsdp" and isinstance(value, bool):  # a flag without a value
-        return ["--fsdp"] if value else []
     if isinstance(value, dict):
         return [f"--{key}={json.dumps(value)}"]
     if isinstance(value, list):

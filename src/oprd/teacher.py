@@ -58,6 +58,8 @@ class Teacher:
         `device_map`.
         """
         if getattr(self.model, "is_quantized", False):
+            if sharding is not None:
+                logger.warning("the teacher is quantised and not sharded: every rank holds all of it")
             return
         if hasattr(self.model, "hf_device_map"):
             if sharding is not None:

@@ -93,6 +93,9 @@ class OPRDConfig(ObjectiveSettings, DistillationConfig):
                 "beta is TRL's name for the divergence; use divergence: reverse_kl, forward_kl or jsd"
             )
         self.check()
+        asked = str(getattr(self, "fsdp")).lower()  # noqa: B009 - mypy cannot tell its type
+        if asked in ("true", "false"):  # the base class takes text for the options that it once was
+            self.fsdp = asked == "true"
         for name in ("per_device_train_batch_size", "gradient_accumulation_steps"):
             at_least(name, getattr(self, name), 1)
         if not self.temperature > 0:

@@ -1,6 +1,7 @@
 """Twenty kills at random moments of the wall clock, over five objectives."""
 
 import random
+import signal
 import subprocess
 import time
 
@@ -47,13 +48,14 @@ def timed(argv, folder):
 
 
 def kill_after(seconds, argv):
-    """Kill a run after so many seconds; returns whether it was still running."""
+    """Kill a run, which may not fail by itself, after so many seconds; returns whether it still ran."""
     process = start(CLI, argv)
     try:
-        process.communicate(timeout=seconds)
+        _, said = process.communicate(timeout=seconds)
     except subprocess.TimeoutExpired:
         process.kill()
-        process.communicate()
+        _, said = process.communicate()
+    assert process.returncode in (0, -signal.SIGKILL), said[-3000:]
     return process.returncode != 0
 
 

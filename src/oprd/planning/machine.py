@@ -13,7 +13,7 @@ from torch import nn
 from oprd.meters import MB, resident_mb
 
 CONTAINER = Path("/sys/fs/cgroup")
-TRAINER_BYTES = 16_000_000  # a trainer, and pages of libraries that it is the first to read: measured on a CPU
+TRAINER_BYTES = 16_000_000  # a trainer, and pages of libraries that it is the first to read: as measured
 
 
 @dataclass(frozen=True)

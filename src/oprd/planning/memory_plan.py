@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+from oprd.engines.vllm import CPU_CACHE_GIB
 from oprd.errors import UserError
 from oprd.meters import MB
 from oprd.planning.longest import Longest
@@ -82,8 +83,7 @@ def plan_memory(
         update, step = max(updates, key=lambda each: sum(each[0].values()))
         rollout, update = (_beside(rehearsal, parts, machine) for parts in (rollout, update))
     if settings.use_vllm and settings.vllm_mode == "colocate":
-        engine = int(settings.vllm_gpu_memory_utilization * machine.device_bytes)
-        rollout[ENGINE] = engine
+        engine = rollout[ENGINE] = _engine_bytes(settings, rehearsal, machine)
         update |= {} if settings.vllm_enable_sleep_mode else {ENGINE: engine}
     return MemoryPlan(rollout, update, step, *rehearsal.saved_bytes)
 
@@ -95,6 +95,13 @@ def _beside(rehearsal: Rehearsal, parts: Parts, machine: Machine) -> Parts:
         parts[TEACHER] = resting
     repeats = machine.ranks > 1 and not machine.sharded
     return parts | {BUCKETS: rehearsal.trained_bytes} if repeats else parts
+
+
+def _engine_bytes(settings: Any, rehearsal: Rehearsal, machine: Machine) -> int:
+    """A colocated engine's share of an accelerator; on a CPU its cache and the weights, in float32."""
+    if machine.device.type != "cpu":
+        return int(settings.vllm_gpu_memory_utilization * machine.device_bytes)
+    return CPU_CACHE_GIB * 2**30 + 4 * sum(weight.numel() for weight in rehearsal.student.parameters())
 
 
 def fullest_step(settings: Any) -> int:

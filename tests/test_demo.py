@@ -131,3 +131,8 @@ def test_a_run_before_the_run(tmp_path, monkeypatch, small_fit):
 )
 def test_schedules_by_share(schedule, steps, written):
     assert at_share(schedule, steps) == written
+
+
+def test_more_problems_than_there_are(tmp_path, capsys):
+    assert cli.run(["demo", "--problems", "300", "--output", str(tmp_path / "demo")]) == 2
+    assert "there are 256 held out" in capsys.readouterr().err and not (tmp_path / "demo").exists()

@@ -6,10 +6,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import OPTConfig, OPTForCausalLM
 
 from oprd import losses
 from oprd.errors import UserError
+from oprd.freezing import freeze_unreached
 from oprd.objective import Schedule, num_units, row_weights, weighted_loss
+from oprd.selection import LayerMap
+from oprd.settings import ObjectiveSettings
 
 WEIGHTS = st.just(0.0) | st.floats(1e-6, 100)
 KNOTS = st.lists(
@@ -164,3 +168,13 @@ def test_a_weighted_loss_keeps_one_gradient_in_half_precision(dtype):
     expected = 2**16 * (losses.relative_mse(exact, teacher.double()) * weights).sum()
     (wanted,) = torch.autograd.grad(expected, exact)
     assert gradient.dtype == dtype and (gradient.double() - wanted).norm() < 4e-3 * wanted.norm()
+
+
+def test_a_norm_that_is_declared_before_the_blocks_is_frozen_too():
+    sizes = {"hidden_size": 16, "ffn_dim": 24, "num_attention_heads": 2, "vocab_size": 41}
+    student = OPTForCausalLM(OPTConfig(num_hidden_layers=3, word_embed_proj_dim=16, **sizes))
+    frozen = freeze_unreached(student, ObjectiveSettings(layers="1"), LayerMap.parse("1", 3, 3))
+    left = {name for name, weight in student.named_parameters() if weight.requires_grad}
+    assert "the final norm" in frozen and not any("decoder.final_layer_norm" in name for name in left)
+    assert {name.split(".")[3] for name in left if ".layers." in name} == {"0"}
+    assert any("embed_positions" in name for name in left)

@@ -189,3 +189,13 @@ def test_responses_of_one_token_are_no_reason_to_refuse(ours, theirs, caplog):
     assert tensors["teacher_completion_ids"].tolist() == [[theirs.eos_token_id]] * 2
     assert tensors["teacher_rows"].tolist() == [[0], [0]]
     assert not caplog.records
+
+
+def test_responses_of_nothing_that_can_be_read(ours, theirs):
+    """Invalid UTF-8 from the first byte on: no token for the teacher, and still a batch."""
+    (first,) = encode(ours, "é")[:1]
+    ids, mask = pad([[first], [first]])
+    read, aligned = Translation(ours, theirs, "own").responses(ids, mask)
+    assert [response.teacher_ids for response in aligned] == [[], []]
+    assert read["teacher_completion_ids"].shape == read["teacher_completion_mask"].shape == (2, 1)
+    assert not read["teacher_completion_mask"].any()

@@ -182,8 +182,8 @@ def accumulate(
     ) as progress:
         for number, (texts, rendered) in enumerate(_batches(prompts, pair, args)):
             if number % ranks.count == ranks.index:
-                rollouts = engine.generate(rendered, args.sampling, args.seed + number)
                 first = number * args.batch_size
+                rollouts = engine.generate(rendered, args.sampling, args.seed + first)  # vLLM adds 0, 1, …
                 ids = torch.arange(first, first + len(rollouts))
                 counts.update(_update(fitter, pair, texts, rollouts, ids, args))
             progress.update(len(texts))

@@ -24,6 +24,7 @@ from oprd.models import load_model, load_tokenizer, resolve_model
 from oprd.prompts import load_prompts
 from oprd.report.plots import plot_runs
 from oprd.rollouts import Sampling
+from oprd.tiny.task import NUM_EVAL_PROBLEMS
 from oprd.train import RunArguments, train
 from oprd.trainer import OPRDConfig
 
@@ -37,8 +38,10 @@ def run_demo(
     """Train and evaluate every arm of a pair below `output`; returns and writes `summary.json`, with plots.
 
     Arms that a stopped demo finished are not repeated. Raises `UserError` for a folder of a demo with
-    other settings.
+    other settings, and for more problems than there are.
     """
+    if problems > NUM_EVAL_PROBLEMS:
+        raise UserError(f"--problems {problems}: there are {NUM_EVAL_PROBLEMS} held out, so ask for fewer")
     pair = PAIRS[pair_name]
     settings = {"pair": pair_name, "steps": steps, "problems": problems, "samples": samples, "seed": seed}
     settings |= {"arms": pair.arms, "bridges": pair.bridges}

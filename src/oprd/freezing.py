@@ -8,6 +8,8 @@ from oprd.capture import backbone, blocks, num_layers
 from oprd.selection import LayerMap
 from oprd.settings import ObjectiveSettings
 
+ABOVE = ("final_layer_norm", "project_out")  # what OPT declares before its blocks and runs after them
+
 
 def freeze_unreached(student: nn.Module, settings: ObjectiveSettings, layer_map: LayerMap) -> list[str]:
     """Freeze what no term of the run can train, so that nothing is kept or decayed for it.
@@ -28,8 +30,10 @@ def freeze_unreached(student: nn.Module, settings: ObjectiveSettings, layer_map:
         blocks(student)[deepest:].requires_grad_(False)
         frozen.append(f"layers {deepest + 1} to {depth}")
     if deepest < depth or not settings.final_norm:
-        children = list(backbone(student).children())
-        for above in children[children.index(blocks(student)) + 1 :]:
-            above.requires_grad_(False)
+        children = dict(backbone(student).named_children())
+        first_above = list(children.values()).index(blocks(student)) + 1
+        for place, (name, child) in enumerate(children.items()):
+            if place >= first_above or name.startswith(ABOVE):
+                child.requires_grad_(False)
         frozen.append("the final norm")
     return frozen

@@ -4,7 +4,6 @@ Every function takes `student_logits[N, V]` and `teacher_logits[N, V]`, computes
 and lets no gradient reach the teacher. p is the student's distribution, q the teacher's.
 """
 
-import math
 from typing import Any, Literal, get_args
 
 import torch
@@ -90,10 +89,14 @@ def full_vocab(student_logits: Logits, teacher_logits: Logits, divergence: Diver
         value = _dot(q, log_q.sub_(log_p))
         return _with_gradient(value, p.sub_(q), student_logits)
     if divergence == "jsd":
-        log_m = torch.logaddexp(log_p, log_q) - math.log(2)
-        to_mean = _dot(p, log_p.sub_(log_m)) / 2
-        value = to_mean + _dot(log_q.exp(), log_q - log_m) / 2
-        return _with_gradient(value, p.mul_(log_p / 2 - to_mean[:, None]), student_logits)
+        gap = log_p.sub_(log_q)
+        shared = (
+            gap.abs().neg_().expm1_().div_(2).log1p_()
+        )  # log m − max(log p, log q), 0 where they are equal
+        above = gap.clamp(max=0).sub_(shared)  # log p/m
+        to_mean = _dot(p, above) / 2
+        value = to_mean + _dot(log_q.exp(), gap.neg_().clamp_(max=0).sub_(shared)) / 2
+        return _with_gradient(value, p.mul_(above.div_(2).sub_(to_mean[:, None])), student_logits)
     raise UserError(f"divergence={divergence!r} is not one of {', '.join(get_args(Divergence))}")
 
 

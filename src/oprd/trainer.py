@@ -164,6 +164,8 @@ class OPRDTrainer(ResumableTrainer, UpdateTrainer, DistillationTrainer):
         self.train_dataset = usable_prompts(
             train_dataset, self._render, args.max_prompt_length, self._prompts_per_step
         )
+        if not args.disable_dropout and _has_dropout(self.model):
+            logger.warning("the student learns with dropout, and its teacher has none: disable_dropout: true")
         if is_deepspeed_zero3_enabled():
             check_zero3(self.model, args)
         self.sharding = Sharding.of(self.accelerator)
@@ -267,6 +269,12 @@ class OPRDTrainer(ResumableTrainer, UpdateTrainer, DistillationTrainer):
         (folder / "README.md").write_text(
             model_card(folder, **self._names, dataset=dataset_name, settings=settings)
         )
+
+
+def _has_dropout(model: torch.nn.Module) -> bool:
+    """Whether a model drops states at random, adapters aside."""
+    layers = (module for name, module in model.named_modules() if "lora_dropout" not in name)
+    return any(isinstance(layer, torch.nn.Dropout) and layer.p > 0 for layer in layers)
 
 
 def _name(model: str | PreTrainedModel | None) -> str:

@@ -82,11 +82,13 @@ class Translation:
                 student, teacher = torch.tensor(response.rows).T
                 teacher_rows[i, student] = teacher
         read = [torch.tensor(response.teacher_ids, dtype=torch.long) for response in aligned]
-        padded = pad_sequence(read, batch_first=True, padding_value=self._pad_id)
+        column = torch.zeros(1, dtype=torch.long)  # at least one, though all responses be empty
+        padded = pad_sequence([*read, column], batch_first=True, padding_value=self._pad_id)[:-1]
         self._check_coverage(aligned)
+        masks = pad_sequence([*map(torch.ones_like, read), column], batch_first=True)[:-1]
         return {
             "teacher_completion_ids": padded.to(ids.device),
-            "teacher_completion_mask": pad_sequence([torch.ones_like(x) for x in read], batch_first=True),
+            "teacher_completion_mask": masks,
             "teacher_rows": teacher_rows,
             "ends_together": torch.tensor([response.ends_together for response in aligned]),
         }, aligned

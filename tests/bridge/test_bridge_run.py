@@ -104,9 +104,9 @@ def rollouts_by_hand():
     chats = load_prompts("tiny").shuffle(seed=42).select(range(40))["prompt"]
     prompts = [tokenizer.apply_chat_template(chat, add_generation_prompt=True)["input_ids"] for chat in chats]
     rollouts = []
-    for number, start in enumerate(range(0, 40, 16)):
+    for start in range(0, 40, 16):
         batch = prompts[start : start + 16]
-        rollouts += generate(student, tokenizer, batch, Sampling(48, 1.0, 1.0), 42 + number)
+        rollouts += generate(student, tokenizer, batch, Sampling(48, 1.0, 1.0), 42 + start)
     return list(zip(chats, rollouts, strict=True))
 
 

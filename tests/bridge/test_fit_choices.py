@@ -478,3 +478,19 @@ def test_a_layer_that_never_varies_gives_a_plain_report(fit):
         fit(student, teacher, "auto")
     report = fit(student, teacher, 2).metadata["layers"]["1"]
     assert np.isfinite(report["explained"]).all() and np.isfinite(report["mse"]).all()
+
+
+def test_the_sample_is_of_rows_of_all_held_out_rollouts(filled):
+    """Rollouts longer than the sample must not crowd one another out of it."""
+    ids, rng = np.repeat(np.arange(40) * 17, 2000), np.random.default_rng(0)
+    student = np.stack([ids.astype(float), *rng.normal(size=(2, len(ids)))], axis=1)
+    teacher = rng.normal(size=(len(ids), 2))
+    sizes = [777] * (len(ids) // 777) + [len(ids) % 777]
+    samples = [
+        filled(student, teacher, ids=ids, holdout=0.25, **options)._sample.rows["student", 1]
+        for options in ({}, {"sizes": sizes})
+    ]
+    assert torch.equal(*samples)
+    found, counts = samples[0][:, 0].unique(return_counts=True)
+    assert set(found.tolist()) == set(ids[split(ids, 0.25)].tolist())
+    assert counts.max() < 2.5 * counts.min()

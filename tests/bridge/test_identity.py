@@ -58,6 +58,15 @@ def test_how_a_model_is_run_does_not_count(tiny_model):
     assert weights_fingerprint(model) == expected
 
 
+def test_special_tokens_do_not_count(tiny_model):
+    """A trainer sets them to the tokenizer's before it meets the bridge."""
+    model = tiny_model("qwen3")
+    before = weights_fingerprint(model)
+    for name, token in (("pad_token_id", 5), ("bos_token_id", None), ("eos_token_id", [2, 7])):
+        setattr(model.config, name, token)
+    assert weights_fingerprint(model) == before
+
+
 @pytest.mark.parametrize("tied", [False, True])
 def test_every_weight_counts(tiny_model, tied):
     model = tiny_model(tie_word_embeddings=tied)

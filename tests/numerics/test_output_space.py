@@ -186,6 +186,16 @@ def test_equal_logits_give_zero(scale, dtype):
             assert np.abs(gradient).max() <= 1e-6, name
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("divergence", ["reverse_kl", "forward_kl", "jsd"])
+def test_equal_logits_leave_no_rounding(divergence, dtype):
+    """An optimiser that divides by the gradient's size would make a step of it."""
+    student, _, _ = make_logits((64, 500), dtype, 3.0)
+    values = output_space.full_vocab(student, student.detach().clone(), divergence)
+    (gradient,) = torch.autograd.grad(values.sum(), student)
+    assert not values.any() and not gradient.any()
+
+
 def test_truncated_sum_at_equal_logits_pushes_mass_out_of_the_support():
     """Σ_{v∈S} p (log p − log q) is zero at p = q, but its exact derivative there is ∇ Σ_{v∈S} p(v)."""
     student, _, tokens = make_logits((7, 33))

@@ -596,3 +596,11 @@ def test_the_anchors_copy_goes_where_the_student_will_be(make_trainer, bridge):
     anchor = make_trainer(bridge=bridge, anchor_weight="1").update.anchor
     anchor.place(torch.device("meta"), None)
     assert anchor.reference.model.device.type == "meta"
+
+
+def test_a_bridge_of_a_student_whose_config_names_no_padding(make_trainer, make_folder, tmp_path, teacher):
+    student = shutil.copytree(make_folder(1), tmp_path / "student")
+    config = json.loads((student / "config.json").read_text())
+    (student / "config.json").write_text(json.dumps(config | {"pad_token_id": None}))
+    bridge = save_random_bridge(tmp_path, str(student), teacher, pairs=((1, 1), (2, 2)))
+    assert make_trainer(student=str(student), bridge=bridge).update.comparison.bridge is not None

@@ -391,3 +391,19 @@ def test_a_scaler_skips_a_step_whose_gradient_is_not_finite(make_trainer):
     trainer.recorder.on_step_end(trainer.args, trainer.state, trainer.control)
     (line,) = (Path(trainer.args.output_dir) / "metrics.jsonl").read_text().splitlines()
     assert "learning_rate" in json.loads(line) and "grad_norm" not in json.loads(line)
+
+
+@pytest.mark.parametrize(("dropout", "off"), [(0.1, False), (0.1, True), (0.0, False)])
+def test_a_student_with_dropout_is_told_of_it(make_trainer, make_folder, caplog, dropout, off):
+    sizes = {
+        "n_embd": 32,
+        "n_layer": 2,
+        "n_head": 2,
+        "resid_pdrop": dropout,
+        "embd_pdrop": 0.0,
+        "attn_pdrop": 0.0,
+    }
+    folder = make_folder(1, family="gpt2", **sizes)
+    with caplog.at_level("WARNING"):
+        make_trainer(student=folder, teacher=folder, disable_dropout=off)
+    assert ("learns with dropout" in caplog.text) == (dropout > 0 and not off)

@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from oprd.bridge.artifact import Bridge
-from oprd.bridge.held_out import RowSample, is_held_out, rollout_hash
+from oprd.bridge.held_out import RowCounter, RowSample, is_held_out, rollout_hash, row_hash
 from oprd.bridge.moments import Key, Moments
 from oprd.bridge.pair import FitSettings, PairRows, Rank, alignment, fit_pair
 from oprd.bridge.solve import Joint, linear_cka
@@ -50,7 +50,7 @@ class BridgeFitter:
         self.pairs = tuple(crossed) if all_pairs else layer_map.pairs
         self.num_rows = 0
         self._training, self._held_out = Moments(self._products()), Moments(self._products())
-        self._sample: RowSample = RowSample()
+        self._sample, self._counter = RowSample(), RowCounter()
         self._widths: dict[Key, int] = {}
 
     def update(
@@ -66,13 +66,15 @@ class BridgeFitter:
         """
         rows = self._checked(student, teacher)
         count = len(next(iter(rows.values())))
-        hashes = rollout_hash(self._ids(rollout_ids, count))
+        ids = self._ids(rollout_ids, count)
+        hashes = rollout_hash(ids)
         self._claim_widths({key: x.shape[1] for key, x in rows.items()})
         held_out = is_held_out(hashes, self.holdout)
         apart, device = _pick(rows, held_out), _device(rows)
         self._training.update(_pick(rows, ~held_out), device)
         self._held_out.update(apart, device)
-        self._sample.add(hashes[held_out.numpy()], apart)
+        numbers = self._counter.number(ids[held_out]) if rollout_ids is not None else 0
+        self._sample.add(row_hash(hashes[held_out.numpy()], numbers), apart)
         self.num_rows += count
 
     def merge(self, other: "BridgeFitter") -> None:
@@ -236,9 +238,9 @@ class BridgeFitter:
     def _joint(self, moments: Moments, student: Key, teacher: Key) -> Joint:
         if not moments.count:
             return Joint.empty(self._widths[student], self._widths[teacher])
-        means = moments.mean[student], moments.mean[teacher]
+        means = [moments.mean[key].cpu() for key in (student, teacher)]
         products = ((student, student), (teacher, teacher), (student, teacher))
-        joint = Joint(moments.count, *means, *(moments.scatter[pair] for pair in products))
+        joint = Joint(moments.count, *means, *(moments.scatter[pair].cpu() for pair in products))
         return joint.without_rounding()
 
 

@@ -50,9 +50,30 @@ def rollout_hash(rollout_ids: Int[Tensor, " N"]) -> np.ndarray:
     return x ^ (x >> np.uint64(31))
 
 
+def row_hash(rollout_hashes: np.ndarray, numbers: np.ndarray | int) -> np.ndarray:
+    """A hash of every row, of its rollout's hash and its number there."""
+    return rollout_hash(torch.from_numpy((rollout_hashes + np.uint64(numbers)).view(np.int64)))
+
+
 def is_held_out(hashes: np.ndarray, share: float) -> Bool[Tensor, " N"]:
     """The rows of the rollouts that are held out: about `share` of all rollouts, by their hash alone."""
     return torch.from_numpy((hashes >> np.uint64(11)).astype(np.float64) * 2.0**-53 < share)
+
+
+class RowCounter:
+    """Numbers the rows of every rollout from 0, in the order they come in."""
+
+    def __init__(self) -> None:
+        self._counts: dict[int, int] = {}
+
+    def number(self, rollout_ids: Int[Tensor, " N"]) -> np.ndarray:
+        """The number of every row in its rollout."""
+        ids, place, counts = np.unique(rollout_ids.cpu().numpy(), return_inverse=True, return_counts=True)
+        before = np.array([self._counts.get(int(i), 0) for i in ids], dtype=np.int64)
+        self._counts.update(zip(map(int, ids), (before + counts).tolist(), strict=True))
+        numbers = np.empty(len(place), dtype=np.int64)
+        numbers[np.argsort(place, kind="stable")] = np.concatenate([np.arange(n) for n in counts] or [counts])
+        return (numbers + before[place]).astype(np.uint64)
 
 
 class RowSample:
@@ -63,7 +84,7 @@ class RowSample:
         self.rows: dict[Key, Float[Tensor, "K D"]] = {}
 
     def add(self, hashes: np.ndarray, rows: Mapping[Key, Float[Tensor, "N D"]]) -> None:
-        """Offer rows; those of one rollout share a hash and are kept in the order they come in."""
+        """Offer rows; those of equal hashes are kept in the order they come in."""
         if len(self.hashes) == SAMPLE:
             lower = torch.from_numpy(hashes < self.hashes[-1])
             hashes = hashes[lower.numpy()]

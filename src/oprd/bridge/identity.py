@@ -18,7 +18,7 @@ from oprd.models import weights_are_here
 ADAPTER_PARTS = ("modules_to_save.", "trainable_tokens_")
 ADAPTER_WRAPPERS = (".base_layer.", ".original_module.", ".token_adapter.")
 SAMPLE = 1024  # values of every weight that enter a fingerprint
-# How a checkpoint was written or is run, not what it is.
+# How a checkpoint was written or is run, not what it is. Trainers set the special tokens to the tokenizer's.
 VOLATILE_KEYS = {
     "_name_or_path",
     "architectures",
@@ -26,6 +26,9 @@ VOLATILE_KEYS = {
     "dtype",
     "torch_dtype",
     "use_cache",
+    "pad_token_id",
+    "bos_token_id",
+    "eos_token_id",
 }
 
 

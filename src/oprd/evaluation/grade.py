@@ -11,7 +11,9 @@ TIMEOUT_SECONDS = 5
 
 BRACES = re.compile(r"(?P<box>\\(?:boxed|fbox)\s*\{)|\\.|(?P<open>\{)|(?P<close>\})", re.S)
 ANSWER_LINE = re.compile(
-    r"^[ \t>*_#-]*(?:the\s+)?(?:final\s+)?answer(?:\s+is)?[*_\s]*:[*_]*\s*(\S[^\n]*)", re.I | re.M
+    r"^[ \t>*_#-]*(?:the\s+)?(?:final\s+)?answer(?:\s+is)?[*_\s]*:[*_]*\s*"
+    r"(?:(?:\$\$|\\\[)\s*\n\s*)?(\S[^\n]*)",  # display math may open on a line of its own
+    re.I | re.M,
 )
 MATH_DELIMITERS = re.compile(r"\\?\$|(?<!\\)\\[()\[\]]")
 WRAPPED_TEXT = re.compile(r"\\(?:text|textbf|textit|textrm|mathrm|mathbf|mbox)\s*\{([^{}]*)\}")

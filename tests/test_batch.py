@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from transformers import Qwen3NextConfig, Qwen3NextForCausalLM
+from transformers import OPTConfig, OPTForCausalLM, Qwen3NextConfig, Qwen3NextForCausalLM
 
 from oprd.batch import Batch, weigh_rows
 from oprd.errors import UserError
@@ -214,5 +214,18 @@ def test_recurrent_layers_are_read_with_padding():
     model = Qwen3NextForCausalLM(config).eval()
     assert "linear_attention" in config.layer_types
     inputs = padded(PROMPTS, COMPLETIONS)
-    with pytest.raises(UserError, match="carries states from one rollout to the next"):
+    with pytest.raises(UserError, match="does not keep rollouts apart"):
         read_states(model, one_each(inputs), [Want((2,), inputs["completion_mask"].bool())], True)
+
+
+def test_a_mask_that_ignores_positions_is_not_trusted():
+    """OPT's mask is made of the padding alone, and would let one rollout see another."""
+    sizes = {"hidden_size": 16, "ffn_dim": 24, "num_attention_heads": 2, "vocab_size": 41}
+    model = OPTForCausalLM(OPTConfig(num_hidden_layers=2, word_embed_proj_dim=16, **sizes)).eval()
+    inputs = padded(PROMPTS, COMPLETIONS)
+    wants = [Want((2,), inputs["completion_mask"].bool())]
+    with pytest.raises(UserError, match="does not keep rollouts apart"):
+        read_states(model, one_each(inputs), wants, True)
+    with torch.no_grad():
+        (padded_states,) = read_states(model, one_each(inputs), wants)
+    assert len(padded_states[2]) == int(inputs["completion_mask"].sum())

@@ -4,9 +4,12 @@ Row t, 0-based, is the state that predicts response token t: the last prompt tok
 last response token is read by no row, so it is not fed.
 """
 
+import inspect
+import re
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any
 
 import torch
@@ -15,6 +18,9 @@ from torch import Tensor, nn
 
 from oprd.capture import backbone, capture
 from oprd.errors import UserError
+
+# How transformers' stacks make their masks: a call, or arguments for several.
+MASK_CALL = re.compile(r"(?:create_causal_mask|mask_function)\(([^)]*)\)|mask_kwargs\s*=\s*\{([^}]*)\}")
 
 
 @dataclass(frozen=True)
@@ -109,13 +115,13 @@ def _inputs(
     ids, mask = reading.input_ids, reading.attention_mask
     # Positions count real tokens, so the amount of padding does not shift them.
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
-    config = backbone(model).config
-    varlen = "flash" in str(getattr(config, "_attn_implementation", ""))
-    separable = _is_attention_alone(backbone(model))
+    stack = backbone(model)
+    varlen = "flash" in str(getattr(stack.config, "_attn_implementation", ""))
+    separable = _is_attention_alone(stack) and _tells_apart(type(stack), varlen)
     if padding_free and not separable:
         raise UserError(
-            f"padding_free: true, but {type(backbone(model)).__name__} carries states from one rollout "
-            "to the next: leave it out"
+            f"padding_free: true, but {type(stack).__name__} does not keep rollouts apart in one sequence: "
+            "leave it out"
         )
     if not (varlen and separable if padding_free is None else padding_free):
         padded = {"attention_mask": mask, "position_ids": positions}
@@ -134,6 +140,21 @@ def _is_attention_alone(stack: Any) -> bool:
     return not getattr(stack, "_is_stateful", False) and all(
         "attention" in k and "linear" not in k for k in kinds
     )
+
+
+@cache
+def _tells_apart(kind: Any, varlen: bool) -> bool:
+    """Whether a stack tells its attention where sequences begin: by lengths, or by positions in its mask.
+
+    Nothing of transformers says the latter but a stack's own source.
+    """
+    if varlen:
+        return getattr(kind, "_supports_attention_backend", False)
+    try:
+        source = inspect.getsource(kind.forward)
+    except OSError:
+        return False
+    return any("position_ids" in "".join(found) for found in MASK_CALL.findall(source))
 
 
 def _lengths(mask: Int[Tensor, "B S"], device: torch.device) -> dict[str, Any]:

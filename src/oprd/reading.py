@@ -117,7 +117,7 @@ def _inputs(
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
     stack = backbone(model)
     varlen = "flash" in str(getattr(stack.config, "_attn_implementation", ""))
-    separable = _is_attention_alone(stack) and _tells_apart(type(stack), varlen)
+    separable = _is_attention_alone(stack) and _tells_apart(stack, varlen)
     if padding_free and not separable:
         raise UserError(
             f"padding_free: true, but {type(stack).__name__} does not keep rollouts apart in one sequence: "
@@ -142,16 +142,18 @@ def _is_attention_alone(stack: Any) -> bool:
     )
 
 
-@cache
-def _tells_apart(kind: Any, varlen: bool) -> bool:
-    """Whether a stack tells its attention where sequences begin: by lengths, or by positions in its mask.
-
-    Nothing of transformers says the latter but a stack's own source.
-    """
+def _tells_apart(stack: Any, varlen: bool) -> bool:
+    """Whether a stack hands its attention where sequences begin: their lengths, or positions in its mask."""
     if varlen:
-        return getattr(kind, "_supports_attention_backend", False)
+        return getattr(stack, "_supports_attention_backend", False)
+    return _masks_by_position(type(stack).forward)
+
+
+@cache
+def _masks_by_position(forward: Any) -> bool:
+    """Whether a stack's mask heeds positions that begin anew, which nothing but its own source says."""
     try:
-        source = inspect.getsource(kind.forward)
+        source = inspect.getsource(forward)
     except OSError:
         return False
     return any("position_ids" in "".join(found) for found in MASK_CALL.findall(source))

@@ -214,7 +214,7 @@ def test_recurrent_layers_are_read_with_padding():
     model = Qwen3NextForCausalLM(config).eval()
     assert "linear_attention" in config.layer_types
     inputs = padded(PROMPTS, COMPLETIONS)
-    with pytest.raises(UserError, match="does not keep rollouts apart"):
+    with pytest.raises(UserError, match="carries states from one rollout to the next"):
         read_states(model, one_each(inputs), [Want((2,), inputs["completion_mask"].bool())], True)
 
 
@@ -224,7 +224,7 @@ def test_a_mask_that_ignores_positions_is_not_trusted():
     model = OPTForCausalLM(OPTConfig(num_hidden_layers=2, word_embed_proj_dim=16, **sizes)).eval()
     inputs = padded(PROMPTS, COMPLETIONS)
     wants = [Want((2,), inputs["completion_mask"].bool())]
-    with pytest.raises(UserError, match="does not keep rollouts apart"):
+    with pytest.raises(UserError, match="lets one rollout see another"):
         read_states(model, one_each(inputs), wants, True)
     with torch.no_grad():
         (padded_states,) = read_states(model, one_each(inputs), wants)

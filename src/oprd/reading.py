@@ -117,13 +117,10 @@ def _inputs(
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
     stack = backbone(model)
     varlen = "flash" in str(getattr(stack.config, "_attn_implementation", ""))
-    separable = _is_attention_alone(stack) and _tells_apart(stack, varlen)
-    if padding_free and not separable:
-        raise UserError(
-            f"padding_free: true, but {type(stack).__name__} does not keep rollouts apart in one sequence: "
-            "leave it out"
-        )
-    if not (varlen and separable if padding_free is None else padding_free):
+    mixing = _mixing(stack, varlen)
+    if padding_free and mixing is not None:
+        raise UserError(f"padding_free: true, but {type(stack).__name__} {mixing}: leave it out")
+    if not (varlen and mixing is None if padding_free is None else padding_free):
         padded = {"attention_mask": mask, "position_ids": positions}
         return {"input_ids": ids} | {name: x.to(ids.device) for name, x in padded.items()}, None
     real = mask > 0
@@ -142,11 +139,18 @@ def _is_attention_alone(stack: Any) -> bool:
     )
 
 
-def _tells_apart(stack: Any, varlen: bool) -> bool:
-    """Whether a stack hands its attention where sequences begin: their lengths, or positions in its mask."""
+def _mixing(stack: Any, varlen: bool) -> str | None:
+    """How a stack mixes rollouts that it reads as one sequence, in words; None if it keeps them apart.
+
+    Its attention has to be told where they begin: by their lengths, or by positions in its mask.
+    """
+    if not _is_attention_alone(stack):
+        return "carries states from one rollout to the next"
     if varlen:
-        return getattr(stack, "_supports_attention_backend", False)
-    return _masks_by_position(type(stack).forward)
+        is_told = getattr(stack, "_supports_attention_backend", False)
+    else:
+        is_told = _masks_by_position(type(stack).forward)
+    return None if is_told else "lets one rollout see another"
 
 
 @cache

@@ -11,6 +11,7 @@ from transformers import BertConfig, BertModel, PreTrainedConfig
 
 from oprd.capture import blocks, capture, num_layers
 from oprd.errors import UserError
+from oprd.reading import Reading, Want, read_states
 
 NUM_LAYERS = 3
 EVERY_LAYER = list(range(NUM_LAYERS + 1))
@@ -326,6 +327,32 @@ def test_hooks_replayed_by_the_backward(stack, with_rows, layers, stop_early, us
         model(ids)
         assert_same_gradients(gradients(model, weighted_sum(states)), wanted)
     assert sorted(states) == layers
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+@pytest.mark.parametrize("layer, runs", [(1, [1, 0, 0]), (2, [2, 1, 0]), (3, [2, 2, 1])])
+def test_a_backward_that_follows_at_once_does_not_run_the_last_block_again(
+    tiny_model, layer, runs, use_reentrant
+):
+    """Where rows are only kept, as for an output loss, all are checkpointed; gradients are the same."""
+    model = set_mode(tiny_model(), "checkpointed-reentrant" if use_reentrant else "checkpointed")
+    ids, found = torch.arange(8)[None], []
+    reading, mask = Reading(ids, torch.ones_like(ids), 0, 8), torch.ones(1, 8, dtype=torch.bool)
+    for transform in (None, lambda _, states: states):
+        counts = count_runs(model)
+        (states,) = read_states(model, reading, [Want((layer,), mask, transform=transform)])
+        found.append(gradients(model, weighted_sum(states)))
+        assert counts == (runs if transform else [2 * (i < layer) for i in range(3)])
+        assert all(block.gradient_checkpointing for block in blocks(model))
+    assert_same_gradients(*found)
+
+
+def count_runs(model):
+    """How often each block has run from here on."""
+    counts = [0] * len(blocks(model))
+    for i, block in enumerate(blocks(model)):
+        block.mlp.register_forward_pre_hook(lambda *_, i=i: counts.__setitem__(i, counts[i] + 1))
+    return counts
 
 
 def test_checkpointing_that_is_not_hugging_faces_is_refused():

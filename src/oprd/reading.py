@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor, nn
 
-from oprd.capture import backbone, capture
+from oprd.capture import backbone, capture, uncheckpointed
 from oprd.errors import UserError
 
 # How transformers' stacks make their masks: a call, or arguments for several.
@@ -98,6 +98,8 @@ def read_states(
     deepest = max(range(len(wants)), key=lambda i: (max(wants[i].layers), i))
     inputs, real = _inputs(model, reading, padding_free)
     with ExitStack() as captures:
+        if all(want.transform is not None for want in wants):  # losses are there: the backward is next
+            captures.enter_context(uncheckpointed(model, max(wants[deepest].layers)))
         states = []
         for i, want in enumerate(wants):
             rows = reading.rows(want.mask)

@@ -27,6 +27,8 @@ from oprd.planning.parts import STUDENT, TEACHER
 from oprd.rollout_trainer import RolloutTrainer
 from oprd.train import parse_training_recipe
 
+pytestmark = pytest.mark.usefixtures("one_heap_pass")  # subprocesses, which are measured, take all
+
 RECIPE = {
     "model_name_or_path": "tiny:student",
     "teacher_model_name_or_path": "tiny:teacher",

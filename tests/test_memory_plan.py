@@ -39,6 +39,8 @@ from oprd.teacher import Teacher
 from oprd.train import parse_training_recipe
 from oprd.update import Update
 
+pytestmark = pytest.mark.usefixtures("one_heap_pass")  # subprocesses, which are measured, take all
+
 CPU = torch.device("cpu")
 HERE = Machine(CPU, 0, 0)
 RECIPE = {
@@ -348,9 +350,9 @@ def hundred_million(tmp_path_factory):
 
 CASES = {
     "tiny": {"max_completion_length": 64, "per_device_train_batch_size": 32},
-    "all layers": {"max_completion_length": 300, "per_device_train_batch_size": 2},
+    "all layers": {"max_completion_length": 200, "per_device_train_batch_size": 2},
     "exact KL, checkpointing": {
-        "max_completion_length": 200,
+        "max_completion_length": 128,
         "per_device_train_batch_size": 2,
         "gradient_checkpointing": True,
         "representation_weight": "0",

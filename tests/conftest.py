@@ -54,7 +54,7 @@ FAMILIES = {
 
 @pytest.fixture
 def one_heap_pass(monkeypatch):
-    """Plans of one pass through an update: the others tell of holes in the heap, and take most of the time."""
+    """Plans of one pass through an update: the others tell of holes in the heap, and take most time."""
     monkeypatch.setattr("oprd.planning.memory_plan.HEAP_PASSES", 1)
 
 

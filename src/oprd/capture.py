@@ -99,17 +99,17 @@ def capture(
 def uncheckpointed(model: nn.Module, layer: int) -> Iterator[None]:
     """Let the block that writes `layer` keep its activations, where blocks checkpoint themselves.
 
-    A backward that begins with that block would run it again at once: this saves the time, at the same peak.
+    A backward that begins with that block would run it again at once: this saves the run, at the same peak.
     """
     block: Any = blocks(model)[max(layer - 1, 0)]
-    checkpoints = getattr(block, "gradient_checkpointing", False)
-    if checkpoints:
-        block.gradient_checkpointing = False
+    if not getattr(block, "gradient_checkpointing", False):
+        yield
+        return
+    block.gradient_checkpointing = False
     try:
         yield
     finally:
-        if checkpoints:
-            block.gradient_checkpointing = True
+        block.gradient_checkpointing = True
 
 
 class _Store:

@@ -267,7 +267,8 @@ def test_what_cannot_fit_is_not_tried(capsys, recipe, monkeypatch, tmp_path):
 def test_running_out_of_memory_names_the_first_knob(recipe, megabytes):
     path = recipe(per_device_train_batch_size=32, max_completion_length=2048)
     room = f"import resource; resource.setrlimit(resource.RLIMIT_DATA, ({megabytes}_000_000,) * 2)"
-    script = f"{room}; import sys; from oprd import cli; cli.main(sys.argv[1:])"
+    once = "from oprd.planning import memory_plan; memory_plan.HEAP_PASSES = 1"
+    script = f"{room}; import sys; from oprd import cli; {once}; cli.main(sys.argv[1:])"
     command = [sys.executable, "-c", script, "train", path, "--dry_run"]
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 1, result.stderr

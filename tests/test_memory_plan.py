@@ -334,8 +334,8 @@ def hundred_million(tmp_path_factory):
     sizes = {
         "vocab_size": 151_936,
         "hidden_size": 448,
-        "intermediate_size": 1344,
-        "num_hidden_layers": 12,
+        "intermediate_size": 5376,  # few and wide blocks: a plan takes as long as there are operations
+        "num_hidden_layers": 4,
         "num_attention_heads": 7,
         "num_key_value_heads": 7,
         "tie_word_embeddings": True,

@@ -50,7 +50,7 @@ def run_demo(
         fit_bridge(_bridge(pair, keys, output / name, seed))
     folders = {"student": resolve_model(STUDENT), "teacher": resolve_model(pair.teacher)}
     for arm in pair.arms:
-        folders[arm] = _train_arm(pair, arm, output, steps, seed)
+        folders[arm] = _train_arm(pair, arm, output, settings)
     arms = {
         arm: _evaluate(arm, folder, output, problems, samples, seed) | _cost(output / arm)
         for arm, folder in folders.items()
@@ -103,27 +103,28 @@ def _bridge(pair: Pair, keys: dict[str, Any], folder: Path, seed: int) -> Bridge
     )
 
 
-def _train_arm(pair: Pair, arm: str, output: Path, steps: int, seed: int) -> str:
+def _train_arm(pair: Pair, arm: str, output: Path, settings: dict[str, Any]) -> str:
     """The folder of a trained arm; one with a run before it starts where that ended, with other prompts."""
-    keys, start = dict(pair.arms[arm]), STUDENT
+    keys, start, steps = dict(pair.arms[arm]), STUDENT, settings["steps"]
     if "after" in keys:
-        first, half = output / f"{arm}-first", steps // 2
-        arguments = _arguments(pair, keys.pop("after"), start, first, half, seed)
+        first = settings | {"steps": steps // 2}
+        arguments = _arguments(pair, keys.pop("after"), start, output / f"{arm}-first", first)
         start = str(train(*arguments, label=f"{LABELS[arm]}: first half"))
-        steps, seed = steps - half, seed + OTHER_PROMPTS
-    return str(train(*_arguments(pair, keys, start, output / arm, steps, seed), label=LABELS[arm]))
+        settings = settings | {"steps": steps - steps // 2, "seed": settings["seed"] + OTHER_PROMPTS}
+    return str(train(*_arguments(pair, keys, start, output / arm, settings), label=LABELS[arm]))
 
 
 def _arguments(
-    pair: Pair, keys: dict[str, Any], start: str, folder: Path, steps: int, seed: int
+    pair: Pair, keys: dict[str, Any], start: str, folder: Path, settings: dict[str, Any]
 ) -> tuple[RunArguments, OPRDConfig]:
+    steps = settings["steps"]
     run = RunArguments(
         model_name_or_path=start,
         dataset_name=TASK,
         accuracy_dataset_name=TASK,
         accuracy_steps=max(steps // 10, 1),
-        accuracy_problems=64,
-        accuracy_samples=2,
+        accuracy_problems=min(settings["problems"], 64),
+        accuracy_samples=min(settings["samples"], 2),
     )
     keys = SHARED | {"teacher_model_name_or_path": pair.teacher} | keys
     if "bridge" in keys:
@@ -131,7 +132,7 @@ def _arguments(
     for name in ("representation_weight", "output_weight"):
         if name in keys:
             keys[name] = at_share(keys[name], steps)
-    return run, OPRDConfig(output_dir=str(folder), max_steps=steps, seed=seed, **keys)
+    return run, OPRDConfig(output_dir=str(folder), max_steps=steps, seed=settings["seed"], **keys)
 
 
 def at_share(schedule: str, steps: int) -> str:

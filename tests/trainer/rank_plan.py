@@ -12,8 +12,8 @@ from cpu_sharding import ask_for_fsdp, shard_on_cpu
 
 from oprd.doctor import longest_rollout
 from oprd.dry_run import PEAKS, dry_run
+from oprd.planning import memory_plan
 from oprd.planning.machine import Machine
-from oprd.planning.memory_plan import plan_memory
 from oprd.ranks import leave_ranks
 from oprd.train import parse_training_recipe
 
@@ -27,7 +27,8 @@ def main() -> None:
         shard_on_cpu(config)
     longest, _ = longest_rollout(run, config, config.world_size)
     machine = replace(Machine.here(config), sharded=sharded)
-    plan = plan_memory(run.model_name_or_path, config, longest, machine, run.lora)
+    memory_plan.HEAP_PASSES = 1  # the others tell of holes in a heap, which this one has none of
+    plan = memory_plan.plan_memory(run.model_name_or_path, config, longest, machine, run.lora)
     peaks = dry_run(run.model_name_or_path, config, longest, plan.step, peft_config=run.lora)
     if config.process_index == 0:
         planned = dict(zip(PEAKS, (plan.update_mb, plan.rollout_mb), strict=True))

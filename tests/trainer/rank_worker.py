@@ -1,7 +1,7 @@
-"""Runs with given rollouts, alone or under torchrun: `rank_worker.py MODELS OUTPUT MODE [RUNS]`.
+"""Runs with given rollouts, alone or under torchrun: `rank_worker.py MODELS OUTPUT MODE RUNS`.
 
 MODELS is a JSON object of names and folders, MODE is ddp, fsdp, fsdp_from_rank_0, where the others are sent
-their weights, zero2 or zero3; RUNS is a list of cases with settings of their own, by default all as they are.
+their weights, zero2 or zero3; RUNS is a list of folders below OUTPUT, cases and settings of their own.
 """
 
 import importlib
@@ -153,16 +153,16 @@ def main() -> None:
     sharded = mode.startswith("fsdp")
     if sharded:
         ask_for_fsdp(from_rank_0=mode == "fsdp_from_rank_0")
-    runs = json.loads(sys.argv[4]) if len(sys.argv) > 4 else [(case, {}) for case in CASES]
+    runs = json.loads(sys.argv[4])
     shared = {"deepspeed": deepspeed(int(mode[-1]))} if mode.startswith("zero") else {}
-    for case, more in runs:
-        trainer = run_case(case, models, output, 2, sharded, **more | shared)
+    for folder, case, more in runs:
+        trainer = run_case(case, models, output / folder, 2, sharded, **more | shared)
         assert trainer.accelerator.num_processes == 2
         if sharded:
             check_sharded(trainer)
         trainer.accelerator.wait_for_everyone()
         del trainer
-    if not any(more.get("use_vllm") for _, more in runs):  # vLLM takes its groups down itself
+    if not any(more.get("use_vllm") for _, _, more in runs):  # vLLM takes its groups down itself
         leave_ranks()
         if mode == "ddp":  # DTensors' own caches hold the group of a sharded run
             assert not [name for name in threads() if "gloo" in name]  # such as could outlive Python

@@ -57,11 +57,36 @@ def hub(tmp_path_factory, student, teacher):
     return {"HF_HUB_CACHE": str(cache), "HF_MODULES_CACHE": str(tmp_path_factory.mktemp("code"))}
 
 
-def run(hub, *argv, code=0):
-    command = [sys.executable, "-m", "oprd.cli", *map(str, argv)]
-    done = subprocess.run(command, env=os.environ | hub, capture_output=True, text=True, timeout=120)
-    assert done.returncode == code, done.stderr[-3000:]
-    return done.stderr.strip()
+IN_TURN = """
+import contextlib, io, json, sys
+from oprd import cli
+
+said = []
+for argv in json.loads(sys.argv[1]):
+    with contextlib.redirect_stderr(io.StringIO()) as error:
+        code = cli.run(argv)
+    said.append((code, error.getvalue().strip()))
+print(json.dumps(said))
+"""
+
+
+def run(hub, *commands):
+    """Commands in turn, in one process that takes the cache for the Hub; exit codes and what was said."""
+    argv = json.dumps([[str(word) for word in command] for command in commands])
+    done = subprocess.run(
+        [sys.executable, "-c", IN_TURN, argv],
+        env=os.environ | hub,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def succeed(hub, *commands):
+    for code, said in run(hub, *commands):
+        assert code == 0, said[-3000:]
 
 
 def fingerprint(folder):
@@ -80,15 +105,18 @@ def test_an_evaluation_of_a_revision(hub, tmp_path, student, teacher):
         )
         for folder in (student, teacher)
     ]
-    for branch, summary in zip(COMMITS, wanted, strict=True):
-        run(hub, "eval", "--model", "org/model", "--revision", branch, "--output", tmp_path / branch, *DRAWS)
-        assert fingerprint(tmp_path / branch) == summary["settings"]["model_fingerprint"]
-    run(hub, "eval", "--model", "org/model", "--output", tmp_path / "none", *DRAWS)
-    assert fingerprint(tmp_path / "none") == fingerprint(tmp_path / "main") != fingerprint(tmp_path / "v2")
-    said = run(
-        hub, "eval", "--model", "org/model", "--revision", "v3", "--output", tmp_path / "v3", *DRAWS, code=2
+    evaluation = ["eval", "--model", "org/model", *DRAWS]
+    *done, (code, said) = run(
+        hub,
+        *([*evaluation, "--revision", branch, "--output", tmp_path / branch] for branch in COMMITS),
+        [*evaluation, "--output", tmp_path / "none"],
+        [*evaluation, "--revision", "v3", "--output", tmp_path / "v3"],
     )
-    assert said.startswith("oprd: cannot load the model org/model: ")
+    assert [code for code, _ in done] == [0, 0, 0], done
+    for branch, summary in zip(COMMITS, wanted, strict=True):
+        assert fingerprint(tmp_path / branch) == summary["settings"]["model_fingerprint"]
+    assert fingerprint(tmp_path / "none") == fingerprint(tmp_path / "main") != fingerprint(tmp_path / "v2")
+    assert code == 2 and said.startswith("oprd: cannot load the model org/model: ")
 
 
 @pytest.mark.slow
@@ -98,8 +126,7 @@ def test_an_evaluation_of_a_model_with_code_of_its_own(hub, tmp_path, student):
     config = json.loads((folder / "config.json").read_text())
     config |= {"auto_map": {"AutoModelForCausalLM": "tripled.Tripled"}, "architectures": ["Tripled"]}
     (folder / "config.json").write_text(json.dumps(config | {"model_type": "qwen3"}))
-    argv = ["eval", "--model", folder, "--output", tmp_path / "eval", *DRAWS]
-    run(hub, *argv, "--trust_remote_code")
+    succeed(hub, ["eval", "--model", folder, "--output", tmp_path / "eval", *DRAWS, "--trust_remote_code"])
     samples = [json.loads(line) for line in (tmp_path / "eval" / "samples.jsonl").read_text().splitlines()]
     tripled = load_model(student)
     with torch.no_grad():
@@ -139,13 +166,18 @@ def test_a_student_of_a_kind_of_its_own_trains_where_its_code_is_trusted(
 ):
     names = {"teacher_model_name_or_path": make_folder(2, family="qwen2"), "dataset_name": "tiny"}
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(QUICK | names))
-    argv = ["train", tmp_path / "recipe.yaml", "--max_steps", "1", "--output_dir"]
-    said = run(hub, *argv, tmp_path / "refused", "--model_name_or_path", own_kind, code=2)
+    train = ["train", tmp_path / "recipe.yaml", "--max_steps", "1"]
+    own, plain = (["--model_name_or_path", path] for path in (own_kind, make_folder(1, family="qwen2")))
+    (code, said), *done = run(
+        hub,
+        [*train, *own, "--output_dir", tmp_path / "refused"],
+        [*train, *own, "--output_dir", tmp_path / "own", "--trust_remote_code", "true"],
+        [*train, *plain, "--output_dir", tmp_path / "plain"],
+    )
     why = "it needs code that comes with it: read that, and set trust_remote_code to have it run"
-    assert said == f"oprd: cannot load the model {own_kind}: {why}"
+    assert (code, said) == (2, f"oprd: cannot load the model {own_kind}: {why}")
     assert not (tmp_path / "refused").exists()
-    run(hub, *argv, tmp_path / "own", "--model_name_or_path", own_kind, "--trust_remote_code", "true")
-    run(hub, *argv, tmp_path / "plain", "--model_name_or_path", make_folder(1, family="qwen2"))
+    assert [code for code, _ in done] == [0, 0], done
     folders = tmp_path / "own", tmp_path / "plain", own_kind
     own, plain, before = (load_file(folder / "model.safetensors") for folder in folders)
     assert own.keys() == plain.keys() and all(torch.equal(own[name], plain[name]) for name in own)
@@ -171,7 +203,7 @@ def test_adapters_are_merged_into_the_revision_they_were_trained_on(
     }
     more = {} if revision is None else {"model_init_kwargs": {"revision": revision}}
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(QUICK | names | more))
-    run(hub, "train", tmp_path / "recipe.yaml")
+    succeed(hub, ["train", tmp_path / "recipe.yaml"])
     config = json.loads((tmp_path / "run" / "adapter_config.json").read_text())
     assert config["revision"] == COMMITS[revision or "main"]
     wanted = by_hand(tmp_path / "run", student if revision is None else teacher, rslora=False)
@@ -187,12 +219,13 @@ def test_a_plan_and_a_bridge_of_a_student_of_a_kind_of_its_own(hub, tmp_path, ma
         "teacher_model_name_or_path": make_folder(2, family="qwen2"),
     }
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(QUICK | names | {"dataset_name": "tiny"}))
-    doctor = ["doctor", tmp_path / "recipe.yaml", "--output_dir", tmp_path / "run"]
-    run(hub, *doctor, "--trust_remote_code", "true")
-    assert "set trust_remote_code" in run(hub, *doctor, code=2).splitlines()[-1]
     sizes = {"num_prompts": 8, "max_completion_length": 8, "rank": "2", "engine": "hf", "dtype": "float32"}
     (tmp_path / "bridge.yaml").write_text(yaml.safe_dump(names | sizes | {"dataset_name": "tiny"}))
+    doctor = ["doctor", tmp_path / "recipe.yaml", "--output_dir", tmp_path / "run"]
     bridge = ["bridge", tmp_path / "bridge.yaml", "--output_dir", tmp_path / "bridge"]
-    assert "set trust_remote_code" in run(hub, *bridge, code=2).splitlines()[-1]
-    run(hub, *bridge, "--trust_remote_code", "true")
+    trusted = [[*command, "--trust_remote_code", "true"] for command in (doctor, bridge)]
+    *refused, planned, fitted = run(hub, doctor, bridge, *trusted)
+    for code, said in refused:
+        assert code == 2 and "set trust_remote_code" in said.splitlines()[-1]
+    assert planned[0] == fitted[0] == 0, (planned, fitted)
     assert (tmp_path / "bridge" / "report.json").is_file()

@@ -2,8 +2,10 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -23,6 +25,8 @@ from transformers.integrations.deepspeed import (
 
 from oprd.folder.recorder import read_metrics
 from oprd.sharding.zero import loaded_whole
+
+pytestmark = pytest.mark.xdist_group("two ranks")  # which are started once
 
 SKIPPED = ("time/", "memory/")
 EXPERTS = {
@@ -44,25 +48,58 @@ def models(tmp_path_factory, make_folder, student, teacher):
     return dict(zip(names, (student, teacher, *tied, wide, bridge, *experts), strict=True))
 
 
-def launch(models, output, mode, *runs):
-    """The worker on two ranks; returns the folder of its runs."""
+def launch(models, output, mode, runs):
+    """The worker on two ranks, which makes every run: its folder below `output`, its case, its settings."""
     worker = Path(rank_worker.__file__)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     done = subprocess.run(
-        [*command, str(worker), json.dumps(models), str(output), mode, *([json.dumps(runs)] if runs else [])],
+        [*command, str(worker), json.dumps(models), str(output), mode, json.dumps(runs)],
         env=os.environ
         | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{worker.parent}:{os.getenv('PYTHONPATH', '')}"},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=600,
     )
     assert done.returncode == 0, done.stderr[-4000:]
-    return output
 
 
-@pytest.fixture(scope="module", params=["ddp", "fsdp"])
-def two_ranks(tmp_path_factory, models, request):
-    return launch(models, tmp_path_factory.mktemp(request.param), request.param)
+# Such an epsilon keeps Adam from making steps of a gradient's rounding.
+ADAM = {"optim": "adamw_torch", "adam_epsilon": 1e-3, "save_strategy": "steps", "save_steps": 2}
+BEST = {"save_strategy": "steps", "save_steps": 1, "eval_strategy": "steps", "eval_steps": 1} | {
+    "load_best_model_at_end": True,
+    "metric_for_best_model": "eval_loss",
+    "learning_rate": 1.0,  # so large that the loss rises after the first step
+}
+ROLLED_OUT = ("accumulated", "tied", "adapters")
+RESUMED = ("output", "tied", "adapters", "experts")
+BEST_OF = ("adapters", "experts")
+HALF = ("representation", "output")
+
+
+@pytest.fixture(scope="module")
+def on_two_ranks(tmp_path_factory, models):
+    """`on_two_ranks(mode)`: what two ranks made in one launch; `resumed` goes on from what one rank saved."""
+
+    @cache
+    def made(mode):
+        folder = tmp_path_factory.mktemp(mode)
+        for case in RESUMED:
+            rank_worker.run_case(case, models, folder / "resumed", **ADAM | {"max_steps": 2})
+        runs = [("plain", case, {}) for case in rank_worker.CASES]
+        runs += [("rolled_out", case, {"scripted": False}) for case in ROLLED_OUT]
+        runs += [("saved", case, ADAM | {"max_steps": 2}) for case in RESUMED]
+        runs += [("resumed", case, ADAM | {"max_steps": 4, "resume": True}) for case in RESUMED]
+        runs += [("best", case, BEST) for case in BEST_OF]
+        runs += [("half", case, {"bf16": True}) for case in HALF]
+        launch(models, folder, mode, runs)
+        return folder
+
+    return made
+
+
+@pytest.fixture(params=["ddp", "fsdp"])
+def two_ranks(on_two_ranks, request):
+    return on_two_ranks(request.param)
 
 
 def weights_in(folder):
@@ -93,12 +130,12 @@ def same_weights(folder, other, atol=1e-6):
 def test_two_processes_equal_one(two_ranks, tmp_path, models, case):
     trainer = rank_worker.run_case(case, models, tmp_path)
     assert trainer.accelerator.num_processes == 1
-    steps = same_metrics(two_ranks / case, tmp_path / case, rel=1e-5)
+    steps = same_metrics(two_ranks / "plain" / case, tmp_path / case, rel=1e-5)
     assert [record["step"] for record in steps] == [1, 2, 3]
     if case.startswith("idle_rank"):
         assert [record["rollout/left_out"] for record in steps] == [2, 2, 2]
         assert all(record["grad_norm"] > 0 for record in steps)
-    same_weights(tmp_path / case, two_ranks / case)
+    same_weights(tmp_path / case, two_ranks / "plain" / case)
 
 
 FROM_RANK_0 = ("output", "tied", "bridge", "adapters")
@@ -106,7 +143,7 @@ FROM_RANK_0 = ("output", "tied", "bridge", "adapters")
 
 @pytest.mark.slow
 def test_rank_0_may_load_for_all(tmp_path, models):
-    launch(models, tmp_path / "sharded", "fsdp_from_rank_0", *((case, {}) for case in FROM_RANK_0))
+    launch(models, tmp_path, "fsdp_from_rank_0", [("sharded", case, {}) for case in FROM_RANK_0])
     for case in FROM_RANK_0:
         rank_worker.run_case(case, models, tmp_path)
         same_metrics(tmp_path / "sharded" / case, tmp_path / case, rel=1e-5)
@@ -114,23 +151,19 @@ def test_rank_0_may_load_for_all(tmp_path, models):
 
 
 @pytest.mark.slow
-def test_sharded_models_roll_out_like_whole_ones(tmp_path, models):
-    runs = [(case, {"scripted": False}) for case in ("accumulated", "tied", "adapters")]
-    folders = [launch(models, tmp_path / mode, mode, *runs) for mode in ("ddp", "fsdp")]
-    for case, _ in runs:
-        whole, sharded = (folder / case for folder in folders)
-        steps = same_metrics(sharded, whole, rel=1e-5)
-        assert len({record["rollout/mean_length"] for record in steps}) > 1
-        same_weights(whole, sharded)
+@pytest.mark.parametrize("case", ROLLED_OUT)
+def test_sharded_models_roll_out_like_whole_ones(on_two_ranks, case):
+    whole, sharded = (on_two_ranks(mode) / "rolled_out" / case for mode in ("ddp", "fsdp"))
+    steps = same_metrics(sharded, whole, rel=1e-5)
+    assert len({record["rollout/mean_length"] for record in steps}) > 1
+    same_weights(whole, sharded)
 
 
 @pytest.mark.slow
-def test_in_half_precision_gradients_are_summed_in_float32(tmp_path, models):
-    runs = [(case, {"bf16": True}) for case in ("representation", "output")]
-    launch(models, tmp_path / "sharded", "fsdp", *runs)
-    for case, settings in runs:
-        rank_worker.run_case(case, models, tmp_path, **settings)
-        same_metrics(tmp_path / "sharded" / case, tmp_path / case, rel=0.03)
+@pytest.mark.parametrize("case", HALF)
+def test_in_half_precision_gradients_are_summed_in_float32(two_ranks, tmp_path, models, case):
+    rank_worker.run_case(case, models, tmp_path, bf16=True)
+    same_metrics(two_ranks / "half" / case, tmp_path / case, rel=0.03)
 
 
 ZERO = {
@@ -143,15 +176,10 @@ ZERO = {
 @pytest.mark.skipif(not find_spec("deepspeed"), reason="deepspeed is not installed")
 @pytest.mark.parametrize("mode", ZERO)
 def test_deepspeed_equals_one_process(tmp_path, models, mode):
-    launch(models, tmp_path / mode, mode, *((case, {}) for case in ZERO[mode]))
+    launch(models, tmp_path, mode, [(mode, case, {}) for case in ZERO[mode]])
     for case in ZERO[mode]:
         rank_worker.run_case(case, models, tmp_path)
         same_metrics(tmp_path / mode / case, tmp_path / case, rel=1e-5)
-
-
-# Such an epsilon keeps Adam from making steps of a gradient's rounding.
-ADAM = {"optim": "adamw_torch", "adam_epsilon": 1e-3, "save_strategy": "steps", "save_steps": 2}
-RESUMED = ("output", "tied", "adapters", "experts")
 
 
 @pytest.fixture(scope="module")
@@ -163,50 +191,37 @@ def straight(tmp_path_factory, models):
     return folder
 
 
-def check_resumed(folder, straight):
-    for case in RESUMED:
-        steps = same_metrics(folder / case, straight / case, rel=1e-5)
-        assert [record["step"] for record in steps] == [1, 2, 3, 4]
-        same_weights(straight / case, folder / case, atol=2e-6)
+@pytest.mark.slow
+@pytest.mark.parametrize("case", RESUMED)
+def test_one_rank_resumes_what_two_saved(two_ranks, tmp_path, models, straight, case):
+    shutil.copytree(two_ranks / "saved" / case, tmp_path / case)
+    rank_worker.run_case(case, models, tmp_path, **ADAM | {"max_steps": 4, "resume": True})
+    same_run(tmp_path / case, straight / case)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mode", ["ddp", "fsdp"])
-def test_one_rank_resumes_what_two_saved(tmp_path, models, straight, mode):
-    launch(models, tmp_path, mode, *((case, ADAM | {"max_steps": 2}) for case in RESUMED))
-    for case in RESUMED:
-        rank_worker.run_case(case, models, tmp_path, **ADAM | {"max_steps": 4, "resume": True})
-    check_resumed(tmp_path, straight)
+@pytest.mark.parametrize("case", RESUMED)
+def test_two_ranks_resume_what_one_saved(two_ranks, straight, case):
+    same_run(two_ranks / "resumed" / case, straight / case)
+
+
+def same_run(folder, straight):
+    steps = same_metrics(folder, straight, rel=1e-5)
+    assert [record["step"] for record in steps] == [1, 2, 3, 4]
+    same_weights(straight, folder, atol=2e-6)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mode", ["ddp", "fsdp"])
-def test_two_ranks_resume_what_one_saved(tmp_path, models, straight, mode):
-    for case in RESUMED:
-        rank_worker.run_case(case, models, tmp_path, **ADAM | {"max_steps": 2})
-    launch(models, tmp_path, mode, *((case, ADAM | {"max_steps": 4, "resume": True}) for case in RESUMED))
-    check_resumed(tmp_path, straight)
-
-
-BEST = {"save_strategy": "steps", "save_steps": 1, "eval_strategy": "steps", "eval_steps": 1} | {
-    "load_best_model_at_end": True,
-    "metric_for_best_model": "eval_loss",
-    "learning_rate": 1.0,  # so large that the loss rises after the first step
-}
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("case", ["adapters", "experts"])
+@pytest.mark.parametrize("case", BEST_OF)
 @pytest.mark.parametrize("mode", ["alone", "ddp", "fsdp"])
-def test_the_best_model_is_taken_up_in_the_end(tmp_path, models, mode, case):
+def test_the_best_model_is_taken_up_in_the_end(on_two_ranks, tmp_path, models, mode, case):
     if mode == "alone":
         rank_worker.run_case(case, models, tmp_path, **BEST)
-    else:
-        launch(models, tmp_path, mode, (case, BEST))
-    first, last = (tmp_path / case / f"checkpoint-{step}" for step in (1, 3))
+    run = tmp_path / case if mode == "alone" else on_two_ranks(mode) / "best" / case
+    first, last = (run / f"checkpoint-{step}" for step in (1, 3))
     state = json.loads((last / "trainer_state.json").read_text())
     assert state["best_model_checkpoint"] == str(first)
-    best, worst, final = map(weights_in, (first, last, tmp_path / case))
+    best, worst, final = map(weights_in, (first, last, run))
     assert final.keys() == best.keys()
     for name, weight in best.items():
         assert torch.equal(final[name], weight), name

@@ -111,7 +111,7 @@ def test_two_sharded_ranks_with_an_engine_each(start, tmp_path, case):
     worker = Path(__file__).parents[1] / "trainer" / "rank_worker.py"
     models = json.dumps({name: str(TINY_MODELS / name) for name in ("student", "teacher")})
     more = {"use_vllm": True, "scripted": False, "max_completion_length": 24, "learning_rate": 0.1}
-    runs = json.dumps([[case, more]])
+    runs = json.dumps([["", case, more]])
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", worker]
     ended = start(*launcher, models, tmp_path, "fsdp", runs)
     assert ended.returncode == 0, ended.stderr[-3000:]

@@ -11,6 +11,8 @@ from oprd.demo import at_share, run_demo
 from oprd.demo_pairs import BRIDGE, PAIRS
 from oprd.folder.recorder import read_metrics
 
+pytestmark = pytest.mark.xdist_group("demo")
+
 ARMS = ["student", "teacher", "oprd", "opd_sampled_token", "opd_top_k"]
 FIELDS = {
     "avg_at_k",

@@ -352,17 +352,18 @@ CASES = {
     "tiny": {"max_completion_length": 64, "per_device_train_batch_size": 32},
     "all layers": {"max_completion_length": 200, "per_device_train_batch_size": 2},
     "exact KL, checkpointing": {
-        "max_completion_length": 128,
+        "max_completion_length": 64,
         "per_device_train_batch_size": 2,
         "gradient_checkpointing": True,
         "representation_weight": "0",
         "output_loss": "full_vocab",
-        "output_chunk_size": 128,
+        "output_chunk_size": 64,
     },
 }
 
 
 @pytest.mark.slow
+@pytest.mark.xdist_group("100M")
 @pytest.mark.parametrize("case", CASES)
 def test_the_plan_is_near_what_a_run_measures(tmp_path, hundred_million, case):
     """`memory/peak_mb` and `memory/rollout_peak_mb` of real steps, within 15 % or 100 MB."""
@@ -381,7 +382,8 @@ def test_the_plan_is_near_what_a_run_measures(tmp_path, hundred_million, case):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mode", ["ddp", "fsdp"])
+@pytest.mark.xdist_group("100M")
+@pytest.mark.parametrize("mode", [pytest.param("ddp", marks=pytest.mark.drill), "fsdp"])
 def test_the_plan_of_two_ranks_is_near_what_they_measure(tmp_path, hundred_million, mode):
     """Within 15 % or 100 MB, with freed memory given back at once: what malloc keeps is its own affair."""
     path, data = tmp_path / "recipe.yaml", tmp_path / "prompts.jsonl"

@@ -6,6 +6,8 @@ from killing import assert_same_run, finish, flags, kill_at, lasting, prompts
 from oprd.folder.checkpoints import checkpoints, last_whole_checkpoint
 from oprd.folder.run import is_finished
 
+pytestmark = pytest.mark.xdist_group("killed")
+
 TRAIN = ["train", "recipes/tiny/vanilla.yaml"]
 LIMIT = {"save_total_limit": 1}  # when the newest is being written there is no other one
 

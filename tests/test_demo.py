@@ -8,7 +8,7 @@ import yaml
 
 from oprd import cli
 from oprd.demo import at_share, run_demo
-from oprd.demo_pairs import BRIDGE, PAIRS
+from oprd.demo_pairs import BRIDGE, PAIRS, SHARED
 from oprd.folder.recorder import read_metrics
 
 pytestmark = pytest.mark.xdist_group("demo")
@@ -23,6 +23,14 @@ FIELDS = {
     "seconds_per_update",
     "transient_mb",
 }
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_rollouts():
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setitem(SHARED, "per_device_train_batch_size", 8)
+        patched.setitem(BRIDGE, "num_prompts", 96)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -82,13 +90,8 @@ BRIDGED = {
 }
 
 
-@pytest.fixture
-def small_fit(monkeypatch):
-    monkeypatch.setitem(BRIDGE, "num_prompts", 96)
-
-
 @pytest.mark.parametrize("pair", BRIDGED)
-def test_pairs_that_need_a_bridge(pair, tmp_path, small_fit):
+def test_pairs_that_need_a_bridge(pair, tmp_path):
     output = tmp_path / "out"
     argv = ["demo", "--pair", pair, "--output", str(output)]
     assert cli.run([*argv, "--steps", "5", "--problems", "4", "--samples", "2"]) == 0
@@ -103,7 +106,7 @@ def test_pairs_that_need_a_bridge(pair, tmp_path, small_fit):
     assert (output / "accuracy.png").stat().st_size > 5000
 
 
-def test_a_run_before_the_run(tmp_path, monkeypatch, small_fit):
+def test_a_run_before_the_run(tmp_path, monkeypatch):
     """Half the steps through the bridge, half over the text from there, on other prompts."""
     bridged = PAIRS["tokenizer"]
     arms = {"bridge_then_text": bridged.arms["bridge_then_text"]}

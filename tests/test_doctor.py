@@ -18,7 +18,7 @@ from oprd.engines.vllm import is_installed
 from oprd.folder.run import resolved_settings, write_resolved
 from oprd.meters import MB
 from oprd.models import load_model, load_tokenizer, resolve_model
-from oprd.planning import machine
+from oprd.planning import knobs, machine
 from oprd.planning.checks import check_disk
 from oprd.planning.knobs import first_knob
 from oprd.planning.machine import Machine
@@ -276,7 +276,7 @@ def test_what_cannot_fit_is_not_tried(capsys, recipe, container):
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="limits the memory of a process as Linux does")
-@pytest.mark.parametrize("megabytes", [800, 2500])  # before the models are there, and in the first update
+@pytest.mark.parametrize("megabytes", [800, 2000])  # before the models are there, and in the first update
 def test_running_out_of_memory_names_the_first_knob(recipe, megabytes):
     path = recipe(per_device_train_batch_size=32, max_completion_length=2048)
     room = f"import resource; resource.setrlimit(resource.RLIMIT_DATA, ({megabytes}_000_000,) * 2)"
@@ -288,6 +288,20 @@ def test_running_out_of_memory_names_the_first_knob(recipe, megabytes):
     last = result.stderr.strip().splitlines()[-1]
     assert "out of memory at the longest rollout" in last
     assert "first turn gradient_checkpointing: true" in last
+
+
+def test_no_room_for_a_plan_of_a_knob(capsys, recipe, monkeypatch, container):
+    """What is left to say where planning runs out of memory, too."""
+
+    def fill(*_):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+
+    container(100_000_000)
+    monkeypatch.setattr(knobs, "plan_memory", fill)
+    path = recipe(per_device_train_batch_size=64, max_completion_length=1000)
+    assert cli.run(["train", path, "--dry_run"]) == 1
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "first turn gradient_checkpointing: true, then halve the micro-batch" in last
 
 
 @pytest.mark.parametrize(

@@ -42,7 +42,7 @@ def run(argv: Sequence[str]) -> int:
         return 130
     except Exception as error:
         traceback.print_exc()
-        print(f"oprd: the run failed: {error}", file=sys.stderr)
+        print(f"oprd: the run failed: {str(error) or type(error).__name__}", file=sys.stderr)
         return 1
     return 0
 

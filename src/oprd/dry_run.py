@@ -14,7 +14,7 @@ from torch import Tensor
 
 from oprd.doctor import longest_rollout
 from oprd.engines.student import StudentEngine
-from oprd.errors import refusals_told
+from oprd.errors import is_out_of_memory, refusals_told
 from oprd.meters import MB, resident_mb
 from oprd.planning.decoding import sample_last_token
 from oprd.planning.knobs import advice, first_knob
@@ -24,14 +24,6 @@ from oprd.planning.memory_plan import MemoryPlan, Unplannable, fullest_step, pla
 from oprd.train import RunArguments
 from oprd.trainer import OPRDConfig, OPRDTrainer
 
-OUT_OF_MEMORY = (
-    "out of memory",
-    "not enough memory",
-    "allocate memory",
-    "bad_alloc",
-    "CPUAllocator",
-    "start new thread",
-)
 PEAKS = "memory/peak_mb", "memory/rollout_peak_mb"
 UNPLANNED = "first turn gradient_checkpointing: true, then halve the micro-batch"
 HOPELESS = 2  # a plan of so many times what is free is not tried
@@ -76,16 +68,15 @@ def try_longest(run: RunArguments, config: OPRDConfig) -> str:
                 else dry_run(run.model_name_or_path, config, longest, step, peft_config=run.lora)
             )
     except Exception as error:
-        if not _is_out_of_memory(error):
+        if not is_out_of_memory(error):
             raise
     if peaks is None:
         gc.collect()  # what the run held, or no plan of a knob would find room
         where = f"out of memory at the longest rollout ({longest.num_tokens} tokens"
         if plan is None:
             raise RuntimeError(f"{where}); {UNPLANNED}")
-        knob = first_knob(run.model_name_or_path, config, longest, machine, plan, run.lora)
         sizes = f"planned {plan.peak_mb:,.0f} of {machine.free_bytes / MB:,.0f} MB"
-        raise RuntimeError(f"{where}, {sizes}); {advice(plan, knob)}")
+        raise RuntimeError(f"{where}, {sizes}); {_what_to_turn(run, config, longest, machine, plan)}")
     took = (
         f"{STEPS} steps of {longest.num_tokens}-token rollouts fit, in {time.perf_counter() - started:.0f} s"
     )
@@ -98,6 +89,21 @@ def _plan(run: RunArguments, config: OPRDConfig, longest: Longest, machine: Mach
             return plan_memory(run.model_name_or_path, config, longest, machine, run.lora)
     except Unplannable:
         return None
+    except Exception as error:
+        if is_out_of_memory(error):  # there is not even room for shapes
+            return None
+        raise
+
+
+def _what_to_turn(
+    run: RunArguments, config: OPRDConfig, longest: Longest, machine: Machine, plan: MemoryPlan
+) -> str:
+    try:
+        return advice(plan, first_knob(run.model_name_or_path, config, longest, machine, plan, run.lora))
+    except Exception as error:
+        if is_out_of_memory(error):
+            return UNPLANNED
+        raise
 
 
 def _beside(peaks: dict[str, float], plan: MemoryPlan | None) -> str:
@@ -160,14 +166,6 @@ def _accumulation(config: OPRDConfig, longest: Longest) -> int:
     wanted = -(-size * min(count, 2) // each)
     whole = (n for n in range(wanted, most) if not n * each * launched_ranks() % config.num_generations)
     return next(whole, most)
-
-
-def _is_out_of_memory(error: BaseException | None) -> bool:
-    """Whether an error, or the one it came of, is that memory ran out: every library says so its own way."""
-    if error is None:
-        return False
-    told = isinstance(error, MemoryError) or any(words in str(error) for words in OUT_OF_MEMORY)
-    return told or _is_out_of_memory(error.__cause__ or error.__context__)
 
 
 def _room(machine: Machine) -> int | None:

@@ -1,7 +1,16 @@
-"""The one exception for mistakes that the user can mend."""
+"""The one exception for mistakes that the user can mend, and what others tell of memory."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+
+OUT_OF_MEMORY = (
+    "out of memory",
+    "not enough memory",
+    "allocate memory",
+    "bad_alloc",
+    "CPUAllocator",
+    "start new thread",
+)
 
 
 class UserError(ValueError):
@@ -17,3 +26,11 @@ def refusals_told() -> Iterator[None]:
         raise
     except (ValueError, ImportError) as error:
         raise UserError(str(error)) from error
+
+
+def is_out_of_memory(error: BaseException | None) -> bool:
+    """Whether an error, or the one it came of, is that memory ran out: every library says so its own way."""
+    if error is None:
+        return False
+    told = isinstance(error, MemoryError) or any(words in str(error) for words in OUT_OF_MEMORY)
+    return told or is_out_of_memory(error.__cause__ or error.__context__)

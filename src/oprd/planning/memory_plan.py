@@ -12,7 +12,7 @@ from functools import partial
 from typing import Any
 
 from oprd.engines.vllm import CPU_CACHE_GIB
-from oprd.errors import UserError
+from oprd.errors import UserError, is_out_of_memory
 from oprd.meters import MB
 from oprd.planning.longest import Longest
 from oprd.planning.machine import Machine
@@ -139,6 +139,8 @@ def _explained(student: str) -> Iterator[None]:
     try:
         yield
     except (NotImplementedError, RuntimeError) as error:
+        if is_out_of_memory(error):
+            raise
         raise Unplannable(
             f"the memory of {student} and its teacher cannot be planned, since what they compute does not "
             f"follow from shapes alone ({error}): try it with oprd train --dry_run"

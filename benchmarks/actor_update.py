@@ -30,7 +30,17 @@ from typing import Any
 
 import psutil
 import torch
-from harness import Row, allocated_mb, hardware, of_arm, paired_ratio, run_in_turn, serve, write
+from harness import (
+    Row,
+    hardware,
+    of_arm,
+    paired_ratio,
+    peak_mb,
+    run_in_turn,
+    serve,
+    watched_memory,
+    write,
+)
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 from torch import Tensor
@@ -186,7 +196,9 @@ class Arm:
         self.batch = make_batch(shape, settings, self.device)
         self._leave_device()
         if self.device.type == "cpu":
-            self.transient_mb = allocated_mb(lambda: self.loss().backward())
+            with watched_memory() as watched:
+                self.loss().backward()
+            self.transient_mb = peak_mb(watched)
             self._end_step()
 
     def measure(self) -> dict[str, float]:

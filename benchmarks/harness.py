@@ -81,12 +81,15 @@ def run_in_turn(
     return sorted(rows, key=lambda row: (arms.index(row["arm"]), row["repeat"]))
 
 
-def allocated_mb(program: Callable[[], Any]) -> float:
-    """The most of torch's memory that `program` holds at once on a CPU, in 10⁶ bytes."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as events:
-        program()
-    assert events.profiler is not None and events.profiler.kineto_results is not None
-    found = (event for event in events.profiler.kineto_results.events() if event.name() == "[memory]")
+def watched_memory() -> profile:
+    """A profiler of torch's memory, for `peak_mb`."""
+    return profile(activities=[ProfilerActivity.CPU], profile_memory=True)
+
+
+def peak_mb(watched: profile) -> float:
+    """The most of torch's memory on a CPU that was held at once within `watched`, in 10⁶ bytes."""
+    assert watched.profiler is not None and watched.profiler.kineto_results is not None
+    found = (event for event in watched.profiler.kineto_results.events() if event.name() == "[memory]")
     sizes = (event.nbytes() for event in sorted(found, key=lambda event: event.start_ns()))
     return max(accumulate(sizes, initial=0)) / MB
 

@@ -3,7 +3,9 @@
     python benchmarks/step.py --preset 100m   # 100 M parameters, |V| = 151,936: results/step-100m.csv
     python benchmarks/step.py --preset tiny   # the bundled pair
 
-Both trainers run their own loop, from batching to optimiser and log, on the same rollouts and models.
+Both trainers run their own loop, from batching to optimiser and log, on the same rollouts and models. Seconds
+are wall time. Memory is what torch holds on a CPU at most, over what it held before the step; it is not the
+first one, so that the optimiser's state is there.
 oprd        OPRDTrainer, all layers, last k rows
 full_vocab  OPRDTrainer with TRL's objective, the exact reverse KL of all rows
 trl         trl.DistillationTrainer, the exact reverse KL of all rows
@@ -23,7 +25,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from harness import hardware, of_arm, paired_ratio, run_in_turn, serve, write
+from harness import hardware, of_arm, paired_ratio, peak_mb, run_in_turn, serve, watched_memory, write
 from transformers import PreTrainedModel, Qwen2Config, Qwen2ForCausalLM, TrainerCallback
 from trl import DistillationConfig, DistillationTrainer
 
@@ -32,6 +34,7 @@ from oprd.models import load_model, load_tokenizer, resolve_model
 
 HERE = Path(__file__).parent
 ARMS = ("oprd", "full_vocab", "trl")
+WATCHED = 2  # the step whose memory is looked at, before those that are timed
 SHARED: dict[str, Any] = {
     "max_steps": 10_000,
     "learning_rate": 1e-6,
@@ -80,20 +83,31 @@ def make_models(preset: str) -> tuple[PreTrainedModel, PreTrainedModel]:
 
 
 class Pause(TrainerCallback):
-    """Stops after every step until the next is asked for, and tells how long it took without its rollouts."""
+    """Stops after every step until the next is asked for, and tells what it took without its rollouts.
+
+    The second step, whose memory is watched, takes longer for it.
+    """
 
     def __init__(self) -> None:
         self.ask: Queue[None] = Queue()
         self.tell: Queue[dict[str, float]] = Queue()
         self.rollout_seconds = 0.0
+        self._steps, self._watched = 0, watched_memory()
 
     def on_step_begin(self, *_: Any, **__: Any) -> None:
         self.ask.get()
+        self._steps += 1
+        if self._steps == WATCHED:
+            self._watched.start()
         self._start, self.rollout_seconds = time.perf_counter(), 0.0
 
     def on_log(self, *_: Any, **__: Any) -> None:  # the last thing of a step
-        if hasattr(self, "_start"):
-            self.tell.put({"seconds": time.perf_counter() - self._start - self.rollout_seconds})
+        if self._steps:
+            took = {"seconds": time.perf_counter() - self._start - self.rollout_seconds}
+            if self._steps == WATCHED:
+                self._watched.stop()
+                took["transient_mb"] = peak_mb(self._watched)
+            self.tell.put(took)
 
 
 def make_trainer(arm: str, preset: Preset, name: str, pause: Pause) -> Any:
@@ -150,11 +164,12 @@ def work(arm: str, name: str) -> None:
 
     threading.Thread(target=train, daemon=True).start()
 
-    def measure() -> dict[str, float]:
+    def step() -> dict[str, float]:
         pause.ask.put(None)
         return pause.tell.get()
 
-    serve(measure)
+    memory = [step() for _ in range(WATCHED)][-1]["transient_mb"]
+    serve(lambda: step() | {"transient_mb": memory})
 
 
 def main() -> None:
@@ -172,15 +187,14 @@ def main() -> None:
     rows = run_in_turn(__file__, ARMS, ["--preset", given.preset], given.repeats)
     rows = [{"preset": given.preset} | row | hardware() for row in rows]
     write(given.output or HERE / "results" / f"step-{given.preset}.csv", rows)
-    ours = of_arm(rows, "oprd", "seconds")
-    print("| arm | seconds a step | ÷ oprd |\n|---|---|---|")
+    print("| arm | seconds a step | ÷ oprd | transient MB | ÷ oprd |\n|---|---|---|---|---|")
     for arm in ARMS:
-        seconds = of_arm(rows, arm, "seconds")
-        print(
-            "| {} | {:.3f} | {:.3g} ({:.3g}–{:.3g}) |".format(
-                arm, statistics.median(seconds), *paired_ratio(seconds, ours)
-            )
-        )
+        cells = [arm]
+        for key, digits in (("seconds", 3), ("transient_mb", 0)):
+            values = of_arm(rows, arm, key)
+            cells.append(f"{statistics.median(values):,.{digits}f}")
+            cells.append("{:.3g} ({:.3g}–{:.3g})".format(*paired_ratio(values, of_arm(rows, "oprd", key))))
+        print("| " + " | ".join(cells) + " |")
 
 
 if __name__ == "__main__":

@@ -67,14 +67,14 @@ def test_a_run_in_turn(tmp_path, monkeypatch, capsys):
 
 def test_allocations_are_counted_while_they_live():
     kept = []
-
-    def program():
+    with harness.watched_memory() as watched:
         kept.append(torch.ones(1_000_000))
         (torch.ones(2_000_000) * 2).sum()
         kept.append(torch.ones(3_000_000))
-
-    assert harness.allocated_mb(program) == pytest.approx(4 * (1 + 2 + 2), rel=1e-3)
-    assert harness.allocated_mb(kept.clear) == 0
+    assert harness.peak_mb(watched) == pytest.approx(4 * (1 + 2 + 2), rel=1e-3)
+    with harness.watched_memory() as watched:
+        kept.clear()
+    assert harness.peak_mb(watched) == 0
 
 
 def test_paired_ratios():

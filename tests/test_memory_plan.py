@@ -379,9 +379,9 @@ def test_the_plan_is_near_what_a_run_measures(tmp_path, hundred_million, case):
     assert not folder.exists()
 
 
-@pytest.mark.slow
+@pytest.mark.drill
 @pytest.mark.xdist_group("100M")
-@pytest.mark.parametrize("mode", [pytest.param("ddp", marks=pytest.mark.drill), "fsdp"])
+@pytest.mark.parametrize("mode", ["ddp", "fsdp"])
 def test_the_plan_of_two_ranks_is_near_what_they_measure(tmp_path, hundred_million, mode):
     """Within 15 % or 100 MB, with freed memory given back at once: what malloc keeps is its own affair."""
     path, data = tmp_path / "recipe.yaml", tmp_path / "prompts.jsonl"

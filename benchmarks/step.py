@@ -168,8 +168,14 @@ def work(arm: str, name: str) -> None:
         pause.ask.put(None)
         return pause.tell.get()
 
-    memory = [step() for _ in range(WATCHED)][-1]["transient_mb"]
-    serve(lambda: step() | {"transient_mb": memory})
+    memory: dict[str, float] = {}
+
+    def measure() -> dict[str, float]:
+        if not memory:
+            memory["transient_mb"] = [step() for _ in range(WATCHED)][-1]["transient_mb"]
+        return step() | memory
+
+    serve(measure)
 
 
 def main() -> None:

@@ -189,7 +189,7 @@ def on_two_ranks(*command):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("mistaken", "said"),
-    [("01", "oprd: layers='9'"), ("1", "[rank 1] oprd: layers='9'")],
+    [("01", "oprd: layers='9'"), ("0", "oprd: layers='9'"), ("1", "[rank 1] oprd: layers='9'")],
 )
 def test_of_several_ranks_one_tells_the_mistake(recipe, tmp_path, mistaken, said):
     for rank in "01":

@@ -5,7 +5,7 @@ import gc
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from oprd.doctor import longest_rollout
 from oprd.engines.student import StudentEngine
-from oprd.errors import is_out_of_memory, refusals_told
+from oprd.errors import memory_may_run_out, refusals_told
 from oprd.meters import MB, resident_mb
 from oprd.planning.decoding import sample_last_token
 from oprd.planning.knobs import advice, first_knob
@@ -60,16 +60,9 @@ def try_longest(run: RunArguments, config: OPRDConfig) -> str:
     started = time.perf_counter()
     peaks = None
     hopeless = plan is not None and plan.peak_mb * MB > HOPELESS * machine.free_bytes
-    try:
-        with _limited(room):
-            peaks = (
-                None
-                if hopeless
-                else dry_run(run.model_name_or_path, config, longest, step, peft_config=run.lora)
-            )
-    except Exception as error:
-        if not is_out_of_memory(error):
-            raise
+    if not hopeless:
+        with memory_may_run_out(), _limited(room):
+            peaks = dry_run(run.model_name_or_path, config, longest, step, peft_config=run.lora)
     if peaks is None:
         gc.collect()  # what the run held, or no plan of a knob would find room
         where = f"out of memory at the longest rollout ({longest.num_tokens} tokens"
@@ -84,26 +77,17 @@ def try_longest(run: RunArguments, config: OPRDConfig) -> str:
 
 
 def _plan(run: RunArguments, config: OPRDConfig, longest: Longest, machine: Machine) -> MemoryPlan | None:
-    try:
-        with refusals_told():
-            return plan_memory(run.model_name_or_path, config, longest, machine, run.lora)
-    except Unplannable:
-        return None
-    except Exception as error:
-        if is_out_of_memory(error):  # there is not even room for shapes
-            return None
-        raise
+    with suppress(Unplannable), memory_may_run_out(), refusals_told():  # shapes, too, take some room
+        return plan_memory(run.model_name_or_path, config, longest, machine, run.lora)
+    return None
 
 
 def _what_to_turn(
     run: RunArguments, config: OPRDConfig, longest: Longest, machine: Machine, plan: MemoryPlan
 ) -> str:
-    try:
+    with memory_may_run_out():
         return advice(plan, first_knob(run.model_name_or_path, config, longest, machine, plan, run.lora))
-    except Exception as error:
-        if is_out_of_memory(error):
-            return UNPLANNED
-        raise
+    return UNPLANNED
 
 
 def _beside(peaks: dict[str, float], plan: MemoryPlan | None) -> str:

@@ -34,3 +34,13 @@ def is_out_of_memory(error: BaseException | None) -> bool:
         return False
     told = isinstance(error, MemoryError) or any(words in str(error) for words in OUT_OF_MEMORY)
     return told or is_out_of_memory(error.__cause__ or error.__context__)
+
+
+@contextmanager
+def memory_may_run_out() -> Iterator[None]:
+    """Within it running out of memory ends the block, and nothing more."""
+    try:
+        yield
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise

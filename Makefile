@@ -16,7 +16,7 @@ test: .venv/ready
 
 # Kills and starves real runs for ten minutes, on a slow machine for half an hour; DRILL_SEED=n repeats the random moments of another drill.
 drill: .venv/ready
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m drill -n 2 tests/drill tests/test_memory_plan.py
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m drill -n 2 --dist loadgroup
 
 # Rollouts by a real engine on a CPU, in an environment of its own; none, and a word of it, where there is no wheel.
 test-vllm:
@@ -25,7 +25,7 @@ test-vllm:
 
 # Ratios of one run on a small shape, in three minutes; the figures of record: benchmarks/actor_update.py.
 bench-quick: .venv/ready
-	$(BIN)/python benchmarks/actor_update.py --preset quick --repeats 7 --check --output runs/bench-quick.csv \
+	$(BIN)/python benchmarks/actor_update.py --preset quick --repeats 5 --check --output runs/bench-quick.csv \
 		--arms bare oprd oprd_bridge full_vocab top_16_whole trl
 
 # torch comes first and alone: resolved together with the rest, pip would take a CUDA build.

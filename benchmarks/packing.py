@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from actor_update import Shape, make_model
+from arms import Shape, make_model
 from harness import hardware, of_arm, paired_ratio, write
 from torch import Tensor
 

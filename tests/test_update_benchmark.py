@@ -2,6 +2,7 @@
 
 import csv
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,13 +12,14 @@ BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 
 import actor_update  # noqa: E402
+import arms  # noqa: E402
 import harness  # noqa: E402
 
-SHAPE = actor_update.Shape(3, 32, 64, 2, 1, 97, 40, 12, rollouts=2)
+SHAPE = arms.Shape(3, 32, 64, 2, 1, 97, 40, 12, rollouts=2)
 
 
 def loss_and_gradient(name, shape=SHAPE):
-    arm = actor_update.Arm(name, shape)
+    arm = arms.Arm(name, shape)
     value = arm.loss()
     value.backward()
     named = arm.student.named_parameters()
@@ -42,27 +44,53 @@ def test_arms_of_one_objective_agree(ours, theirs):
         torch.testing.assert_close(here, wanted[name], rtol=1e-4, atol=float(1e-5 * whole), msg=name)
 
 
-@pytest.mark.parametrize("name", actor_update.ARMS)
+@pytest.mark.parametrize("name", arms.ARMS)
 def test_every_arm_measures_and_keeps_nothing(name):
-    arm = actor_update.Arm(name, SHAPE)
+    arm = arms.Arm(name, SHAPE)
     first, second = arm.measure(), arm.measure()
     assert first.keys() == second.keys() == {"seconds", "transient_mb"}
     assert second["seconds"] > 0 and all(p.grad is None for p in arm.student.parameters())
 
 
+@pytest.mark.parametrize("name", ["bare", "oprd", "top_16_whole", "authors", "trl"])
+def test_shapes_hold_what_torch_allocates(name):
+    shape = replace(SHAPE, vocabulary=20_001, tokens=200)
+    measured = arms.Arm(name, shape).measure()["transient_mb"]
+    assert measured > 2.5 and arms.counted_mb(name, shape) == pytest.approx(measured, abs=0.05)
+
+
+def test_a_sweep_on_shapes(tmp_path, monkeypatch):
+    output = tmp_path / "rows.csv"
+    monkeypatch.setitem(actor_update.PRESETS, "quick", SHAPE)
+    argv = ["actor_update.py", "--preset", "quick", "--vocabulary", "4000", "--shapes", "--sweep", "length"]
+    argv += ["--sizes", "128", "4096", "--arms", "oprd", "top_16_whole", "--output", str(output)]
+    monkeypatch.setattr(sys, "argv", argv)
+    actor_update.main()
+    rows = list(csv.DictReader(output.open()))
+    assert [(row["tokens"], row["arm"]) for row in rows] == [
+        (tokens, arm) for tokens in ("128", "4096") for arm in ("oprd", "top_16_whole")
+    ]
+    logits = 4 * SHAPE.rollouts * (4096 - 128) * 4000 / 1e6
+    held = [float(row["transient_mb"]) for row in rows]
+    assert "seconds" not in rows[0] and held[2] - held[0] < 2 * logits < held[3] - held[1]
+    assert output.with_suffix(".png").stat().st_size > 5000
+
+
 def test_a_run_in_turn(tmp_path, monkeypatch, capsys):
+    """What has no room is not run, and its memory counted."""
     output = tmp_path / "rows.csv"
     argv = ["actor_update.py", "--preset", "quick", "--tokens", "16", "--last", "4", "--vocabulary", "50"]
-    monkeypatch.setattr(
-        sys, "argv", [*argv, "--repeats", "2", "--arms", "bare", "oprd", "--output", str(output)]
-    )
+    argv += ["--repeats", "2", "--arms", "bare", "oprd", "full_vocab_whole", "--output", str(output)]
+    monkeypatch.setattr(sys, "argv", argv)
+    monkeypatch.setattr(actor_update, "fits", lambda arm, shape: arm != "full_vocab_whole")
     actor_update.main()
     rows = list(csv.DictReader(output.open()))
     measured = [(row["arm"], row["repeat"], bool(row["seconds"]), bool(row["transient_mb"])) for row in rows]
-    assert measured == [(arm, repeat, True, True) for arm in ("bare", "oprd") for repeat in "01"]
+    ran = [(arm, repeat, True, True) for arm in ("bare", "oprd") for repeat in "01"]
+    assert measured == [*ran, ("full_vocab_whole", "0", False, True)]
     assert {row["vocabulary"] for row in rows} == {"50"} and all(row["hardware"] for row in rows)
     table = capsys.readouterr().out
-    assert "| bare |" in table and "1 (1–1)" in table
+    assert "| bare |" in table and "1 (1–1)" in table and "| full_vocab_whole |  |" in table
 
 
 def test_allocations_are_counted_while_they_live():

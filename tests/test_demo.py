@@ -26,10 +26,12 @@ FIELDS = {
 
 
 @pytest.fixture(scope="module", autouse=True)
-def few_rollouts():
+def few_and_short_rollouts():
     with pytest.MonkeyPatch.context() as patched:
         patched.setitem(SHARED, "per_device_train_batch_size", 8)
         patched.setitem(BRIDGE, "num_prompts", 96)
+        for keys in (SHARED, BRIDGE):
+            patched.setitem(keys, "max_completion_length", 24)
         yield
 
 
@@ -108,6 +110,7 @@ def test_pairs_that_need_a_bridge(pair, tmp_path):
 
 def test_a_run_before_the_run(tmp_path, monkeypatch):
     """Half the steps through the bridge, half over the text from there, on other prompts."""
+    monkeypatch.setitem(SHARED, "max_completion_length", 64)  # room for lengths to differ
     bridged = PAIRS["tokenizer"]
     arms = {"bridge_then_text": bridged.arms["bridge_then_text"]}
     monkeypatch.setitem(

@@ -1,7 +1,8 @@
 """Runs with given rollouts, alone or under torchrun: `rank_worker.py MODELS OUTPUT MODE RUNS`.
 
 MODELS is a JSON object of names and folders, MODE is ddp, fsdp, fsdp_from_rank_0, where the others are sent
-their weights, zero2 or zero3; RUNS is a list of folders below OUTPUT, cases and settings of their own.
+their weights, zero2 or zero3; RUNS is a list of folders below OUTPUT, cases and settings of their own. The
+case `recipe` is `oprd train` of the recipe and with the flags that its settings name.
 """
 
 import importlib
@@ -21,6 +22,7 @@ from torch.distributed.tensor import DTensor
 from oprd.capture import blocks
 from oprd.ranks import leave_ranks
 from oprd.reading import Reading, Want
+from oprd.train import parse_training_recipe, train
 from oprd.trainer import OPRDConfig
 
 COMPLETIONS, STEPS = 4, 3
@@ -109,6 +111,13 @@ def run_case(
     return trainer
 
 
+def train_recipe(recipe: str, flags: list[str], sharded: bool) -> None:
+    run, config = parse_training_recipe(recipe, [*flags, "--ddp_backend", "gloo"])
+    if sharded:
+        shard_on_cpu(config)
+    train(run, config)
+
+
 def check_sharded(trainer: ScriptedTrainer) -> None:
     """Every weight of both models is a shard, and one block of a reading teacher is whole at a time."""
     for model in (trainer.model, trainer.teacher.model):
@@ -156,6 +165,10 @@ def main() -> None:
     runs = json.loads(sys.argv[4])
     shared = {"deepspeed": deepspeed(int(mode[-1]))} if mode.startswith("zero") else {}
     for folder, case, more in runs:
+        if case == "recipe":
+            flags = ["--output_dir", str(output / folder), *more["flags"]]
+            train_recipe(more["recipe"], flags, sharded)
+            continue
         trainer = run_case(case, models, output / folder, 2, sharded, **more | shared)
         assert trainer.accelerator.num_processes == 2
         if sharded:

@@ -1,9 +1,7 @@
-"""Accuracy during a run: shared over ranks, in the room of a step's rollouts, and left to itself."""
+"""Accuracy during a run: in the room of a step's rollouts, and left to itself.
 
-import os
-import subprocess
-import sys
-from pathlib import Path
+Two ranks share it in test_trainer_distributed.py.
+"""
 
 import pytest
 import torch
@@ -36,32 +34,6 @@ def recipe(tmp_path):
     path = tmp_path / "recipe.yaml"
     path.write_text(yaml.safe_dump(RECIPE))
     return path
-
-
-def accuracy(folder):
-    (record,) = read_metrics(folder / "metrics.jsonl")
-    return {name: value for name, value in record.items() if name.startswith("eval/")}
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("mode", ["ddp", "fsdp"])
-def test_two_ranks_measure_what_one_does(tmp_path, recipe, mode):
-    """15 responses: 8 for one rank and 7 for the other, two at a time instead of four."""
-    worker = Path(__file__).with_name("train_worker.py")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    flags = ["--output_dir", str(tmp_path / "two"), "--per_device_train_batch_size", "2"]
-    done = subprocess.run(
-        [*command, str(worker), mode, str(recipe), *flags],
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    one = accuracy(train(*parse_training_recipe(recipe, ["--output_dir", str(tmp_path / "one")])))
-    assert accuracy(tmp_path / "two") == one
-    assert one.keys() == {"eval/avg_at_k", "eval/best_at_k", "eval/mean_length"}
-    assert 0 < one["eval/avg_at_k"] < one["eval/best_at_k"]
 
 
 @pytest.mark.parametrize(

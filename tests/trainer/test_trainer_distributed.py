@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import rank_worker
+import test_accuracy
 import torch
 import yaml
 from accelerate.utils.deepspeed import HfDeepSpeedConfig
@@ -25,6 +26,7 @@ from transformers.integrations.deepspeed import (
 
 from oprd.folder.recorder import read_metrics
 from oprd.sharding.zero import loaded_whole
+from oprd.train import parse_training_recipe, train
 
 pytestmark = pytest.mark.xdist_group("two ranks")  # which are started once
 
@@ -91,6 +93,9 @@ def on_two_ranks(tmp_path_factory, models):
         runs += [("resumed", case, ADAM | {"max_steps": 4, "resume": True}) for case in RESUMED]
         runs += [("best", case, BEST) for case in BEST_OF]
         runs += [("half", case, {"bf16": True}) for case in HALF]
+        (folder / "recipe.yaml").write_text(yaml.safe_dump(test_accuracy.RECIPE))
+        halved = {"recipe": str(folder / "recipe.yaml"), "flags": ["--per_device_train_batch_size", "2"]}
+        runs += [("accuracy", "recipe", halved)]
         launch(models, folder, mode, runs)
         return folder
 
@@ -226,6 +231,17 @@ def test_the_best_model_is_taken_up_in_the_end(on_two_ranks, tmp_path, models, m
     for name, weight in best.items():
         assert torch.equal(final[name], weight), name
     assert any(not torch.equal(worst[name], weight) for name, weight in best.items())
+
+
+def test_two_ranks_measure_the_accuracy_that_one_does(two_ranks, tmp_path):
+    """15 responses: 8 for one rank and 7 for the other, two at a time instead of four."""
+    flags = ["--output_dir", str(tmp_path / "one")]
+    train(*parse_training_recipe(two_ranks / "recipe.yaml", flags))
+    (one,), (two,) = (read_metrics(f / "metrics.jsonl") for f in (tmp_path / "one", two_ranks / "accuracy"))
+    measured = {name: value for name, value in one.items() if name.startswith("eval/")}
+    assert measured.keys() == {"eval/avg_at_k", "eval/best_at_k", "eval/mean_length"}
+    assert measured.items() <= two.items()
+    assert 0 < measured["eval/avg_at_k"] < measured["eval/best_at_k"]
 
 
 @pytest.mark.slow

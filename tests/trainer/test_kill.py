@@ -3,6 +3,7 @@
 import pytest
 
 from killing import assert_same_run, finish, flags, kill_at, lasting, prompts
+from oprd import cli
 from oprd.folder.checkpoints import checkpoints, last_whole_checkpoint
 from oprd.folder.run import is_finished
 
@@ -20,7 +21,7 @@ def data(tmp_path_factory):
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory, data):
     folder = tmp_path_factory.mktemp("run") / "whole"
-    finish([*TRAIN, *flags(folder, data, **LIMIT)], folder)
+    assert cli.run([*TRAIN, *flags(folder, data, **LIMIT)]) == 0
     return folder
 
 

@@ -26,6 +26,7 @@ from oprd.bridge.artifact import Bridge, Projector
 from oprd.capture import backbone
 from oprd.comparison import Comparison
 from oprd.meters import MB, MemoryMeter
+from oprd.planning.counted import counted
 from oprd.planning.footprint import Footprint
 from oprd.planning.parts import KEPT
 from oprd.settings import ObjectiveSettings
@@ -166,6 +167,8 @@ class Arm:
             if name == "oprd_bridge":
                 bridge = self._bridge()
                 self.update = replace(self.update, comparison=Comparison(bridge.layer_map, bridge))
+            if footprint is not None:
+                self.update = counted(self.update, footprint)
         if name in WHOLE:
             self.loss = self._whole
         self.batch = make_batch(shape, settings, self.device)

@@ -52,7 +52,7 @@ def test_every_arm_measures_and_keeps_nothing(name):
     assert second["seconds"] > 0 and all(p.grad is None for p in arm.student.parameters())
 
 
-@pytest.mark.parametrize("name", ["bare", "oprd", "top_16_whole", "authors", "trl"])
+@pytest.mark.parametrize("name", ["bare", "oprd", "oprd_bridge", "top_16_whole", "authors", "trl"])
 def test_shapes_hold_what_torch_allocates(name):
     shape = replace(SHAPE, vocabulary=20_001, tokens=200)
     measured = arms.Arm(name, shape).measure()["transient_mb"]

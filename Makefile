@@ -14,7 +14,7 @@ test: .venv/ready
 	$(BIN)/mypy
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup
 
-# Kills and starves real runs for ten minutes, on a slow machine for half an hour; DRILL_SEED=n repeats the random moments of another drill.
+# Kills, starves and weighs real runs for ten minutes, on a slow machine for half an hour; DRILL_SEED=n repeats the random moments of another drill.
 drill: .venv/ready
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m drill -n 2 --dist loadgroup
 

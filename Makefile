@@ -16,7 +16,7 @@ test: .venv/ready
 
 # Kills, starves and weighs real runs for ten minutes, on a slow machine for half an hour; DRILL_SEED=n repeats the random moments of another drill.
 drill: .venv/ready
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m drill -n 2 --dist loadgroup
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m drill -n 2 --dist loadgroup tests/drill tests/test_memory_plan.py tests/test_doctor.py
 
 # Rollouts by a real engine on a CPU, in an environment of its own; none, and a word of it, where there is no wheel.
 test-vllm:

@@ -13,6 +13,7 @@ trl                the loss of trl.DistillationTrainer (reverse KL) as installed
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -282,6 +283,7 @@ class Arm:
         return _chunked_divergence_loss(student, teacher, *heads, mask, beta=1.0)[0]
 
 
+@cache
 def counted_mb(name: str, shape: Shape) -> float:
     """Transient megabytes of an update on a CPU, carried out on tensors that have a shape and no values."""
     if torch.cuda.is_available():

@@ -354,7 +354,7 @@ def hundred_million(tmp_path_factory):
     return {"model_name_or_path": folders[0], "teacher_model_name_or_path": folders[1]}
 
 
-GROUP = pytest.mark.xdist_group("100M")
+LARGE = (pytest.mark.drill, pytest.mark.xdist_group("100M"))
 TWICE = {"gradient_accumulation_steps": 2}
 CASES = {
     "tiny": {"max_completion_length": 64, "per_device_train_batch_size": 32},
@@ -370,10 +370,8 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize(
-    "case",
-    ["tiny", *(pytest.param(case, marks=(pytest.mark.drill, GROUP)) for case in CASES if case != "tiny")],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("case", ["tiny", *(pytest.param(case, marks=LARGE) for case in list(CASES)[1:])])
 def test_the_plan_is_near_what_a_run_measures(tmp_path, request, case):
     """`memory/peak_mb` and `memory/rollout_peak_mb` of real steps, within 15 % or 100 MB."""
     models = {} if case == "tiny" else request.getfixturevalue("hundred_million")
@@ -391,7 +389,7 @@ def test_the_plan_is_near_what_a_run_measures(tmp_path, request, case):
 
 
 @pytest.mark.drill
-@GROUP
+@pytest.mark.xdist_group("100M")
 @pytest.mark.parametrize("mode", ["ddp", "fsdp"])
 def test_the_plan_of_two_ranks_is_near_what_they_measure(tmp_path, hundred_million, mode):
     """Within 15 % or 100 MB, with freed memory given back at once: what malloc keeps is its own affair."""

@@ -22,6 +22,7 @@ def data(tmp_path_factory):
 def uninterrupted(tmp_path_factory, data):
     folder = tmp_path_factory.mktemp("run") / "whole"
     assert cli.run([*TRAIN, *flags(folder, data, **LIMIT)]) == 0
+    assert is_finished(folder, 1)
     return folder
 
 

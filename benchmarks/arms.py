@@ -2,6 +2,7 @@
 
 bare               both backbones and a scalar of the student's last state: the limit
 oprd, oprd_last    ours, all layers or the last one, the last k rows
+oprd_kept          as oprd; checkpointed blocks keep what attention returns (keep_attention: true)
 oprd_bridge        ours, all layers through a bridge of rank 8
 sampled_token, top_16, full_vocab                    our chunked output losses, all rows
 sampled_token_whole, top_16_whole, full_vocab_whole  by autograd on whole logits, as the paper compares
@@ -63,6 +64,7 @@ PRESETS = {
 OURS: dict[str, dict[str, Any]] = {
     "oprd": {"layers": "all"},
     "oprd_last": {"layers": "last"},
+    "oprd_kept": {"layers": "all", "keep_attention": True},
     "oprd_bridge": {"layers": "all", "representation_loss": "normalized_mse"},
     "sampled_token": {"representation_weight": "0", "output_loss": "sampled_token"},
     "top_16": {"representation_weight": "0", "output_loss": "top_k"},

@@ -189,6 +189,11 @@ def test_ranks_share_a_sharded_run(recipe):
             "max_completion_length: 200",
         ),
         (
+            {"gradient_checkpointing": True, "keep_attention": True, "per_device_train_batch_size": 16},
+            0.94,
+            "keep_attention: false",
+        ),
+        (
             {"max_tokens_per_micro_batch": 2000, "gradient_checkpointing": True},
             0.8,
             "max_tokens_per_micro_batch: 1000",

@@ -188,12 +188,19 @@ def kept_by(footprint, update, batch):
     return kept[1]
 
 
-def test_checkpointing_and_smaller_micro_batches_take_less(plan):
+def test_checkpointing_and_smaller_micro_batches_take_less(plan, read):
     whole = plan(max_completion_length=400).update
     assert (
         plan(max_completion_length=400, gradient_checkpointing=True).update[ACTIVATIONS]
         < whole[ACTIVATIONS] / 2
     )
+    kept, plain = (
+        plan(max_completion_length=400, gradient_checkpointing=True, keep_attention=keep).update[ACTIVATIONS]
+        for keep in (True, False)
+    )
+    tokens = 4 * (read(max_completion_length=400)[2].num_tokens - 1)  # read by four rollouts
+    # A float32 state and a number per head; the last block, which the backward begins with, keeps all anyhow.
+    assert kept - plain == 3 * tokens * (128 + 4) * 4
     half = plan(max_completion_length=400, per_device_train_batch_size=2).update
     assert half[ACTIVATIONS] == pytest.approx(whole[ACTIVATIONS] / 2, rel=0.05)
     packed = plan(max_completion_length=400, max_tokens_per_micro_batch=850).update  # two of 422 tokens

@@ -26,6 +26,7 @@ def run(tmp_path):
         {"deepspeed": "zero2.json"},
         {"dry_run": True},
         {"teacher_offload": True},
+        {"keep_attention": True},
         {"accuracy_steps": 7},
         {"num_processes": 4, "gradient_accumulation_steps": 1},
         {"num_processes": 2, "per_device_train_batch_size": 1},

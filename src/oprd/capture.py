@@ -95,23 +95,6 @@ def capture(
         store.finish(layers)
 
 
-@contextmanager
-def uncheckpointed(model: nn.Module, layer: int) -> Iterator[None]:
-    """Let the block that writes `layer` keep its activations, where blocks checkpoint themselves.
-
-    A backward that begins with that block would run it again at once: this saves the run, at the same peak.
-    """
-    block: Any = blocks(model)[max(layer - 1, 0)]
-    if not getattr(block, "gradient_checkpointing", False):
-        yield
-        return
-    block.gradient_checkpointing = False
-    try:
-        yield
-    finally:
-        block.gradient_checkpointing = True
-
-
 class _Store:
     """The states of one forward and the row selection they share."""
 

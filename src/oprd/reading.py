@@ -16,7 +16,8 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor, nn
 
-from oprd.capture import backbone, capture, uncheckpointed
+from oprd.capture import backbone, capture
+from oprd.checkpointing import uncheckpointed
 from oprd.errors import UserError
 
 # How transformers' stacks make their masks: a call, or arguments for several.

@@ -67,6 +67,11 @@ class ObjectiveSettings:
         None,
         "Read rollouts as one sequence without padding; default: where the attention is flash attention.",
     )
+    keep_attention: bool = key(
+        False,
+        "Let checkpointed blocks of the student keep what attention returns: no second run of it in the "
+        "backward, for as much memory again as checkpoints take.",
+    )
     max_prompt_length: int | None = key(None, "Drop (never cut) prompts of more tokens than this.")
     final_norm: bool = key(True, "Take the last layer after the final norm, as hidden_states[L].")
     teacher_chat_template: str = key(

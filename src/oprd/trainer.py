@@ -23,6 +23,7 @@ from trl.models import prepare_deepspeed
 from trl.trainer.utils import RepeatSampler
 
 from oprd.bridge.drift import DriftMonitor
+from oprd.checkpointing import check_attention_kept
 from oprd.engines.importance import check_correction
 from oprd.engines.staleness import FixedText
 from oprd.engines.student import StudentEngine
@@ -161,6 +162,8 @@ class OPRDTrainer(ResumableTrainer, UpdateTrainer, DistillationTrainer):
         self.get_optimizer_cls_and_kwargs(args, self.model)  # what it lacks is told now, not after rollouts
         if self._is_vlm:
             raise UserError("the student is a vision-language model; oprd distils text-only models so far")
+        if args.keep_attention:
+            check_attention_kept(self.model, args.gradient_checkpointing, args.gradient_checkpointing_kwargs)
         self.train_dataset = usable_prompts(
             train_dataset, self._render, args.max_prompt_length, self._prompts_per_step
         )

@@ -5,6 +5,7 @@ Knows models and tensors, not trainers: `Update` is what a trainer calls between
 
 import logging
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 
@@ -15,6 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from oprd.anchor import Anchor
 from oprd.batch import TERMS, Batch, SupervisedRows
 from oprd.capture import backbone, num_layers
+from oprd.checkpointing import attention_kept
 from oprd.comparison import Comparison, States
 from oprd.diagnostics import add_representation_cosine
 from oprd.finite import FiniteWatch
@@ -166,7 +168,10 @@ class Update:
         }
         if not wants:
             return {}
-        states = read_states(self.student, batch.student, list(wants.values()), self.settings.padding_free)
+        with attention_kept(self.student) if self.settings.keep_attention else nullcontext():
+            states = read_states(
+                self.student, batch.student, list(wants.values()), self.settings.padding_free
+            )
         return dict(zip(wants, states, strict=True))
 
     def _representation(

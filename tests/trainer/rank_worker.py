@@ -41,6 +41,7 @@ CASES: dict[str, dict[str, Any]] = {
         "output_weight": "0=0,2=1",
         "output_loss": "full_vocab",
         "gradient_checkpointing": True,
+        "keep_attention": True,
     },
     "shallow": {"layers": "1", "gradient_checkpointing": True, "diagnostics_steps": 1},
     "bridge": THROUGH_BRIDGE | {"anchor_weight": "0.5"},

@@ -6,7 +6,9 @@ from test_trainer_costs import Calls
 from torch.nn.functional import pad
 from transformers import TrainerCallback
 
+from oprd.errors import UserError
 from oprd.objective import num_units, row_weights
+from test_checkpointing import FLASH, Runs
 
 BOTH = {"output_loss": "full_vocab", "layers": "1", "representation_weight": "3"}
 OBJECTIVES = [
@@ -108,6 +110,27 @@ def test_gradient_checkpointing(make_trainer, roll_out, gradient, objective, ree
     close(plain, gradient(trainer, batch))
     begun_with = objective is not BOTH  # an output loss is made after the forward, not at its hooks
     assert inside.count == 2 * len(trainer.model.model.layers) - begun_with  # run again by the backward
+
+
+@pytest.mark.parametrize("objective", [OBJECTIVES[0], BOTH], ids=str)
+def test_kept_attention(make_trainer, roll_out, gradient, objective):
+    """The gradient is the same to the bit, and attention runs once in a block."""
+    found = []
+    for keep in (False, True):
+        trainer = make_trainer(script=scripted, gradient_checkpointing=True, keep_attention=keep, **objective)
+        batch = roll_out(trainer)
+        trainer.model.gradient_checkpointing_enable({"use_reentrant": False})  # as `train` does
+        with Runs(FLASH) as attended:
+            found.append(gradient(trainer, batch))
+        blocks, read = len(trainer.model.model.layers), max(trainer.update.layer_map.teacher_layers)
+        again = 0 if keep else blocks - (objective is not BOTH)
+        assert attended.count == blocks + again + (blocks if objective is BOTH else read)
+    assert found[0][0] == found[1][0] and torch.equal(found[0][1], found[1][1])
+
+
+def test_attention_that_could_not_be_kept_is_told_before_the_first_rollout(make_trainer):
+    with pytest.raises(UserError, match="keep_attention: true, but gradient_checkpointing is off"):
+        make_trainer(keep_attention=True)
 
 
 class Gradients(TrainerCallback):

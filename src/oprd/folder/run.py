@@ -53,6 +53,7 @@ EXECUTION_KEYS = {
     "deepspeed",
     "teacher_offload",
     "padding_free",
+    "keep_attention",
     "vllm_mode",
     "output_chunk_size",
     "max_tokens_per_micro_batch",

@@ -84,6 +84,8 @@ def _turns(config: Any, longest: Longest, machine: Machine) -> Iterator[_Turn]:
     budget = config.max_tokens_per_micro_batch
     if not config.gradient_checkpointing:
         yield turn(gradient_checkpointing=True)
+    if config.keep_attention:
+        yield turn(keep_attention=False)
     if budget is not None and budget >= 2 * longest.num_tokens:
         yield turn(max_tokens_per_micro_batch=budget // 2)
     elif budget is None and micro_batch % 2 == 0:

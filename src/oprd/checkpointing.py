@@ -1,0 +1,106 @@
+"""What blocks that checkpoint themselves need not compute again in the backward."""
+
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.functional import scaled_dot_product_attention
+from torch.overrides import TorchFunctionMode
+from torch.utils.checkpoint import create_selective_checkpoint_contexts
+
+from oprd.capture import backbone, blocks
+from oprd.errors import UserError
+
+# The fused kernels of attention, which keep its output and a number per row and head for the backward.
+KERNELS = [
+    torch.ops.aten._scaled_dot_product_flash_attention.default,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
+    torch.ops.aten._scaled_dot_product_efficient_attention.default,
+    torch.ops.aten._scaled_dot_product_cudnn_attention.default,
+]
+
+
+@contextmanager
+def uncheckpointed(model: nn.Module, layer: int) -> Iterator[None]:
+    """Let the block that writes `layer` keep its activations, where blocks checkpoint themselves.
+
+    A backward that begins with that block would run it again at once: this saves the run, at the same peak.
+    """
+    block: Any = blocks(model)[max(layer - 1, 0)]
+    if not getattr(block, "gradient_checkpointing", False):
+        yield
+        return
+    block.gradient_checkpointing = False
+    try:
+        yield
+    finally:
+        block.gradient_checkpointing = True
+
+
+@contextmanager
+def attention_kept(model: nn.Module) -> Iterator[None]:
+    """Let checkpointed blocks keep what attention returns: [B, S, D], and a number per row and head.
+
+    The backward then runs their norms and products again, but not attention, whose cost grows with the
+    square of the length. Gradients are those of plain checkpointing, to the bit. Blocks that can keep
+    nothing are left as they are (`check_attention_kept`).
+    """
+    former = []
+    for module in backbone(model).modules():
+        checkpoint = getattr(module, "_gradient_checkpointing_func", None)
+        if isinstance(checkpoint, partial) and checkpoint.keywords.get("use_reentrant") is False:
+            former.append((module, checkpoint))
+            module._gradient_checkpointing_func = partial(checkpoint, context_fn=_contexts)
+    try:
+        yield
+    finally:
+        for module, checkpoint in former:
+            module._gradient_checkpointing_func = checkpoint
+
+
+def check_attention_kept(model: nn.Module, checkpointing: bool, kwargs: Mapping[str, Any] | None) -> None:
+    """Raise `UserError` where `attention_kept` would keep nothing of a model checkpointed with `kwargs`."""
+    attention = getattr(backbone(model).config, "_attn_implementation", None)
+    cause = None
+    if not checkpointing:
+        cause = "gradient_checkpointing is off, so that everything is kept"
+    elif (kwargs or {}).get("use_reentrant"):
+        cause = "blocks checkpointed with use_reentrant: true keep nothing"
+    elif attention != "sdpa":
+        cause = f"attn_implementation is {attention}, and only what sdpa returns can be kept"
+    if cause is not None:
+        raise UserError(f"keep_attention: true, but {cause}: leave it out")
+
+
+def _contexts() -> tuple[AbstractContextManager, AbstractContextManager]:
+    """For one checkpointed block: what its forward runs in, and what its second run in the backward does."""
+    kept: deque[AbstractContextManager] = deque()
+
+    def keep() -> AbstractContextManager:
+        first, again = create_selective_checkpoint_contexts(KERNELS)
+        kept.append(again)
+        return first
+
+    return _AroundAttention(keep), _AroundAttention(lambda: kept.popleft() if kept else nullcontext())
+
+
+class _AroundAttention(TorchFunctionMode):
+    """Calls attention inside a context, and all else as it is: torch's own would see every operation."""
+
+    def __init__(self, context: Callable[[], AbstractContextManager]) -> None:
+        super().__init__()
+        self._context = context
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        with self._context() if _is_kept(func, *args, **kwargs) else nullcontext():
+            return func(*args, **kwargs)
+
+
+def _is_kept(func: Any, *args: Any, dropout_p: float = 0.0, **_: Any) -> bool:
+    """Attention, if it draws no random numbers: what follows would draw others when it is not run again."""
+    return func is scaled_dot_product_attention and not (args[4] if len(args) > 4 else dropout_p)

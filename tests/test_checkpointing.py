@@ -1,0 +1,153 @@
+"""Attention that the backward of checkpointed blocks does not run again."""
+
+from functools import partial
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.functional import scaled_dot_product_attention
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from oprd.checkpointing import attention_kept, check_attention_kept
+from oprd.errors import UserError
+
+FLASH = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
+LAYERS = 3
+IDS = torch.arange(2 * 24).view(2, 24)
+PADDED = torch.ones_like(IDS).index_fill(1, torch.arange(5), 0)
+
+
+class Runs(TorchDispatchMode):
+    """Counts the runs of an operation."""
+
+    def __init__(self, op):
+        super().__init__()
+        self.op, self.count = op, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func is self.op
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    shape = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2}
+    config = LlamaConfig(vocab_size=64, num_hidden_layers=LAYERS, **shape)
+    return LlamaForCausalLM(config).train()
+
+
+def update(model, mask=None):
+    """The gradients of an update, and how often attention ran in it."""
+    with Runs(FLASH) as runs:
+        model(input_ids=IDS, attention_mask=mask).logits.square().mean().backward()
+    return gradients(model), runs.count
+
+
+def gradients(model):
+    found = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    return found
+
+
+def equal(these, those):
+    return all(torch.equal(a, b) for a, b in zip(these, those, strict=True))
+
+
+@pytest.mark.parametrize("mask", [None, PADDED], ids=["whole", "padded"])
+def test_gradients_are_those_of_plain_checkpointing_and_attention_runs_once(model, mask):
+    whole, runs = update(model, mask)
+    assert runs == LAYERS
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    plain, runs = update(model, mask)
+    assert runs == 2 * LAYERS
+    with attention_kept(model):
+        kept, runs = update(model, mask)
+    assert runs == LAYERS and equal(kept, plain)
+    torch.testing.assert_close(kept, whole)
+    assert update(model, mask)[1] == 2 * LAYERS  # as it was
+
+
+def test_the_backward_may_come_when_the_context_is_gone(model):
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    plain, _ = update(model)
+    with Runs(FLASH) as runs:
+        with attention_kept(model):
+            loss = model(input_ids=IDS).logits.square().mean()
+        loss.backward()
+    assert runs.count == LAYERS and equal(gradients(model), plain)
+
+
+def test_two_backwards_of_one_forward(model):
+    """The second one finds nothing kept, and runs attention."""
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    plain, _ = update(model)
+    with attention_kept(model):
+        loss = model(input_ids=IDS).logits.square().mean()
+    for runs in (0, LAYERS):
+        with Runs(FLASH) as counted:
+            loss.backward(retain_graph=True)
+        assert counted.count == runs and equal(gradients(model), plain)
+
+
+class TwoAttentions(nn.Module):
+    """A block with two attentions of different inputs, dropout in the first and after it."""
+
+    gradient_checkpointing = True
+    _gradient_checkpointing_func = staticmethod(partial(checkpoint, use_reentrant=False))
+
+    def __init__(self, dropout):
+        super().__init__()
+        self.dropout, self.weight = dropout, nn.Parameter(torch.randn(8, 8))
+
+    def attend(self, states):
+        first = states @ self.weight
+        for dropout in (self.dropout, 0.0):
+            first = scaled_dot_product_attention(first, first, states, dropout_p=dropout, is_causal=True)
+            first = nn.functional.dropout(first, 0.5)
+        return first
+
+    def forward(self, states):
+        return self._gradient_checkpointing_func(self.attend, states)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_random_numbers_are_those_of_the_forward(dropout):
+    """Attention that draws some is run again, so that those drawn after it are the same."""
+    torch.manual_seed(0)
+    block, states = TwoAttentions(dropout), torch.randn(2, 1, 6, 8)
+    found = []
+    for run in (block.attend, block):
+        for kept in (False, True):
+            torch.manual_seed(1)
+            with attention_kept(block) if kept else torch.enable_grad():
+                run(states).square().sum().backward()
+            found.append(block.weight.grad)
+            block.weight.grad = None
+    assert all(torch.equal(found[0], other) for other in found[1:])
+
+
+def test_evaluation_and_no_grad_are_left_alone(model):
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    with torch.no_grad():
+        plain = model(input_ids=IDS).logits
+        with attention_kept(model), Runs(FLASH) as runs:
+            assert torch.equal(model(input_ids=IDS).logits, plain)
+    assert runs.count == LAYERS
+
+
+@pytest.mark.parametrize(
+    ("checkpointing", "kwargs", "attention", "cause"),
+    [
+        (False, None, "sdpa", "gradient_checkpointing is off"),
+        (True, {"use_reentrant": True}, "sdpa", "use_reentrant: true keep nothing"),
+        (True, None, "eager", "attn_implementation is eager"),
+    ],
+)
+def test_where_nothing_would_be_kept_is_told(model, checkpointing, kwargs, attention, cause):
+    check_attention_kept(model, True, None)
+    model.set_attn_implementation(attention)
+    with pytest.raises(UserError, match=f"keep_attention: true, but .*{cause}.*: leave it out"):
+        check_attention_kept(model, checkpointing, kwargs)

@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from oprd.checkpointing import attention_kept, check_attention_kept
+from oprd.checkpointing import attention_kept, check_attention_kept, checkpoint_blocks
 from oprd.errors import UserError
 
 FLASH = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
@@ -92,6 +92,16 @@ def test_two_backwards_of_one_forward(model):
         assert counted.count == runs and equal(gradients(model), plain)
 
 
+def test_blocks_that_do_not_checkpoint_run_once_anyhow(model):
+    checkpoint_blocks(model, {"every_n_layers": 2})
+    assert [block.gradient_checkpointing for block in model.model.layers] == [True, False, True]
+    plain, runs = update(model)
+    assert runs == LAYERS + 2
+    with attention_kept(model):
+        kept, runs = update(model)
+    assert runs == LAYERS and equal(kept, plain)
+
+
 class TwoAttentions(nn.Module):
     """A block with two attentions of different inputs, dropout in the first and after it."""
 
@@ -142,12 +152,14 @@ def test_evaluation_and_no_grad_are_left_alone(model):
     ("checkpointing", "kwargs", "attention", "cause"),
     [
         (False, None, "sdpa", "gradient_checkpointing is off"),
-        (True, {"use_reentrant": True}, "sdpa", "use_reentrant: true keep nothing"),
+        (True, {"use_reentrant": True}, "sdpa", "without use_reentrant: false"),
+        (True, {"early_stop": False}, "sdpa", "without use_reentrant: false"),  # torch's default is true
         (True, None, "eager", "attn_implementation is eager"),
     ],
 )
 def test_where_nothing_would_be_kept_is_told(model, checkpointing, kwargs, attention, cause):
-    check_attention_kept(model, True, None)
+    for fine in (None, {"use_reentrant": False}, {"every_n_layers": 2}):
+        check_attention_kept(model, True, fine)
     model.set_attn_implementation(attention)
     with pytest.raises(UserError, match=f"keep_attention: true, but .*{cause}.*: leave it out"):
         check_attention_kept(model, checkpointing, kwargs)

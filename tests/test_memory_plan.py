@@ -201,6 +201,8 @@ def test_checkpointing_and_smaller_micro_batches_take_less(plan, read):
     tokens = 4 * (read(max_completion_length=400)[2].num_tokens - 1)  # read by four rollouts
     # A float32 state and a number per head; the last block, which the backward begins with, keeps all anyhow.
     assert kept - plain == 3 * tokens * (128 + 4) * 4
+    some = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"every_n_layers": 2}}
+    assert plain < plan(max_completion_length=400, **some).update[ACTIVATIONS] < whole[ACTIVATIONS]
     half = plan(max_completion_length=400, per_device_train_batch_size=2).update
     assert half[ACTIVATIONS] == pytest.approx(whole[ACTIVATIONS] / 2, rel=0.05)
     packed = plan(max_completion_length=400, max_tokens_per_micro_batch=850).update  # two of 422 tokens

@@ -76,6 +76,10 @@ def test_values(parse, line, key, value):
         (["--renormalize", "false"], "renormalize", False),
         (["--learning_rate", "3e-4"], "learning_rate", 3e-4),
         (["--chat_template_kwargs", '{"a": 1}'], "chat_template_kwargs", {"a": 1}),
+        (["--chat_template_kwargs", '{"a": 1e-5}'], "chat_template_kwargs", {"a": 1e-5}),
+        (["--chat_template_kwargs", "{a: {b: no}}"], "chat_template_kwargs", {"a": {"b": False}}),
+        (["--model_init_kwargs={dtype: bfloat16}"], "model_init_kwargs", {"dtype": "bfloat16"}),
+        (["--run_name", "{{ name }}"], "run_name", "{{ name }}"),
     ],
 )
 def test_flags_override_the_recipe(parse, flags, key, value):
@@ -115,6 +119,7 @@ def test_names(parse):
         ("layers: all\nlayers: last\n", [], "layers"),
         ("lr_scheduler_type: squiggle\n", [], "squiggle"),
         ("teacher_chat_template_kwargs: '{broken'\n", [], "."),
+        ("", ["--chat_template_kwargs", "{broken"], "."),
         ("1: 2\n", [], "mapping of keys"),
     ],
     ids=str,

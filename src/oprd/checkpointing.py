@@ -1,4 +1,4 @@
-"""What blocks that checkpoint themselves need not compute again in the backward."""
+"""Blocks that checkpoint themselves, and what they need not compute again in the backward."""
 
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
@@ -22,6 +22,32 @@ KERNELS = [
     torch.ops.aten._scaled_dot_product_efficient_attention.default,
     torch.ops.aten._scaled_dot_product_cudnn_attention.default,
 ]
+
+# Of gradient_checkpointing_kwargs: which blocks checkpoint, and where. The other keys are torch's.
+OF_BLOCKS = ("every_n_layers", "offload")
+
+
+def checkpoint_blocks(model: Any, kwargs: Mapping[str, Any] | None) -> None:
+    """Let the blocks of a Hugging Face model checkpoint themselves, as its trainer does it."""
+    of_blocks, of_torch = _split(kwargs)
+    model.gradient_checkpointing_enable(of_torch or None, **of_blocks)
+
+
+@contextmanager
+def checkpointing_restored(model: nn.Module) -> Iterator[None]:
+    """Leave every block as it was: TRL, to generate, switches all off, and on again by other rules."""
+    names = ("gradient_checkpointing", "_gradient_checkpointing_func")
+    former = [(m, name, getattr(m, name)) for m in model.modules() for name in names if hasattr(m, name)]
+    try:
+        yield
+    finally:
+        for module, name, value in former:
+            setattr(module, name, value)
+
+
+def _split(kwargs: Mapping[str, Any] | None) -> tuple[dict[str, Any], dict[str, Any]]:
+    of_torch = dict(kwargs or {})
+    return {key: of_torch.pop(key) for key in OF_BLOCKS if key in of_torch}, of_torch
 
 
 @contextmanager
@@ -65,11 +91,12 @@ def attention_kept(model: nn.Module) -> Iterator[None]:
 def check_attention_kept(model: nn.Module, checkpointing: bool, kwargs: Mapping[str, Any] | None) -> None:
     """Raise `UserError` where `attention_kept` would keep nothing of a model checkpointed with `kwargs`."""
     attention = getattr(backbone(model).config, "_attn_implementation", None)
+    _, of_torch = _split(kwargs)
     cause = None
     if not checkpointing:
         cause = "gradient_checkpointing is off, so that everything is kept"
-    elif (kwargs or {}).get("use_reentrant"):
-        cause = "blocks checkpointed with use_reentrant: true keep nothing"
+    elif of_torch and of_torch.get("use_reentrant", True):
+        cause = "without use_reentrant: false among gradient_checkpointing_kwargs blocks keep nothing"
     elif attention != "sdpa":
         cause = f"attn_implementation is {attention}, and only what sdpa returns can be kept"
     if cause is not None:

@@ -3,6 +3,7 @@
 import difflib
 import json
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, NoReturn
@@ -26,8 +27,8 @@ class RecipeParser(HfArgumentParser):
 def parse_recipe(path: str | Path, flags: Sequence[str], dataclass_types: Sequence[type]) -> tuple[Any, ...]:
     """Instances of `dataclass_types` from the YAML file at `path` and then `flags`.
 
-    YAML values go through the same parsing as flags. Raises `UserError` for a missing or malformed
-    file, an unknown key or flag, and a value of the wrong type.
+    YAML values go through the same parsing as flags; a flag's mapping is JSON or as in YAML. Raises
+    `UserError` for a missing or malformed file, an unknown key or flag, and a value of the wrong type.
     """
     known = {field.name for kind in dataclass_types for field in fields(kind) if field.init}
     arguments = []
@@ -35,8 +36,9 @@ def parse_recipe(path: str | Path, flags: Sequence[str], dataclass_types: Sequen
         if key not in known:
             raise UserError(f"{path}: unknown key {key!r}{_suggest(key, known)}")
         arguments += _as_flag(str(path), key, value)
+    arguments += map(_with_json, flags)
     parser = RecipeParser(dataclass_types)
-    *parsed, rest = parser.parse_args_into_dataclasses([*arguments, *flags], return_remaining_strings=True)
+    *parsed, rest = parser.parse_args_into_dataclasses(arguments, return_remaining_strings=True)
     if rest:
         name = rest[0].lstrip("-").partition("=")[0]
         raise UserError(f"unknown flag {rest[0]!r}{_suggest(name, known)}")
@@ -83,6 +85,26 @@ def _as_flag(path: str, key: str, value: Any) -> list[str]:
             [f"--{key}={','.join(map(str, value))}"] if key in ("layers",) else [f"--{key}", *map(str, value)]
         )
     return [f"--{key}={value}"]
+
+
+def _with_json(flag: str) -> str:
+    """A word of the command line; if it is a mapping as YAML writes it, or ends in one, as JSON."""
+    start = flag.find("=") + 1 if flag.startswith("--") else 0
+    value = flag[start:]
+    if value.startswith("{"):
+        with suppress(yaml.YAMLError):
+            mapping = yaml.safe_load(value)
+            if isinstance(mapping, dict) and not _is_json(value):  # whose 1e-5 is a number
+                return flag[:start] + json.dumps(mapping)
+    return flag
+
+
+def _is_json(text: str) -> bool:
+    try:
+        json.loads(text)
+    except ValueError:
+        return False
+    return True
 
 
 def _suggest(key: str, known: set[str]) -> str:

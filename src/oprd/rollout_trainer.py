@@ -9,6 +9,7 @@ from transformers import Trainer
 
 from oprd.alignment import AlignedResponse
 from oprd.batch import TERMS, Batch, on_host, truncated_rollouts, weigh_rows
+from oprd.checkpointing import checkpointing_restored
 from oprd.engines.staleness import FixedText, check_gap, check_moved_alone, log_prob_gaps
 from oprd.engines.student import StudentEngine
 from oprd.packing import repack
@@ -37,7 +38,8 @@ class RolloutTrainer(Trainer):
         return super()._tokenize_prompts(prompts)
 
     def _generate_single_turn(self, prompt_ids: Any, *args: Any, **kwargs: Any) -> Any:
-        with nullcontext() if self.use_vllm else self.whole_student():
+        whole = nullcontext() if self.use_vllm else self.whole_student()
+        with checkpointing_restored(self.model), whole:
             return super()._generate_single_turn(prompt_ids, *args, **kwargs)
 
     def whole_student(self) -> AbstractContextManager[None]:

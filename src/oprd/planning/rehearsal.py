@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_leaves
 
 from oprd.batch import Batch, Inputs, weigh_rows
 from oprd.capture import blocks
+from oprd.checkpointing import checkpoint_blocks
 from oprd.init_kwargs import hub_kwargs, student_kwargs, teacher_kwargs
 from oprd.models import base_model, load_tokenizer, resolve_model
 from oprd.planning.blueprint import make_optimizer, on_meta
@@ -169,7 +170,7 @@ class Rehearsal:
             if settings.gradient_checkpointing:
                 model.enable_input_require_grads()
         if settings.gradient_checkpointing:
-            model.gradient_checkpointing_enable(settings.gradient_checkpointing_kwargs)
+            checkpoint_blocks(model, settings.gradient_checkpointing_kwargs)
         return self._place(model, STUDENT, self.device, is_mapped).train()
 
     def _teacher(self, name: str, given: dict[str, Any]) -> Teacher:

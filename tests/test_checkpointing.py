@@ -77,6 +77,15 @@ def test_every_architecture(family, tiny_model):
     assert runs == (0 if family == "gemma2" else 2 * LAYERS)  # whose attention is eager
 
 
+def test_under_autocast(model):
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    with torch.autocast("cpu", torch.bfloat16):
+        plain, _ = update(model)
+        with attention_kept(model):
+            kept, runs = update(model)
+    assert runs == LAYERS and equal(kept, plain)
+
+
 def test_the_backward_may_come_when_the_context_is_gone(model):
     model.gradient_checkpointing_enable({"use_reentrant": False})
     plain, _ = update(model)

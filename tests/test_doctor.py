@@ -6,6 +6,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from transformers.utils import is_bitsandbytes_available
 from oprd import cli
 from oprd.doctor import examine, longest_rollout
 from oprd.engines.vllm import is_installed
+from oprd.errors import UserError
 from oprd.folder.run import resolved_settings, write_resolved
 from oprd.meters import MB
 from oprd.models import load_model, load_tokenizer, resolve_model
@@ -250,14 +252,18 @@ def test_rollouts_without_an_end_are_supervised_in_a_dry_run(recipe, monkeypatch
     assert supervised == [8 * 16] * 2
 
 
-def test_adapters_end_as_a_whole_model_on_the_disk(recipe):
-    run, config = parse_training_recipe(recipe(use_peft=True))
+def test_adapters_end_as_a_whole_model_on_the_disk(recipe, monkeypatch):
+    run, config = parse_training_recipe(recipe(use_peft=True, save_strategy="no"))
     longest, _ = longest_rollout(run, config)
     plan = plan_memory(run.model_name_or_path, config, longest, Machine(torch.device("cpu"), 0, 0), run.lora)
     whole = sum(weight.numel() for weight in load_model(resolve_model("tiny:student")).parameters())
     assert plan.final_bytes - plan.model_bytes == 4 * whole
-    disk = check_disk(Path(config.output_dir), config, plan)
-    assert "and the model" in disk
+    disk = SimpleNamespace(free=plan.final_bytes)
+    monkeypatch.setattr("shutil.disk_usage", lambda _: disk)
+    assert "and the model" in check_disk(Path(config.output_dir), config, plan)
+    disk.free -= 1
+    with pytest.raises(UserError, match="do not fit"):
+        check_disk(Path(config.output_dir), config, plan)
 
 
 @pytest.mark.skipif(is_bitsandbytes_available(), reason="bitsandbytes is installed")

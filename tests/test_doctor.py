@@ -191,11 +191,6 @@ def test_ranks_share_a_sharded_run(recipe):
             "max_completion_length: 200",
         ),
         (
-            {"gradient_checkpointing": True, "keep_attention": True, "per_device_train_batch_size": 16},
-            0.94,
-            "keep_attention: false",
-        ),
-        (
             {"max_tokens_per_micro_batch": 2000, "gradient_checkpointing": True},
             0.8,
             "max_tokens_per_micro_batch: 1000",
@@ -211,6 +206,13 @@ def test_the_first_knob_is_the_cheapest_that_is_enough(recipe, changes, room, ke
     here = replace(here, free_bytes=int(room * plan.peak_mb * MB))
     knob = first_knob(run.model_name_or_path, config, longest, here, plan)
     assert knob.keys == keys and knob.peak_mb < plan.peak_mb
+
+
+def test_attention_that_is_kept_is_what_costs_least_to_turn(recipe):
+    run, config = parse_training_recipe(recipe(gradient_checkpointing=True, keep_attention=True))
+    turns = knobs._turns(config, longest_rollout(run, config)[0], Machine(torch.device("cpu"), 0, 0))
+    first = next(turns)
+    assert first.keys == "keep_attention: false" and not first.config.keep_attention
 
 
 @pytest.mark.parametrize(

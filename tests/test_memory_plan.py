@@ -234,7 +234,12 @@ def test_logits_exist_in_chunks(plan, tmp_path):
 
 def test_a_schedule_is_planned_at_its_fullest_step(plan):
     scheduled = plan(output_loss="full_vocab", output_weight="0=0,2=0,3=1", representation_weight="0=1,3=0")
-    assert scheduled.step == 3 or scheduled.update_mb >= plan().update_mb
+    assert scheduled.step == 3 or without_holes(scheduled) >= without_holes(plan())
+
+
+def without_holes(plan):
+    """Bytes that live at an update's fullest moment, less what malloc keeps, which differs each time."""
+    return sum(size for part, size in plan.update.items() if part != KEPT)
 
 
 def test_adapters_alone_are_trained(plan):

@@ -52,6 +52,7 @@ def parse(tmp_path):
         ("chat_template_kwargs: {thinking: false}", "chat_template_kwargs", {"thinking": False}),
         ("teacher_chat_template_kwargs: {t: [1, x]}", "teacher_chat_template_kwargs", {"t": [1, "x"]}),
         ("teacher_model_init_kwargs: {dtype: bfloat16}", "teacher_model_init_kwargs", {"dtype": "bfloat16"}),
+        ("model_init_kwargs: {revision: 2026-11-29}", "model_init_kwargs", {"revision": "2026-11-29"}),
         ("generation_kwargs: {do_sample: false}", "generation_kwargs", {"do_sample": False}),
         ("report_to: [tensorboard]", "report_to", ["tensorboard"]),
         ("run_name: \"it's a name: -- odd\"", "run_name", "it's a name: -- odd"),
@@ -80,6 +81,7 @@ def test_values(parse, line, key, value):
         (["--chat_template_kwargs", "{a: {b: no}}"], "chat_template_kwargs", {"a": {"b": False}}),
         (["--model_init_kwargs={dtype: bfloat16}"], "model_init_kwargs", {"dtype": "bfloat16"}),
         (["--run_name", "{{ name }}"], "run_name", "{{ name }}"),
+        (["--model_init_kwargs", "{revision: 2026-11-29}"], "model_init_kwargs", {"revision": "2026-11-29"}),
     ],
 )
 def test_flags_override_the_recipe(parse, flags, key, value):

@@ -128,6 +128,6 @@ class _AroundAttention(TorchFunctionMode):
             return func(*args, **kwargs)
 
 
-def _is_kept(func: Any, *args: Any, dropout_p: float = 0.0, **_: Any) -> bool:
+def _is_kept(func: Any, /, *args: Any, dropout_p: float = 0.0, **_: Any) -> bool:
     """Attention, if it draws no random numbers: what follows would draw others when it is not run again."""
     return func is scaled_dot_product_attention and not (args[4] if len(args) > 4 else dropout_p)

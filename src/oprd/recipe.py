@@ -79,7 +79,7 @@ def _as_flag(path: str, key: str, value: Any) -> list[str]:
     if value is None:
         raise UserError(f"{path}: {key} has no value; give it one or leave the key out")
     if isinstance(value, dict):
-        return [f"--{key}={json.dumps(value)}"]
+        return [f"--{key}={json.dumps(value, default=str)}"]
     if isinstance(value, list):
         return (
             [f"--{key}={','.join(map(str, value))}"] if key in ("layers",) else [f"--{key}", *map(str, value)]
@@ -95,7 +95,7 @@ def _with_json(flag: str) -> str:
         with suppress(yaml.YAMLError):
             mapping = yaml.safe_load(value)
             if isinstance(mapping, dict) and not _is_json(value):  # whose 1e-5 is a number
-                return flag[:start] + json.dumps(mapping)
+                return flag[:start] + json.dumps(mapping, default=str)
     return flag
 
 

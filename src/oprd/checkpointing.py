@@ -35,7 +35,10 @@ def checkpoint_blocks(model: Any, kwargs: Mapping[str, Any] | None) -> None:
 
 @contextmanager
 def checkpointing_restored(model: nn.Module) -> Iterator[None]:
-    """Leave every block as it was: TRL, to generate, switches all off, and on again by other rules."""
+    """Leave every block to checkpoint as it did before.
+
+    Around TRL's generation too, which switches all off, and on again by other rules.
+    """
     names = ("gradient_checkpointing", "_gradient_checkpointing_func")
     former = [(m, name, getattr(m, name)) for m in model.modules() for name in names if hasattr(m, name)]
     try:
@@ -57,14 +60,10 @@ def uncheckpointed(model: nn.Module, layer: int) -> Iterator[None]:
     A backward that begins with that block would run it again at once: this saves the run, at the same peak.
     """
     block: Any = blocks(model)[max(layer - 1, 0)]
-    if not getattr(block, "gradient_checkpointing", False):
+    with checkpointing_restored(block):
+        if getattr(block, "gradient_checkpointing", False):
+            block.gradient_checkpointing = False
         yield
-        return
-    block.gradient_checkpointing = False
-    try:
-        yield
-    finally:
-        block.gradient_checkpointing = True
 
 
 @contextmanager
@@ -75,17 +74,13 @@ def attention_kept(model: nn.Module) -> Iterator[None]:
     square of the length. Gradients are those of plain checkpointing, to the bit. Blocks that can keep
     nothing are left as they are (`check_attention_kept`).
     """
-    former = []
-    for module in backbone(model).modules():
-        checkpoint = getattr(module, "_gradient_checkpointing_func", None)
-        if isinstance(checkpoint, partial) and checkpoint.keywords.get("use_reentrant") is False:
-            former.append((module, checkpoint))
-            module._gradient_checkpointing_func = partial(checkpoint, context_fn=_contexts)
-    try:
+    stack = backbone(model)
+    with checkpointing_restored(stack):
+        for module in stack.modules():
+            checkpoint = getattr(module, "_gradient_checkpointing_func", None)
+            if isinstance(checkpoint, partial) and checkpoint.keywords.get("use_reentrant") is False:
+                module._gradient_checkpointing_func = partial(checkpoint, context_fn=_contexts)
         yield
-    finally:
-        for module, checkpoint in former:
-            module._gradient_checkpointing_func = checkpoint
 
 
 def check_attention_kept(model: nn.Module, checkpointing: bool, kwargs: Mapping[str, Any] | None) -> None:

@@ -75,7 +75,6 @@ def test_specs_are_normalised_to_text():
         ),
         ({"representation_weight": "0=0,9=0"}, "all weights are zero"),
         ({"output_loss": "top_k", "output_top_k": 1}, "identically zero at output_top_k: 1"),
-        ({"output_loss": "top_k_authors", "output_top_k": 1, "renormalize": False}, "output_top_k: 1"),
         ({"divergence": "jsd"}, "divergence: jsd belongs to output_loss: full_vocab"),
         (
             {"divergence": "forward_kl", "output_loss": "top_k"},

@@ -131,18 +131,19 @@ def top_k(
 def top_k_authors(
     student_logits: Logits, teacher_logits: Logits, k: int, support: Support = "student"
 ) -> Rows:
-    """The form of the authors' code: Σ_{v∈S} w(v) sg(log p(v) − log q(v)), w = softmax of log p over S.
+    """What the authors' code trains: the value Σ_{v∈S} w(v) A(v), the gradient Σ_{v∈S} w(v) A(v) ∇ log p(v).
 
-    The weights are live and the advantage is detached. Kept for parity; its value is neither Eq. 5
-    nor the truncated sum, and at k = 1 its gradient is zero, which is refused.
+    A = log p − log q, and w is the softmax of log p over S. Neither is differentiated: the gradient goes
+    through log p over the whole vocabulary, like Eq. 19's, and is that of Eq. 5 in no other case than S = V.
+    At k = 1 it pushes the likeliest token alone.
     """
-    _check_k(k, student_logits.shape[-1], renormalize=True)
+    _check_k(k, student_logits.shape[-1], renormalize=False)
     student_logits, teacher_logits = _wide(student_logits, teacher_logits)
     tokens, members = support_tokens(student_logits, teacher_logits, k, support)
     log_p, log_q = _log_probs_at(student_logits, tokens), _log_probs_at(teacher_logits, tokens)
-    log_w = _log_softmax_on(log_p, members)
-    weighed = torch.where(members, log_w.detach().exp(), 0) * (log_p.detach() - log_q)
-    return _with_gradient(weighed.sum(-1), weighed, log_w)
+    weights = torch.where(members, _log_softmax_on(log_p.detach(), members).exp(), 0)
+    weighed = weights * (log_p.detach() - log_q)
+    return _with_gradient(weighed.sum(-1), weighed, log_p)
 
 
 @torch.no_grad()

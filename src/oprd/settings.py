@@ -160,8 +160,7 @@ class ObjectiveSettings:
             )
 
     def _check_output(self) -> None:
-        top_k = self.output_loss in ("top_k", "top_k_authors")
-        if top_k and self.output_top_k == 1 and (self.renormalize or self.output_loss == "top_k_authors"):
+        if self.output_loss == "top_k" and self.output_top_k == 1 and self.renormalize:
             raise UserError(
                 "a renormalised top-k loss is identically zero at output_top_k: 1; raise it, set "
                 "renormalize: false, or use output_loss: sampled_token"

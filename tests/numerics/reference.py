@@ -135,15 +135,13 @@ def truncated_top_k(z, y, k, support="student"):
 
 
 def top_k_authors(z, y, k, support="student"):
-    """Σ_{v∈S} w(v) sg(log p(v) − log q(v)), w the softmax over S of the student's log-probs."""
+    """Σ_{v∈S} w(v) A(v), w the softmax over S of the student's log-probs; gradient Σ w(v) A(v) ∇ log p(v)."""
 
     def row(z, y, members):
         advantage = (log_softmax(z) - log_softmax(y))[members]
         weights = np.exp(log_softmax(log_softmax(z)[members]))
-        gradient = np.zeros_like(z)
-        value = (weights * advantage).sum()
-        gradient[members] = weights * (advantage - value)
-        return value, gradient
+        slopes = np.eye(len(z))[members] - np.exp(log_softmax(z))
+        return (weights * advantage).sum(), (weights * advantage) @ slopes
 
     return _per_row(row, z, y, k, support)
 

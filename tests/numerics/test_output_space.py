@@ -90,7 +90,8 @@ def test_reference_gradient_is_the_derivative_of_its_value(name):
             for n, members in enumerate(reference.supports(z, y, 3, "union")):
                 s = sorted(members)
                 advantage = (reference.log_softmax(z[n]) - reference.log_softmax(y[n]))[s]
-                total = total + (np.exp(reference.log_softmax(live[n, s])) * advantage).sum()
+                weights = np.exp(reference.log_softmax(z[n, s]))  # both are constants
+                total = total + (weights * advantage * reference.log_softmax(live[n])[s]).sum()
             return total
         return loss(live, y, *extra)[0]
 
@@ -131,7 +132,8 @@ def naive(name, student, teacher, tokens):
     if form == "top_k":
         log_p, log_q = log_p.log_softmax(-1), log_q.log_softmax(-1)
     if form == "top_k_authors":
-        return (log_p.softmax(-1) * (log_p - log_q).detach()).sum(-1)
+        weighed = (log_p.softmax(-1) * (log_p - log_q)).detach()
+        return weighed.sum(-1) + (weighed * (log_p - log_p.detach())).sum(-1)
     return (log_p.exp() * (log_p - log_q)).sum(-1)
 
 
@@ -419,28 +421,41 @@ def test_empty_intersection_is_zero(form, dtype):
     assert (value[1] == 0) == (form == "top_k")  # One shared token: renormalised, it is certain.
 
 
-def test_authors_form_has_the_gradient_of_eq_5_but_not_its_value():
+def test_authors_form_is_eq_4_on_the_whole_vocabulary_and_eq_5_on_no_smaller_support():
     student, teacher, tokens = make_logits((7, 33))
-    for support in SUPPORTS[:3]:
-        value, gradient = run(LOSSES[f"top_k-{support}-5"][0], student, teacher, tokens)
-        authors_value, authors_gradient = run(
-            LOSSES[f"top_k_authors-{support}-5"][0], student, teacher, tokens
-        )
-        np.testing.assert_allclose(authors_gradient, gradient, atol=1e-12)
-        assert (np.abs(authors_value - value) > 1e-3).all()
+    whole, part = (
+        [
+            run(LOSSES[f"{form}-student-{k}"][0], student, teacher, tokens)
+            for form in ("top_k_authors", "top_k")
+        ]
+        for k in (33, 5)
+    )
+    for authors, paper in zip(*whole, strict=True):
+        np.testing.assert_allclose(authors, paper, atol=1e-12)
+    for authors, paper in zip(*part, strict=True):
+        assert (np.abs(authors - paper).reshape(7, -1).max(-1) > 1e-3).all()
 
 
-@pytest.mark.parametrize("loss", [output_space.top_k, output_space.top_k_authors])
+def test_authors_form_at_one_token_is_eq_19_there():
+    student, teacher, _ = make_logits((7, 33))
+    likeliest = student.detach().argmax(-1)
+    ours = run(lambda z, y, _: output_space.top_k_authors(z, y, 1), student, teacher, None)
+    sampled = run(output_space.sampled_token, student, teacher, likeliest)
+    for one, other in zip(ours, sampled, strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-12)
+
+
 @pytest.mark.parametrize("k", [1, 0, -1, 5])
-def test_bad_k_is_refused(loss, k):
+def test_bad_k_is_refused(k):
     with pytest.raises(UserError, match=f"k = {k}"):
-        loss(torch.zeros(2, 4), torch.zeros(2, 4), k)
+        output_space.top_k(torch.zeros(2, 4), torch.zeros(2, 4), k)
 
 
 @pytest.mark.parametrize("k", [0, 5])
-def test_truncated_sum_refuses_k_outside_the_vocabulary(k):
+@pytest.mark.parametrize("loss", [partial(output_space.top_k, renormalize=False), output_space.top_k_authors])
+def test_other_top_k_losses_refuse_k_outside_the_vocabulary(loss, k):
     with pytest.raises(UserError, match=f"k = {k}"):
-        output_space.top_k(torch.zeros(2, 4), torch.zeros(2, 4), k, renormalize=False)
+        loss(torch.zeros(2, 4), torch.zeros(2, 4), k)
 
 
 @pytest.mark.parametrize("loss", [output_space.top_k, output_space.top_k_authors])

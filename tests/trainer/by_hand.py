@@ -72,7 +72,8 @@ def output_row(kind: dict, student_logits: Tensor, teacher_logits: Tensor, token
         return 0 * log_p.sum()
     p, q, log_ratio = p[tokens], q[tokens], (log_p - log_q)[tokens]
     if name == "top_k_authors":
-        return (p / p.sum() * log_ratio.detach()).sum()
+        weighed = (p / p.sum() * log_ratio).detach()
+        return weighed.sum() + (weighed * (log_p[tokens] - log_p[tokens].detach())).sum()
     if not kind.get("renormalize", True):
         return (p * log_ratio).sum()
     p, q = p / p.sum(), q / q.sum()

@@ -16,6 +16,8 @@ from oprd.errors import UserError
 from oprd.models import weights_are_here
 from oprd.sharding.state import whole_tensor
 
+ToLogits = Callable[[Float[Tensor, "n D"]], Float[Tensor, "n V"]]
+
 
 @dataclass(frozen=True)
 class Head:
@@ -38,14 +40,26 @@ class Head:
 
     def __call__(self, rows: Float[Tensor, "N D"]) -> Float[Tensor, "N V"]:
         """Logits in float32 or wider of final, normed states."""
-        if _is_plain(self.linear):
-            return self.finish(_product(*self._operands(rows)))
-        return self.finish(self.linear(rows)[:, : self.vocabulary])
+        rows, logits = self.prepared(rows)
+        return logits(rows)
+
+    def prepared(self, rows: Float[Tensor, "N D"]) -> tuple[Float[Tensor, "N D"], ToLogits]:
+        """Final states, and the function from any of them to logits, both cast once for many chunks.
+
+        The dtype of the product is that of the autocast which is on here, wherever the function is called.
+        """
+        if not _is_plain(self.linear):
+            return rows, lambda chunk: self.finish(self.linear(chunk)[:, : self.vocabulary])
+        rows, weight = self._operands(rows)
+        return rows, lambda chunk: self.finish(_product(chunk, weight))
 
     @contextmanager
     def gathered(self) -> Iterator[None]:
-        """The weights whole on this rank, where they are sharded on their own; all ranks have to ask."""
+        """The weights whole on this rank, where they are sharded on their own or offloaded; all ranks ask."""
         linear, sharded = self.linear, {}
+        offloaded = getattr(linear, "_hf_hook", None)
+        if offloaded is not None:
+            offloaded.pre_forward(linear)
         if isinstance(linear, FSDPModule) and isinstance(getattr(linear, "weight", None), DTensor):
             linear.unshard()  # a student's, which the backward reduces
         else:
@@ -58,6 +72,8 @@ class Head:
         finally:
             for name, weight in sharded.items():
                 linear.register_parameter(name, weight)
+            if offloaded is not None:
+                offloaded.post_forward(linear, None)
 
     def finish(self, product: Float[Tensor, "N V"]) -> Float[Tensor, "N V"]:
         """From W h to logits."""
@@ -103,8 +119,9 @@ class Head:
     ) -> Float[Tensor, " N"]:
         """`function(logits, *others)`, `chunk_size` rows at a time, without gradients; raises `UserError`."""
         _check_chunks(chunk_size, rows, *others)
+        rows, logits = self.prepared(rows)
         return torch.cat(
-            [function(self(rows[c]), *(x[c] for x in others)) for c in _chunks(len(rows), chunk_size)]
+            [function(logits(rows[c]), *(x[c] for x in others)) for c in _chunks(len(rows), chunk_size)]
         )
 
     def _operands(self, rows: Tensor) -> tuple[Tensor, Tensor]:
@@ -115,7 +132,8 @@ class Head:
             # A row's share of the loss is small, and float16 would round it to 0; only CUDA multiplies
             # bfloat16 into float32.
             dtype = torch.float32
-        return rows.to(dtype), self.linear.weight[: self.vocabulary].to(dtype)
+        weight = self.linear.weight[: self.vocabulary].to(dtype)
+        return rows.to(weight.device, dtype), weight
 
     @torch.no_grad()
     def _check(self, model: Any) -> None:
@@ -125,10 +143,13 @@ class Head:
         ids = torch.arange(4, device=model.device)[None] % self.vocabulary
         training = model.training
         model.eval()
-        expected = model(input_ids=ids, use_cache=False).logits[0, :, : self.vocabulary].float()
-        states = backbone(model)(input_ids=ids, use_cache=False).last_hidden_state[0]
+        halves = {weight.dtype for weight in model.parameters()} & {torch.bfloat16, torch.float16}
+        half = next(iter(halves), None)  # beside float32 weights it is autocast's
+        with torch.autocast(model.device.type, half, enabled=half is not None and model.dtype != half):
+            expected = model(input_ids=ids, use_cache=False).logits[0, :, : self.vocabulary].float()
+            states = backbone(model)(input_ids=ids, use_cache=False).last_hidden_state[0]
+            given = self(states).float()
         model.train(training)
-        given = self(states).float()
         if (given - expected).abs().max() > 0.05 * expected.abs().max().clamp(min=1):
             raise UserError(
                 f"the LM head of {type(model).__name__} applied to its final states does not give its "
@@ -260,8 +281,8 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
 
 
 def _is_plain(linear: nn.Module) -> bool:
-    """Whether a head's weights are at hand: not quantised, adapted or offloaded; they may be sharded."""
-    return type(linear).forward is nn.Linear.forward and not hasattr(linear, "_hf_hook")
+    """Whether a head's weights are at hand: not quantised, adapted or offloaded now; they may be sharded."""
+    return type(linear).forward is nn.Linear.forward and not linear.weight.is_meta
 
 
 def _scale(config: Any) -> float:

@@ -9,15 +9,11 @@ def student_kwargs(settings: Any) -> dict[str, Any]:
 
 
 def teacher_kwargs(settings: Any) -> dict[str, Any]:
-    """Arguments of the teacher's, but for how it is quantised.
-
-    In full precision a teacher in its checkpoint's bfloat16 would differ from an equal student.
-    """
+    """Arguments of the teacher's, but for how it is quantised; `dtype` only if the user names one."""
     given = dict(settings.teacher_model_init_kwargs or {})
     if settings.teacher_model_revision is not None:
         given.setdefault("revision", settings.teacher_model_revision)
     given.setdefault("trust_remote_code", settings.trust_remote_code)
-    given.setdefault("dtype", "auto" if settings.bf16 or settings.fp16 else "float32")
     return given
 
 

@@ -14,7 +14,7 @@ from oprd.batch import Batch, SupervisedRows
 from oprd.diagnostics import add_log_prob_gap, add_output_statistics
 from oprd.engines.importance import importance_weights
 from oprd.errors import UserError
-from oprd.head import Head
+from oprd.head import Head, ToLogits
 from oprd.meters import Averages
 from oprd.settings import ObjectiveSettings
 from oprd.teacher import Teacher, shared_vocabulary
@@ -81,7 +81,8 @@ class OutputTerm:
         tokens = batch.tokens[mask]
         ours, theirs = self.heads
         if self.vocabulary:
-            per_row = partial(self._row_values, averages, _stride(len(tokens)))
+            teacher, teacher_logits = theirs.prepared(teacher)
+            per_row = partial(self._row_values, averages, _stride(len(tokens)), teacher_logits)
             others = (teacher, tokens, *self._engine_log_probs(batch, mask))
             return ours.weighted_loss(per_row, student, others, weights, size)
         spans = batch.spans(mask)
@@ -124,6 +125,7 @@ class OutputTerm:
         self,
         averages: Averages,
         stride: int,
+        to_teacher_logits: ToLogits,
         logits: Logits,
         teacher: Rows,
         tokens: Int[Tensor, " N"],
@@ -131,7 +133,7 @@ class OutputTerm:
     ) -> Float[Tensor, " N"]:
         settings = self.settings
         with torch.no_grad():
-            teacher_logits = self.heads[1](teacher).to(logits.device)
+            teacher_logits = to_teacher_logits(teacher).to(logits.device)
             add_output_statistics(averages, logits[::stride], teacher_logits[::stride])
             if engine is not None:
                 add_log_prob_gap(averages, logits[::stride], tokens[::stride], engine[::stride])

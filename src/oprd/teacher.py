@@ -8,14 +8,15 @@ from typing import Any
 import torch
 from accelerate import cpu_offload
 from torch import Tensor
-from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import is_bitsandbytes_available
 
 from oprd.alignment import same_vocabulary
 from oprd.capture import num_layers
 from oprd.errors import UserError
 from oprd.init_kwargs import hub_kwargs
-from oprd.models import load_model, load_tokenizer, resolve_model
+from oprd.models import base_model, load_model, load_tokenizer, resolve_model
+from oprd.precision import Precision, store_products_in
 from oprd.reading import Reading, StateReader, Want
 from oprd.sharding.fsdp import Sharding
 
@@ -32,14 +33,21 @@ class Teacher:
         self._device: torch.device | None = None
 
     @classmethod
-    def load(cls, name: str, init_kwargs: dict[str, Any]) -> "Teacher":
-        """Load a bundled, local or Hub model in the dtype of `init_kwargs`, to the host.
+    def load(cls, name: str, init_kwargs: dict[str, Any], precision: Precision | None = None) -> "Teacher":
+        """Load a bundled, local or Hub model to the host, in the dtype of `init_kwargs`, else of `precision`.
 
         It is dispatched where `init_kwargs` names a `device_map` (`cpu`, `auto` with offloading, …).
         """
         shared = hub_kwargs(init_kwargs)
         located = resolve_model(name, **shared)
-        model = load_model(located, **init_kwargs)
+        if precision is None or "dtype" in init_kwargs:
+            model = load_model(located, **init_kwargs)
+        else:
+            config = AutoConfig.from_pretrained(base_model(located), **shared)
+            dtype = precision.of_teacher(config, "quantization_config" in init_kwargs)
+            model = load_model(located, **init_kwargs, dtype=dtype)
+            if precision.autocast:
+                store_products_in(config.dtype, model)
         return cls(model, load_tokenizer(located, **shared))
 
     @classmethod
@@ -101,14 +109,20 @@ class Teacher:
     def read(
         self, reading: Reading, wants: Sequence[Want], padding_free: bool | None = None
     ) -> list[dict[int, Tensor]]:
-        """`read_states` in the teacher's own dtype and on its own device, whatever the student's autocast."""
-        device = self._device or self.model.get_input_embeddings().weight.device
+        """`read_states` on the teacher's own device, under the autocast that the student computes under.
+
+        A teacher in bfloat16 throughout computes as it is in a float16 run: autocast does not mix the two.
+        """
+        table = self.model.get_input_embeddings().weight
+        device = self._device or table.device
         if device.type == "meta":  # offloaded: accelerate's hooks bring weights and inputs together
             device = reading.input_ids.device
         # No supervised row reads an id that only the student's padded embedding has.
         ids = reading.input_ids.clamp(max=self.vocabulary - 1)
         reading = replace(reading, input_ids=ids)
-        with torch.autocast(reading.input_ids.device.type, enabled=False):
+        students = reading.input_ids.device.type
+        half, is_on = torch.get_autocast_dtype(students), torch.is_autocast_enabled(students)
+        with torch.autocast(device.type, half, enabled=is_on and table.dtype in (torch.float32, half)):
             return self.reader(reading.to(device), wants, padding_free)
 
 

@@ -36,6 +36,8 @@ from oprd.init_kwargs import hub_kwargs, student_kwargs, teacher_kwargs
 from oprd.intake import prompts_per_step, usable_prompts
 from oprd.meters import MemoryMeter
 from oprd.models import holds_adapters, resolve_model
+from oprd.origin import warn_of_another_origin
+from oprd.precision import Precision
 from oprd.rollouts import render_prompt
 from oprd.settings import ObjectiveSettings, at_least
 from oprd.sharding.fsdp import Sharding
@@ -190,9 +192,13 @@ class OPRDTrainer(ResumableTrainer, UpdateTrainer, DistillationTrainer):
         init_kwargs = teacher_kwargs(args)
         if args.teacher_quantization != "none":
             init_kwargs["quantization_config"] = quantization(args.teacher_quantization)
-        if isinstance(teacher, str):
-            return Teacher.load(teacher, init_kwargs)
-        return Teacher.of(teacher)
+        precision = Precision.of(self.model, args, self.accelerator.distributed_type)
+        made = (
+            Teacher.load(teacher, init_kwargs, precision) if isinstance(teacher, str) else Teacher.of(teacher)
+        )
+        if args.teacher_quantization == "none":
+            precision.warn_of_rounding(made.model)
+        return made
 
     def _translate(self, args: OPRDConfig) -> Translation:
         translation = Translation(
@@ -234,7 +240,9 @@ class OPRDTrainer(ResumableTrainer, UpdateTrainer, DistillationTrainer):
             self.remove_callback(printer)
         self.add_callback(self.recorder)
         comparison = self.update.comparison
-        if comparison.bridge is not None:
+        if comparison.bridge is None:
+            self.recorder.observers.append(warn_of_another_origin)
+        else:
             monitor = DriftMonitor(comparison.bridge, comparison.layer_map.student_layers)
             self.recorder.observers.append(monitor.observe)
             self.recorder.resumers.append(monitor.resume)

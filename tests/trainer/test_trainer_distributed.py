@@ -75,7 +75,10 @@ BEST = {"save_strategy": "steps", "save_steps": 1, "eval_strategy": "steps", "ev
 ROLLED_OUT = ("accumulated", "tied", "adapters")
 RESUMED = ("output", "tied", "adapters", "experts")
 BEST_OF = ("adapters", "experts")
+# In half precision rounding moves a token in or out of a top-k support now and then: nothing may hang on it.
+SMOOTH = {"bf16": True, "output_loss": "full_vocab"}
 HALF = ("representation", "output")
+FLIPS = "output/top_k_overlap"
 
 
 @pytest.fixture(scope="module")
@@ -92,7 +95,8 @@ def on_two_ranks(tmp_path_factory, models):
         runs += [("saved", case, ADAM | {"max_steps": 2}) for case in RESUMED]
         runs += [("resumed", case, ADAM | {"max_steps": 4, "resume": True}) for case in RESUMED]
         runs += [("best", case, BEST) for case in BEST_OF]
-        runs += [("half", case, {"bf16": True}) for case in HALF]
+        runs += [("half", case, SMOOTH) for case in HALF]
+        runs += [("equal", case, SMOOTH | {"teacher": "student"}) for case in HALF]
         (folder / "recipe.yaml").write_text(yaml.safe_dump(test_accuracy.RECIPE))
         halved = {"recipe": str(folder / "recipe.yaml"), "flags": ["--per_device_train_batch_size", "2"]}
         runs += [("accuracy", "recipe", halved)]
@@ -112,13 +116,13 @@ def weights_in(folder):
     return load_file(path)
 
 
-def same_metrics(folder, other, rel):
-    """Every number of every step but the costs; returns the steps."""
+def same_metrics(folder, other, rel, but=()):
+    """Every number of every step but the costs, and `but`; returns the steps."""
     steps, others = (read_metrics(path / "metrics.jsonl") for path in (folder, other))
     for one, two in zip(steps, others, strict=True):
         names = {name for name in one if not name.startswith(SKIPPED)}
         assert names == {name for name in two if not name.startswith(SKIPPED)}
-        for name in names:
+        for name in names - set(but):
             assert two[name] == pytest.approx(one[name], rel=rel, abs=1e-7), name
     return steps
 
@@ -167,8 +171,16 @@ def test_sharded_models_roll_out_like_whole_ones(on_two_ranks, case):
 @pytest.mark.slow
 @pytest.mark.parametrize("case", HALF)
 def test_in_half_precision_gradients_are_summed_in_float32(two_ranks, tmp_path, models, case):
-    rank_worker.run_case(case, models, tmp_path, bf16=True)
-    same_metrics(two_ranks / "half" / case, tmp_path / case, rel=0.03)
+    rank_worker.run_case(case, models, tmp_path, **SMOOTH)
+    same_metrics(two_ranks / "half" / case, tmp_path / case, rel=0.03, but=[FLIPS])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", HALF)
+def test_in_half_precision_a_student_that_equals_its_teacher_stays(two_ranks, models, case):
+    steps = read_metrics(two_ranks / "equal" / case / "metrics.jsonl")
+    assert [(record["loss/total"], record["grad_norm"]) for record in steps] == [(0, 0)] * 3
+    same_weights(two_ranks / "equal" / case, Path(models["student"]), atol=0)
 
 
 ZERO = {

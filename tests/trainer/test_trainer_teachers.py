@@ -5,7 +5,7 @@ import pytest
 import torch
 from datasets import Dataset
 from tiny_pair import prompt_texts
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import is_bitsandbytes_available
 
 from oprd.errors import UserError
@@ -303,3 +303,17 @@ def test_a_quantised_teacher_reads_like_a_whole_one(make_trainer, make_folder, r
 def test_quantisation_without_bitsandbytes_is_refused(make_trainer):
     with pytest.raises(UserError, match="pip install bitsandbytes"):
         make_trainer(teacher_quantization="4bit")
+
+
+@pytest.mark.parametrize(("shift", "warns"), [("stranger", True), ("relative", False)])
+def test_a_teacher_of_another_origin_is_told_at_step_1(
+    make_trainer, make_folder, tokenizer, tmp_path, caplog, shift, warns
+):
+    teacher = make_folder(2)
+    if shift == "stranger":
+        torch.manual_seed(1)
+        teacher = str(tmp_path / "stranger")
+        AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(make_folder(2))).save_pretrained(teacher)
+        tokenizer.save_pretrained(teacher)
+    make_trainer(teacher=teacher, max_steps=1).train()
+    assert ("step 1: student and teacher states have a mean cosine" in caplog.text) is warns

@@ -97,7 +97,7 @@ def _turns(config: Any, longest: Longest, machine: Machine) -> Iterator[_Turn]:
     teacher = dict(config.teacher_model_init_kwargs or {})
     if machine.device.type != "cpu" and "device_map" not in teacher and not config.teacher_offload:
         yield turn(frozenset({TEACHER}), teacher_offload=True)
-    if teacher.get("dtype", "auto" if config.bf16 else "float32") == "float32":
+    if teacher.get("dtype", "float32") == "float32":
         yield turn(frozenset({TEACHER}), teacher_model_init_kwargs=teacher | {"dtype": "bfloat16"})
     if len(longest.response_ids) > 1:
         yield turn(max_completion_length=len(longest.response_ids) // 2)

@@ -5,10 +5,12 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
+from accelerate.utils import DistributedType
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
 from torch.utils._pytree import tree_leaves
+from transformers import AutoConfig
 
 from oprd.batch import Batch, Inputs, weigh_rows
 from oprd.capture import blocks
@@ -23,6 +25,7 @@ from oprd.planning.longest import Longest, rollouts_at_once
 from oprd.planning.machine import Machine
 from oprd.planning.parts import ACTIVATIONS, GRADIENTS, OPTIMISER, REFERENCE, SAMPLING, STUDENT, TEACHER
 from oprd.planning.pretended import shard_student
+from oprd.precision import Precision, store_products_in
 from oprd.sharding.fsdp import Sharding
 from oprd.teacher import Teacher
 from oprd.translation import Translation
@@ -55,6 +58,8 @@ class Rehearsal:
         located = resolve_model(student, **hub_kwargs(given))
         self._tokenizer = load_tokenizer(located, **hub_kwargs(given))
         self.student = self._student(located, given, peft_config)
+        kind = DistributedType.NO if mesh is None else DistributedType.FSDP
+        self._precision = Precision.of(self.student, settings, kind)
         self.teacher = self._teacher(settings.teacher_model_name_or_path, teacher_kwargs(settings))
         self.objective = self._bind()
         self._sharding = self._shard(mesh) if mesh is not None else None
@@ -175,7 +180,12 @@ class Rehearsal:
 
     def _teacher(self, name: str, given: dict[str, Any]) -> Teacher:
         located = base_model(resolve_model(name, **hub_kwargs(given)))
-        model, is_mapped = on_meta(located, given)
+        config = AutoConfig.from_pretrained(located, **hub_kwargs(given))
+        quantized = self.settings.teacher_quantization != "none"
+        dtype = given.get("dtype", self._precision.of_teacher(config, quantized))
+        model, is_mapped = on_meta(located, given | {"dtype": dtype})
+        if "dtype" not in given and self._precision.autocast:
+            store_products_in(config.dtype, model, is_exact=True)
         elsewhere = given.get("device_map") == "cpu"
         device = torch.device("cpu") if elsewhere else self.device
         model = self._place(model, TEACHER, device, is_mapped)

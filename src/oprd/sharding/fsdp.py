@@ -39,6 +39,7 @@ class Sharding:
     device: torch.device
     reshard_after_forward: bool
     weights_from_rank_0: bool
+    precision: MixedPrecisionPolicy
 
     @classmethod
     def of(cls, accelerator: Any) -> "Sharding | None":
@@ -63,7 +64,7 @@ class Sharding:
         if mesh is not None:
             mesh = mesh[tuple(accelerator.parallelism_config.fsdp_dim_names)]
         sizes = bool(plugin.reshard_after_forward), bool(plugin.cpu_ram_efficient_loading)
-        return cls(mesh, accelerator.device, *sizes)
+        return cls(mesh, accelerator.device, *sizes, plugin.mixed_precision_policy or MixedPrecisionPolicy())
 
     def shard(self, reader: StateReader, offload: bool = False) -> None:
         """Shard a frozen model in place, block by block; its weights are let go as soon as they were used.
@@ -74,7 +75,12 @@ class Sharding:
         model: Any = reader.model
         policy = CPUOffloadPolicy(pin_memory=self.device.type == "cuda") if offload else OffloadPolicy()
         mesh = self.mesh or init_device_mesh(self.device.type, (dist.get_world_size(),))
-        how: dict[str, Any] = {"mesh": mesh, "offload_policy": policy, "reshard_after_forward": True}
+        how: dict[str, Any] = {
+            "mesh": mesh,
+            "offload_policy": policy,
+            "reshard_after_forward": True,
+            "mp_policy": self.precision,  # as the student computes
+        }
         embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
         loaded = model.state_dict() if self.weights_from_rank_0 else None
         tables = shard_tables((embedding, head), mesh, torch.device("cpu") if offload else self.device)

@@ -1,0 +1,82 @@
+"""The teacher computes as the student does, so that equal weights give equal states to the bit.
+
+Under autocast a student has float32 weights and a float32 residual stream; only its matrix products are in
+half precision. A teacher that computes in half precision throughout rounds that stream after every block.
+That rounding would be a floor under every loss of hidden states (docs/method.md has it measured).
+"""
+
+import logging
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from accelerate.utils import DistributedType
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Precision:
+    """How a student computes: the dtype of its weights in a forward, and whether autocast is on."""
+
+    student: PreTrainedConfig
+    weights: torch.dtype
+    autocast: bool
+
+    @classmethod
+    def of(cls, student: PreTrainedModel, settings: Any, distributed: DistributedType) -> "Precision":
+        """That of `student` in a run with the keys of `settings`, before it is sharded."""
+        half = torch.bfloat16 if settings.bf16 else torch.float16 if settings.fp16 else None
+        weights = student.get_input_embeddings().weight.dtype
+        # DeepSpeed and FSDP2 cast the weights themselves.
+        casts = distributed in (DistributedType.DEEPSPEED, DistributedType.FSDP)
+        is_autocast = half is not None and distributed != DistributedType.DEEPSPEED
+        return cls(student.config, half if casts and half else weights, is_autocast)
+
+    def of_teacher(self, teacher: PreTrainedConfig, is_quantized: bool = False) -> torch.dtype | str:
+        """The dtype to load a teacher in: the student's, or under autocast its file's if it is another kind.
+
+        States of another architecture or width, and of quantised weights, differ by far more than rounding,
+        and such a teacher may be large.
+        """
+        is_quantized = is_quantized or hasattr(teacher, "quantization_config")
+        own = self.autocast and (is_quantized or not self.is_like(teacher))
+        return "auto" if own else self.weights
+
+    def is_like(self, teacher: PreTrainedConfig) -> bool:
+        """Whether a teacher may hold the student's own weights: one architecture, one width."""
+        ours, theirs = self.student.get_text_config(), teacher.get_text_config()
+        return (ours.model_type, ours.hidden_size) == (theirs.model_type, theirs.hidden_size)
+
+    def warn_of_rounding(self, teacher: PreTrainedModel) -> None:
+        """Tell the user of a teacher, loaded as they asked, whose states differ by rounding alone."""
+        theirs = teacher.get_input_embeddings().weight.dtype
+        if self.is_like(teacher.config) and theirs != self.weights:
+            logger.warning(
+                "the teacher computes in %s and the student in %s: states of equal models differ by that "
+                "rounding, which no training removes; leave the teacher's dtype out to have it compute alike",
+                *(str(dtype).removeprefix("torch.") for dtype in (theirs, self.weights)),
+            )
+
+
+@torch.no_grad()
+def store_products_in(stored: torch.dtype | None, model: PreTrainedModel, is_exact: bool = False) -> None:
+    """Keep in the file's half precision the weights that autocast multiplies in half precision anyway.
+
+    Those are linear layers, whose results stay the same to the bit; norms, embeddings and experts, which
+    autocast leaves alone, keep their dtype. A weight that `stored` would round keeps its own too, unless
+    `is_exact` says that none would be.
+    """
+    if stored not in (torch.bfloat16, torch.float16):
+        return
+    table = model.get_input_embeddings().weight
+    for layer in model.modules():
+        is_product = type(layer).forward is nn.Linear.forward or isinstance(layer, Conv1D)
+        if not is_product or layer.weight is table or layer.weight.dtype.itemsize <= stored.itemsize:
+            continue
+        half = layer.weight.to(stored)
+        if is_exact or (not half.is_meta and torch.equal(half.to(layer.weight.dtype), layer.weight)):
+            layer.weight.data = half

@@ -13,7 +13,7 @@ import torch
 import yaml
 from transformers.utils import is_bitsandbytes_available
 
-from oprd import cli
+from oprd import cli, doctor
 from oprd.doctor import examine, longest_rollout
 from oprd.engines.vllm import is_installed
 from oprd.errors import UserError
@@ -66,6 +66,24 @@ def test_a_run_that_fits(capsys, recipe, tmp_path):
     for part in ("student's weights", "optimiser's state", "student's activations", "sum"):
         assert part in out
     assert sorted(path.name for path in tmp_path.iterdir()) == ["prompts.jsonl", "recipe.yaml"]
+
+
+def test_findings_are_told_as_they_are_made_and_nothing_is_turned_where_there_is_room(recipe, monkeypatch):
+    told = []
+
+    def refuse(*_):
+        raise AssertionError("a knob was planned")
+
+    def plan(*arguments):
+        told.append("the plan")
+        return plan_memory(*arguments)
+
+    monkeypatch.setattr(doctor, "first_knob", refuse)
+    monkeypatch.setattr(doctor, "plan_memory", plan)
+    run, config = parse_training_recipe(recipe())
+    diagnosis = examine(run, config, tell=lambda finding: told.append(finding.about))
+    assert told == ["recipe", "prompts", "rollouts", "engine", "folder", "the plan", "disk", "memory"]
+    assert diagnosis.knob is None and diagnosis.is_well
 
 
 @pytest.fixture

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from oprd.batch import TERMS, Batch, readable
 from oprd.bridge.artifact import BRIDGE_FILE, Bridge
-from oprd.bridge.fitter import BridgeFitter
+from oprd.bridge.fitter import BridgeFitter, rows_needed
 from oprd.bridge.identity import identity
 from oprd.bridge.report import plot_bridge
 from oprd.bridge_recipe import BridgeArguments
@@ -73,6 +73,7 @@ def _fit_bridge(args: BridgeArguments, ranks: Ranks) -> Path:
     pair = ModelPair.load(args, ranks.device)
     engine = pair.engine(args, ranks)
     prompts = _prompts(args, pair)
+    _check_rows(args, pair, len(prompts))
     fitter, layer_map = pair.fitter(args)
     counts = accumulate(fitter, pair, prompts, args, engine, ranks)
     if not ranks.is_first:
@@ -186,6 +187,8 @@ def accumulate(
                 rollouts = engine.generate(rendered, args.sampling, args.seed + first)  # vLLM adds 0, 1, …
                 ids = torch.arange(first, first + len(rollouts))
                 counts.update(_update(fitter, pair, texts, rollouts, ids, args))
+                if number == ranks.index:  # twice what the first ones have would be a surprise
+                    _check_rows(args, pair, len(prompts), 2 * fitter.num_rows / len(rollouts))
             progress.update(len(texts))
     if ranks.count > 1:
         fitter.gather()
@@ -193,6 +196,27 @@ def accumulate(
     for here in ranks.gather(counts):
         total_counts.update(here)  # a sum of counters would drop what was never seen
     return total_counts
+
+
+def _check_rows(
+    args: BridgeArguments, pair: ModelPair, num_prompts: int, rows_per_rollout: float | None = None
+) -> None:
+    """Raise `UserError` if the rollouts cannot have the rows that the fit needs.
+
+    A rollout is taken to have `rows_per_rollout` paired rows, or else as many as the recipe lets it have.
+    """
+    longest = Positions.parse(args.positions).mask(
+        torch.ones(1, args.max_completion_length, dtype=torch.bool)
+    )
+    each = float(longest.sum()) if rows_per_rollout is None else rows_per_rollout
+    widest = max(pair.student.config.get_text_config().hidden_size, pair.teacher.width)
+    rows, needed = int(num_prompts * args.num_generations * each), rows_needed(widest)
+    if rows < needed:
+        raise UserError(
+            f"{num_prompts} prompts × {args.num_generations} rollouts of {each:.0f} rows are {rows} rows, "
+            f"and states {widest} wide need at least {needed}: raise num_prompts, num_generations or "
+            "max_completion_length"
+        )
 
 
 def _prompts(args: BridgeArguments, pair: ModelPair) -> Dataset:

@@ -147,27 +147,31 @@ def _train(args: argparse.Namespace, flags: list[str]) -> None:
 
 
 def _doctor(args: argparse.Namespace, flags: list[str]) -> None:
-    from oprd.doctor import examine, show
+    from oprd.doctor import examine, show_finding, show_memory
     from oprd.train import parse_training_recipe
 
     run, config = parse_training_recipe(args.recipe, flags)
     with refusals_told():
-        diagnosis = examine(run, config, args.ranks)
+        tell = {} if args.json else {"tell": show_finding}
+        diagnosis = examine(run, config, args.ranks, **tell)
     if args.json:
         print(json.dumps(diagnosis.as_json(), indent=2))
     else:
-        show(diagnosis)
+        show_memory(diagnosis)
     for finding in diagnosis.findings:
         if not finding.is_well:
             raise UserError(f"{args.recipe}: {finding.about}: {finding.says}")
 
 
 def _bridge(args: argparse.Namespace, flags: list[str]) -> None:
+    from oprd.bridge import Bridge
+    from oprd.bridge.report import print_bridge
     from oprd.bridge_recipe import parse_bridge_recipe
     from oprd.bridge_run import fit_bridge
 
     folder = fit_bridge(parse_bridge_recipe(args.recipe, flags))
     if _is_first():
+        print_bridge(Bridge.load(folder).metadata)
         print(f"bridge and report: {folder}")
 
 

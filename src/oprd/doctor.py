@@ -1,5 +1,6 @@
 """`oprd doctor RECIPE`: what is found out about a run before it starts, from its recipe and this machine."""
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,8 @@ from oprd.prompts import load_prompts
 from oprd.rollouts import Prompt, render_prompt
 from oprd.train import RunArguments
 from oprd.trainer import OPRDConfig
+
+AMPLE = 0.8  # of the free memory: a run that takes less has room, and nothing needs turning
 
 
 @dataclass(frozen=True)
@@ -60,24 +63,39 @@ class Diagnosis:
         }
 
 
-def examine(run: RunArguments, config: OPRDConfig, ranks: int | None = None) -> Diagnosis:
-    """Look at a recipe on this machine; raises `UserError` for what a run would refuse."""
+def examine(
+    run: RunArguments,
+    config: OPRDConfig,
+    ranks: int | None = None,
+    tell: Callable[[Finding], None] = lambda _: None,
+) -> Diagnosis:
+    """Look at a recipe on this machine, and `tell` each finding as it is made, what is quickest first.
+
+    What could be turned is planned only where memory is short. Raises `UserError` for what a run would
+    refuse.
+    """
+    findings: list[Finding] = []
+
+    def found(finding: Finding) -> None:
+        findings.append(finding)
+        tell(finding)
+
     longest, count = longest_rollout(run, config, ranks or launched_ranks())
     machine = Machine.here(config, ranks)  # beside the prompts
-    plan = plan_memory(run.model_name_or_path, config, longest, machine, run.lora)
-    knob = first_knob(run.model_name_or_path, config, longest, machine, plan, run.lora)
     folder = Path(config.output_dir)
     settings = resolved_settings(config, run) | {"num_processes": machine.ranks}
-    findings = (
-        Finding("recipe", f"{run.model_name_or_path} learns from {config.teacher_model_name_or_path}"),
-        Finding("prompts", f"{count}, the longest of {len(longest.prompt_ids)} tokens"),
-        Finding("rollouts", f"up to {len(longest.response_ids)} tokens after the prompt"),
-        checked("engine", lambda: check_engine(config)),
-        checked("folder", lambda: check_output(folder, settings)),
-        checked("disk", lambda: check_disk(folder, config, plan)),
-        _memory(plan, machine, knob),
-    )
-    return Diagnosis(plan, machine, knob, findings)
+    found(Finding("recipe", f"{run.model_name_or_path} learns from {config.teacher_model_name_or_path}"))
+    found(Finding("prompts", f"{count}, the longest of {len(longest.prompt_ids)} tokens"))
+    found(Finding("rollouts", f"up to {len(longest.response_ids)} tokens after the prompt"))
+    found(checked("engine", lambda: check_engine(config)))
+    found(checked("folder", lambda: check_output(folder, settings)))
+    plan = plan_memory(run.model_name_or_path, config, longest, machine, run.lora)
+    found(checked("disk", lambda: check_disk(folder, config, plan)))
+    knob = None
+    if plan.peak_mb * MB > AMPLE * machine.free_bytes:
+        knob = first_knob(run.model_name_or_path, config, longest, machine, plan, run.lora)
+    found(_memory(plan, machine, knob))
+    return Diagnosis(plan, machine, knob, tuple(findings))
 
 
 def longest_rollout(run: RunArguments, config: OPRDConfig, ranks: int = 1) -> tuple[Longest, int]:
@@ -110,13 +128,15 @@ def _named(device: torch.device) -> str:
     return "machine" if device.type == "cpu" else torch.cuda.get_device_name(device)
 
 
-def show(diagnosis: Diagnosis) -> None:
-    """Print the findings and the memory by part."""
+def show_finding(finding: Finding) -> None:
+    """Print one finding."""
+    mark = "ok  " if finding.is_well else "BAD "
+    Console().print(f"{mark} {finding.about}: {finding.says}", soft_wrap=True, markup=False)
+
+
+def show_memory(diagnosis: Diagnosis) -> None:
+    """Print the memory by part and, where it is nearly all taken, what could be turned."""
     console = Console()
-    for finding in diagnosis.findings:
-        console.print(
-            f"{'ok  ' if finding.is_well else 'BAD '} {finding.about}: {finding.says}", soft_wrap=True
-        )
     console.print(memory_table(diagnosis.plan))
     if diagnosis.is_well and diagnosis.knob is not None:
         console.print(f"If memory runs short: {advice(diagnosis.plan, diagnosis.knob)}.", soft_wrap=True)

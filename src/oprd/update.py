@@ -77,6 +77,11 @@ class Update:
             student.get_output_embeddings().weight is student.get_input_embeddings().weight
         ):
             logger.warning("the student's LM head is tied to its input embedding, so it moves along with it")
+        if comparison.bridge is not None and output.vocabulary is None and anchor is None:
+            logger.warning(
+                "across tokenizers many rows have no counterpart, and a bridge without an anchor lets the "
+                "student's states there drift until it writes nothing sensible: set anchor_weight: 1"
+            )
         if frozen := freeze_unreached(student, settings, comparison.layer_map):
             logger.info("frozen, since no loss reaches it: %s", ", ".join(frozen))
         return update

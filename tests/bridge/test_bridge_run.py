@@ -19,13 +19,14 @@ from oprd import cli
 from oprd.alignment import align_tokens, row_pairs
 from oprd.bridge import Bridge
 from oprd.bridge.identity import identity
+from oprd.bridge.report import _ranks
 from oprd.bridge_recipe import parse_bridge_recipe
 from oprd.bridge_run import ModelPair
 from oprd.errors import UserError
 from oprd.models import TINY_MODELS
 from oprd.prompts import load_prompts
 from oprd.ranks import Ranks
-from oprd.rollouts import Sampling, generate
+from oprd.rollouts import HFEngine, Sampling, generate
 
 RECIPE = {
     "model_name_or_path": "tiny:student",
@@ -329,7 +330,8 @@ def refused(run, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"num_prompts": 1}, "states 160 wide need at least 161: give it more or longer rollouts"),
+        ({"num_prompts": 3}, "3 prompts × 1 rollouts of 48 rows are 144 rows, and states 160 wide need"),
+        ({"num_prompts": 2, "max_completion_length": 128}, "states 160 wide need at least 161: raise num_"),
         ({"num_prompts": 0}, "num_prompts must be 1 or more, got 0"),
         ({"num_generations": 0}, "num_generations must be 1 or more, got 0"),
         ({"batch_size": -1}, "batch_size must be 1 or more, got -1"),
@@ -420,6 +422,48 @@ def test_a_foreign_folder(run, fitted, tmp_path, capsys, content):
     assert snapshot(folder) == before
 
 
+def test_what_is_printed(run, fitted, capsys):
+    assert run(fitted) == 0  # a finished folder is shown again
+    out = capsys.readouterr().out
+    stored = json.loads((fitted / "report.json").read_text())
+    lines = [line.strip("│") for line in out.splitlines() if "│" in line]
+    rows = [[cell.strip() for cell in line.split("│")] for line in lines]
+    assert rows == [
+        [layer, str(report["teacher_layer"]), "4", f"{report['cosine_at_rank']:.3f}", f"{report['cka']:.3f}"]
+        for layer, report in stored["layers"].items()
+    ]
+    assert f"{stored['num_rows']:,} rows of 40 rollouts; 100.0% of the student's rows" in out
+
+
+def test_too_few_rows_are_told_before_the_rollouts(run, tmp_path, capsys, monkeypatch):
+    drawn = []
+    generate_ = HFEngine.generate
+
+    def note(self, prompts, *rest):
+        drawn.append(len(prompts))
+        return generate_(self, prompts, *rest)
+
+    monkeypatch.setattr(HFEngine, "generate", note)
+    assert run(tmp_path / "run", num_prompts=3) == 2 and drawn == []
+    # 200 tokens would do, but a response takes about 40: the first batch shows it.
+    assert run(tmp_path / "run", num_prompts=1, max_completion_length=200) == 2
+    assert drawn == [1]
+    assert "need at least 161" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("depth", [4, 30])
+def test_many_layers_share_a_colour_bar(fitted, depth, tmp_path):
+    stored = json.loads((fitted / "report.json").read_text())
+    reports = list(stored["layers"].values())
+    layers = {str(i + 1): reports[i % len(reports)] for i in range(depth)}
+    figure = _ranks({int(layer): report for layer, report in layers.items()})
+    named = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert [name for name in named if name.startswith("layer ")] == (
+        [f"layer {i + 1}" for i in range(depth)] if depth == 4 else []
+    )
+    assert len(figure.axes) == (2 if depth == 4 else 3)
+
+
 @pytest.mark.slow
 def test_two_ranks_fit_the_bridge_of_one(tmp_path):
     """40 prompts in batches of 7: rank 0 has one batch more, and the last one is short."""
@@ -437,7 +481,7 @@ def test_two_ranks_fit_the_bridge_of_one(tmp_path):
         text=True,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout == f"bridge and report: {tmp_path / 'two'}\n"  # told by one of them
+    assert done.stdout.count("bridge and report:") == 1  # told by one of them
     for folder in ("one", "two"):
         assert {path.name for path in (tmp_path / folder).iterdir()} == FILES
     one, two = (load_file(tmp_path / folder / "bridge.safetensors") for folder in ("one", "two"))

@@ -220,11 +220,11 @@ class BridgeFitter:
     def _check_rows(self) -> None:
         if not self.num_rows:
             raise UserError("the bridge has seen 0 rows: give it both models' states of the same text")
-        needed = max(self._widths.values()) + 1
-        if self.num_rows < needed:
+        widest = max(self._widths.values())
+        if self.num_rows < rows_needed(widest):
             raise UserError(
-                f"the bridge has seen {self.num_rows} rows, and states {needed - 1} wide need at least "
-                f"{needed}: give it more or longer rollouts"
+                f"the bridge has seen {self.num_rows} rows, and states {widest} wide need at least "
+                f"{rows_needed(widest)}: give it more or longer rollouts"
             )
 
     def _rows(self, student: int, teacher: int) -> PairRows:
@@ -242,6 +242,11 @@ class BridgeFitter:
         products = ((student, student), (teacher, teacher), (student, teacher))
         joint = Joint(moments.count, *means, *(moments.scatter[pair].cpu() for pair in products))
         return joint.without_rounding()
+
+
+def rows_needed(width: int) -> int:
+    """The fewest rows that states so wide can be fitted on: fewer leave their covariance singular."""
+    return width + 1
 
 
 def _checked_rank(rank: Any) -> Rank:

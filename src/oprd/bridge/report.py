@@ -6,9 +6,33 @@ from typing import Any
 import numpy as np
 from matplotlib import colormaps
 from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import BoundaryNorm, ListedColormap
 from matplotlib.figure import Figure
+from rich.console import Console
+from rich.table import Table
 
 DIRECTIONS_SHOWN = 64
+NAMED_LAYERS = 8  # more than these get a colour bar in place of names
+
+
+def print_bridge(metadata: dict[str, Any]) -> None:
+    """Print every pair of layers with its rank, held-out cosine and CKA, and what the fit has read."""
+    table = Table("student layer", title="Bridge", title_justify="left")
+    for column in ("teacher layer", "rank", "held-out cosine", "CKA"):
+        table.add_column(column, justify="right")
+    for layer, report in metadata["layers"].items():
+        shown = ("" if x is None else f"{x:.3f}" for x in (report["cosine_at_rank"], report["cka"]))
+        table.add_row(layer, str(report["teacher_layer"]), str(report["rank"] or "dropped"), *shown)
+    console = Console()
+    console.print(table)
+    data = metadata.get("data")
+    if data:
+        console.print(
+            f"{metadata['num_rows']:,} rows of {data['rollouts']:,} rollouts; {data['coverage']:.1%} of the "
+            f"student's rows have a counterpart; {data['truncated']:,} rollouts were cut at the limit",
+            soft_wrap=True,
+        )
 
 
 def plot_bridge(metadata: dict[str, Any], folder: Path) -> list[Path]:
@@ -31,7 +55,8 @@ def _ranks(layers: dict[int, dict[str, Any]]) -> Figure:
     colours = colormaps["viridis"](np.linspace(0, 0.9, len(layers)))
     for colour, (layer, report) in zip(colours, layers.items(), strict=True):
         ranks = range(1, len(report["cosine"]) + 1)
-        left.plot(ranks, report["cosine"], color=colour, label=f"layer {layer}")
+        name = f"layer {layer}" if len(layers) <= NAMED_LAYERS else None
+        left.plot(ranks, report["cosine"], color=colour, label=name)
         left.plot(ranks, report["cosine_before"], color=colour, linestyle=":", linewidth=1)
         right.plot(ranks, report["mse"], color=colour)
         right.plot(ranks, report["mse_before"], color=colour, linestyle=":", linewidth=1)
@@ -45,6 +70,12 @@ def _ranks(layers: dict[int, dict[str, Any]]) -> Figure:
         _base_two(axes, len(next(iter(layers.values()))["cosine"]))
     left.plot([], [], color="black", linestyle=":", linewidth=1, label="before the fit")
     left.plot([], [], "o", color="black", label="chosen rank")
+    if len(layers) > NAMED_LAYERS:
+        steps = BoundaryNorm(np.arange(len(layers) + 1), len(layers))
+        bar = figure.colorbar(ScalarMappable(steps, ListedColormap(colours)), ax=(left, right))
+        shown = range(0, len(layers), -(-len(layers) // NAMED_LAYERS))
+        bar.set_ticks([i + 0.5 for i in shown], labels=[str(list(layers)[i]) for i in shown])
+        bar.set_label("student layer")
     figure.legend(loc="outside upper center", ncols=min(len(layers) + 2, 7))
     return figure
 

@@ -41,7 +41,8 @@ from oprd.capture import num_layers
 from oprd.models import load_model, load_tokenizer, resolve_model
 from oprd.prompts import load_prompts
 from oprd.reading import Reading, Want, read_states
-from oprd.rollouts import Sampling, generate, left_pad, render_prompt
+from oprd.rendering import Renderer
+from oprd.rollouts import Sampling, generate, left_pad
 from oprd.selection import LayerMap
 
 RANKS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
@@ -116,7 +117,7 @@ def load(
     models = [load_model(name, dtype=torch.float32).to(device).eval().requires_grad_(False) for name in names]
     pair = Pair(*models, LayerMap.parse("all", *map(num_layers, models)))
     prompts = load_prompts(dataset).shuffle(seed=seed)["prompt"][:rollouts]
-    ids = [render_prompt(tokenizer, prompt) for prompt in prompts]
+    ids = Renderer(tokenizer)(prompts)
     sampling = Sampling(length, temperature=1.0, top_p=1.0)
     samples = [
         rollout

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase, Qwen3Config, Qwen3ForCausalLM,
 
 from oprd.folder.recorder import METRICS_FILE, read_metrics
 from oprd.prompts import load_prompts
-from oprd.rollouts import render_prompt
+from oprd.rendering import Renderer
 from oprd.tiny.tokenizer import train_tokenizer
 from oprd.train import parse_training_recipe, train
 
@@ -44,7 +44,7 @@ def run(data: Path, output: Path, steps: int = 20, width: int = 256, depth: int 
     """Render every prompt, train, and return the loss of every step."""
     prompts = load_prompts(str(data))
     tokenizer = train_tokenizer((row["prompt"][0]["content"] for row in prompts), vocab_size=4096)
-    lengths = [len(render_prompt(tokenizer, row["prompt"])) for row in prompts]
+    lengths = [len(ids) for ids in Renderer(tokenizer)(prompts["prompt"][:])]
     print(f"{len(prompts)} prompts, {min(lengths)} to {max(lengths)} tokens")
     recipe = {
         "model_name_or_path": str(make_model(output / "student", tokenizer, 1, width, depth)),

@@ -269,3 +269,34 @@ def test_a_schedule_that_ends_at_zero_ends_the_run_quietly(recipe, tmp_path):
     records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert records[0]["loss/total"] > 0 and records[1]["loss/total"] == 0
     assert "loss/representation" not in records[1]
+
+
+@pytest.mark.parametrize("command", ["train", "dry_run", "doctor", "bridge", "eval"])
+def test_a_prompt_that_the_template_refuses_is_one_line(recipe, tmp_path, capsys, command):
+    """The bundled templates cannot write a message without content."""
+    data, output = tmp_path / "rows.jsonl", tmp_path / "run"
+    question = {"role": "user", "content": "Compute 1+2."}
+    calls = {"role": "assistant", "tool_calls": [{"type": "function", "function": {"name": "add"}}]}
+    called = [question, calls, {"role": "tool", "content": "three"}]
+    prompts = [[question]] * 5 + [called]
+    rows = [{"prompt": prompt, "solution": "3"} for prompt in prompts]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    if command == "eval":
+        argv = ["eval", "--model", "tiny:student", "--data", str(data), "--output", str(output)]
+    elif command == "bridge":
+        keys = ("model_name_or_path", "teacher_model_name_or_path")
+        names = {"dataset_name": str(data), "output_dir": str(output)}
+        bridge = tmp_path / "bridge.yaml"
+        bridge.write_text(yaml.safe_dump({key: RECIPE[key] for key in keys} | names))
+        argv = ["bridge", str(bridge)]
+    else:
+        argv = ["doctor" if command == "doctor" else "train", recipe(dataset_name=str(data))]
+        argv += ["--dry_run", "true"] if command == "dry_run" else []
+    said = refused(capsys, argv)
+    assert (
+        "row 5 ('three'): " in said
+        and "chat template refuses it" in said
+        and "no attribute 'content'" in said
+    )
+    assert said.endswith("drop_unrenderable_prompts: true") is (command != "eval")
+    assert not output.exists()

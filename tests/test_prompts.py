@@ -3,6 +3,7 @@
 import json
 import math
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +11,12 @@ import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 import oprd.prompts
 from oprd.errors import UserError
-from oprd.prompts import drop_long_prompts, load_prompts
+from oprd.prompts import load_prompts
 from oprd.tiny import task
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
@@ -120,6 +123,23 @@ def test_hub_dataset(monkeypatch):
     assert rows == [{"prompt": chat("a"), "solution": "1"}, {"prompt": chat("b"), "solution": "2"}]
 
 
+def test_of_a_streamed_hub_dataset_only_the_first_rows_are_fetched(monkeypatch):
+    fetched = []
+
+    def rows():
+        for n in range(10**9):
+            fetched.append(n)
+            yield verl_row(str(n), "1")
+
+    def load_dataset(*args: Any, **kwargs: Any) -> datasets.IterableDataset:
+        assert (args, kwargs) == (("org/name", None), {"split": "train", "streaming": True})
+        return datasets.IterableDataset.from_generator(rows)
+
+    monkeypatch.setattr(oprd.prompts, "load_dataset", load_dataset)
+    assert load_prompts("org/name", streamed=3)["prompt"][:] == [chat("0"), chat("1"), chat("2")]
+    assert len(fetched) < 10
+
+
 # Row formats
 
 
@@ -147,9 +167,72 @@ def test_without_solutions_there_is_no_such_column(tmp_path, columns):
     assert load_rows(tmp_path, [{"prompt": "a"} | columns]) == [{"prompt": "a"}]
 
 
-def test_messages_keep_role_and_content_only(tmp_path):
-    message = {"role": "user", "content": "a", "name": "Ada"}
-    assert load_rows(tmp_path, [{"prompt": [message]}]) == [{"prompt": chat("a")}]
+CALL = {"id": "7", "type": "function", "function": {"name": "add", "arguments": {"x": 1.5, "n": 10**12}}}
+OTHER = {"id": "8", "type": "function", "function": {"name": "say", "arguments": '{"text": "hi"}'}}
+TOOL_CHAT = [
+    {"role": "system", "content": "Be brief.", "name": "boss"},
+    {"role": "user", "content": "Add."},
+    {"role": "assistant", "tool_calls": [CALL], "reasoning_content": "Hm."},
+    {"role": "tool", "name": "add", "tool_call_id": "7", "content": ""},
+]
+OTHER_CHAT = [
+    {"role": "assistant", "content": "", "tool_calls": [OTHER]},
+    {"role": "tool", "tool_call_id": "8", "content": "ok"},
+]
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet", "json_parquet"])
+def test_messages_keep_all_their_keys_and_get_no_nulls(tmp_path, kind):
+    """Also where rows differ in them, which Arrow would fill with nulls, or refuse."""
+    rows = [{"prompt": TOOL_CHAT}, {"prompt": chat("a")}, {"prompt": [*TOOL_CHAT, *OTHER_CHAT]}]
+    path = tmp_path / f"rows.{kind.removeprefix('json_')}"
+    if kind == "jsonl":
+        write_jsonl(path, rows)
+    elif kind == "parquet":  # of one type: another call's arguments as text would not fit
+        rows = rows[:2]
+        pq.write_table(pa.Table.from_pylist(rows), path)
+    else:
+        datasets.Dataset.from_list(rows, on_mixed_types="use_json").to_parquet(path)
+    assert load_prompts(str(path)).to_list() == rows
+
+
+def test_a_message_of_other_keys_far_down_the_file_keeps_them(tmp_path):
+    rows = [{"prompt": chat("a")}] * 3000 + [{"prompt": TOOL_CHAT}]
+    loaded = load_rows(tmp_path, rows)
+    assert loaded[-1] == rows[-1] and loaded[0] == rows[0]
+
+
+def test_without_answers_only_the_prompts_are_read(tmp_path):
+    path = write_jsonl(tmp_path / "a.jsonl", [{"prompt": "a", "answer": ["1"]}, {"prompt": "b", "answer": 2}])
+    with pytest.raises(UserError, match="row 0: the solution is list"):
+        load_prompts(path)
+    assert load_prompts(path, answers=False).to_list() == [{"prompt": "a"}, {"prompt": "b"}]
+
+
+def test_text_that_is_json_stays_text(tmp_path):
+    texts = ['{"a": 1}', "3", "null", "[]"]
+    assert load_rows(tmp_path, [{"prompt": text} for text in texts]) == [{"prompt": text} for text in texts]
+    chats = [[{"role": "user", "content": text, "name": text}] for text in texts]
+    rows = [
+        {"prompt": chat, "solution": text} for chat, text in zip([*chats[1:], chat("a")], texts, strict=True)
+    ]
+    assert load_rows(tmp_path, rows) == rows
+
+
+def test_text_parts_become_text(tmp_path):
+    parts = [{"type": "text", "text": "a"}, {"type": "text", "text": " b", "image": None}]
+    assert load_rows(tmp_path, [{"prompt": [{"role": "user", "content": parts}]}]) == [
+        {"prompt": chat("a b")}
+    ]
+
+
+def test_malformed_prompts_are_dropped_and_counted_if_asked(tmp_path, caplog):
+    path = write_jsonl(tmp_path / "a.jsonl", [{"prompt": "a"}, {"prompt": None}, {"prompt": ""}])
+    assert load_prompts(path, drop_malformed=True).to_list() == [{"prompt": "a"}]
+    assert "dropped 2 of 3 malformed prompts, the first:" in caplog.text and "row 1" in caplog.text
+    path = write_jsonl(tmp_path / "b.jsonl", [{"prompt": None}])
+    with pytest.raises(UserError, match="all 1 prompts are malformed"):
+        load_prompts(path, drop_malformed=True)
 
 
 # Mistakes
@@ -171,6 +254,12 @@ def test_messages_keep_role_and_content_only(tmp_path):
             "row 1: the content of message 1 is list",
         ),
         ({"prompt": chat("")}, "row 1: the content of message 0 is empty"),
+        ({"prompt": [{"role": "user", "tool_calls": [1]}]}, "row 1: the content of message 0 is missing"),
+        ({"prompt": [{"role": "assistant", "tool_calls": []}]}, "row 1: the content of message 0 is missing"),
+        ({"prompt": [{"role": "assistant", "tool_calls": [{}]}]}, "row 1: the prompt ends with tool calls"),
+        ({"prompt": chat([])}, "row 1: the content of message 0 is empty"),
+        ({"prompt": chat([{"type": "image_url"}])}, "row 1: .* has a part of type 'image_url'.*text-only"),
+        ({"prompt": chat([{"image": "x.png"}])}, "row 1: .* has a part of type 'image'"),
         ({"prompt": "text"}, "row 1: text and chat prompts are mixed"),
         ({"prompt": chat("a"), "solution": ["1"]}, "row 1: the solution is list"),
         ({"prompt": chat("a")}, "row 1 has no solution"),
@@ -199,7 +288,8 @@ def test_no_prompt_column_names_those_found(tmp_path, kind):
         write_jsonl(path, rows)
     else:
         pq.write_table(pa.Table.from_pylist(rows), path)
-    with pytest.raises(UserError, match=r"no column 'prompt' \(found problem, answer\)"):
+    said = r"no column 'prompt' \(found problem, answer\): rename 'problem' to 'prompt'"
+    with pytest.raises(UserError, match=said):
         load_prompts(str(path))
 
 
@@ -218,7 +308,11 @@ def test_empty_dataset(tmp_path, file, text):
         ("a.jsonl", '{"prompt": "a"}\n\n{"prompt": \n', 3),
         ("a.json", '{"prompt": "a"}\n{"prompt": "b"}\n{"prompt" "c"}\n', 3),
         ("a.json", '[\n {"prompt": "a"},\n {"prompt" "b"}\n]', 3),
+        ("a.jsonl", '{"prompt": "a"}\n{"prompt": "b", "id": ' + "9" * 5000 + "}", 2),
+        ("a.jsonl", '{"prompt": "a"}\n{"prompt": ' + "[" * 100_000, 2),
+        ("a.json", '{"prompt": ' + '{"a": ' * 100_000, 1),
     ],
+    ids=range(6),
 )
 def test_malformed_json_names_file_and_line(tmp_path, file, text, line):
     (tmp_path / file).write_text(text)
@@ -243,6 +337,47 @@ def test_folder_without_data_or_with_two_kinds(tmp_path):
         write_jsonl(tmp_path / file, [{"prompt": "a"}])
     with pytest.raises(UserError, match=r"mixes \.json and \.jsonl files"):
         load_prompts(str(tmp_path))
+
+
+@pytest.mark.parametrize("depth", [60, 70, 900])
+def test_messages_nested_deeply_are_kept_or_refused(tmp_path, depth):
+    deep: Any = "x"
+    for _ in range(depth):
+        deep = [deep]
+    rows = [{"prompt": [*chat("a"), {"role": "user", "content": "b", "extra": deep}]}]
+    if depth == 60:
+        assert load_rows(tmp_path, rows) == rows
+        return
+    with pytest.raises(UserError, match=r"rows\.jsonl, row 0: message 1 is nested more than 64 levels deep"):
+        load_rows(tmp_path, rows)
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(at=st.integers(0, 2**31), byte=st.integers(0, 255), cut=st.booleans())
+def test_a_damaged_parquet_file_is_read_or_refused(tmp_path, at, byte, cut):
+    path = tmp_path / "rows.parquet"
+    pq.write_table(pa.Table.from_pylist([verl_row("ab", 0.5), verl_row("c", 2.0)]), path, compression="NONE")
+    damaged = bytearray(path.read_bytes())
+    at %= len(damaged)
+    damaged[at] = byte
+    path.write_bytes(damaged[:at] if cut else damaged)
+    with suppress(UserError):
+        load_prompts(str(path))
+
+
+def test_names_that_are_no_paths(tmp_path):
+    (tmp_path / "gone.jsonl").symlink_to(tmp_path / "nowhere.jsonl")
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    for name, message in [
+        (str(tmp_path / "gone.jsonl"), r"gone\.jsonl: a link to .*nowhere\.jsonl, where nothing is"),
+        (str(tmp_path / "loop"), "loop: a link to .*loop, where nothing is"),
+        ("x" * 300, r"x{80}: no such file or folder \(File name too long\)"),
+        ("~nobody-of-that-name/a.jsonl", "no such file or folder"),
+    ]:
+        with pytest.raises(UserError, match=message):
+            load_prompts(name)
+    with pytest.raises(UserError, match=r"gone\.jsonl: cannot be read"):
+        load_prompts(str(tmp_path))  # a folder with the link in it
 
 
 @pytest.mark.parametrize("name", ["nowhere.jsonl", "./nowhere", "a/b/c", "/nowhere/at/all"])
@@ -270,33 +405,10 @@ def test_options_that_a_local_source_lacks(tmp_path):
         load_prompts(path, config="main")
     with pytest.raises(UserError, match=r"leave out the slice 'train\[:9\]'"):
         load_prompts(path, "train[:9]")
+    with pytest.raises(UserError, match="leave out dataset_streaming"):
+        load_prompts(path, streamed=8)
     with pytest.raises(UserError, match=r"tiny has the splits train and eval .* not 'dev'"):
         load_prompts("tiny", "dev")
-
-
-# Long prompts
-
-
-def render(prompt: oprd.prompts.Prompt) -> list[int]:
-    assert isinstance(prompt, str)
-    return list(range(len(prompt)))
-
-
-def test_long_prompts_are_dropped_whole(tmp_path):
-    path = write_jsonl(
-        tmp_path / "a.jsonl", [{"prompt": "x" * n, "solution": str(n)} for n in (3, 6, 4, 5, 1)]
-    )
-    dataset = load_prompts(path)
-    kept, num_dropped = drop_long_prompts(dataset, render, 4)
-    assert (kept["solution"][:], kept["prompt"][:], num_dropped) == (["3", "4", "1"], ["xxx", "xxxx", "x"], 2)
-    assert drop_long_prompts(dataset, render, None) == (dataset, 0)
-    assert drop_long_prompts(dataset, render, 6)[0].to_list() == dataset.to_list()
-
-
-def test_all_prompts_too_long(tmp_path):
-    dataset = load_prompts(write_jsonl(tmp_path / "a.jsonl", [{"prompt": "x" * 9}, {"prompt": "x" * 7}]))
-    with pytest.raises(UserError, match=r"All 2 prompts .* max_prompt_length=5 .*the shortest has 7"):
-        drop_long_prompts(dataset, render, 5)
 
 
 # Real files

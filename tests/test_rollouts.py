@@ -3,7 +3,8 @@ import torch
 from transformers import GenerationConfig, Qwen3Config, Qwen3ForCausalLM
 
 from oprd.errors import UserError
-from oprd.rollouts import Sampling, eos_token_ids, generate, render_prompt
+from oprd.rendering import Renderer
+from oprd.rollouts import Sampling, eos_token_ids, generate
 from oprd.tiny.tokenizer import train_tokenizer
 
 torch.set_num_threads(1)
@@ -34,7 +35,7 @@ def model(tokenizer):
 
 
 def prompts(tokenizer, count=6):
-    return [render_prompt(tokenizer, "Compute " + "1+" * i + "2.") for i in range(count)]
+    return Renderer(tokenizer)(["Compute " + "1+" * i + "2." for i in range(count)])
 
 
 @pytest.mark.parametrize(
@@ -43,38 +44,6 @@ def prompts(tokenizer, count=6):
 def test_values_out_of_range_are_refused(wrong):
     with pytest.raises(UserError, match=next(iter(wrong))):
         Sampling(**wrong)
-
-
-def test_messages_go_through_the_chat_template(tokenizer):
-    ids = render_prompt(tokenizer, QUESTION)
-    assert all(isinstance(i, int) for i in ids)
-    assert tokenizer.decode(ids) == "<|im_start|>user\nCompute 1+2.<|im_end|>\n<|im_start|>assistant\n"
-
-
-def test_template_arguments_reach_the_template(tokenizer):
-    tokenizer.chat_template = "{{ mood }}"
-    assert tokenizer.decode(render_prompt(tokenizer, QUESTION, {"mood": "calm"})) == "calm"
-
-
-def test_messages_without_a_template_are_refused(tokenizer):
-    tokenizer.chat_template = None
-    with pytest.raises(UserError, match="no chat template"):
-        render_prompt(tokenizer, QUESTION)
-    assert render_prompt(tokenizer, "1+2") == tokenizer("1+2")["input_ids"]
-
-
-def test_no_second_bos(tokenizer):
-    from tokenizers.processors import TemplateProcessing
-
-    start = tokenizer.convert_tokens_to_ids("<|im_start|>")
-    tokenizer.bos_token = "<|im_start|>"
-    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
-        single="<|im_start|> $A", special_tokens=[("<|im_start|>", start)]
-    )
-    plain = render_prompt(tokenizer, "1+2")
-    assert plain.count(start) == 1
-    assert render_prompt(tokenizer, "<|im_start|>1+2") == plain
-    assert render_prompt(tokenizer, QUESTION)[:2] != [start, start]
 
 
 def test_every_end_of_sequence_counts(model, tokenizer):

@@ -42,6 +42,9 @@ class BridgeArguments:
     num_generations: int = key(1, "Rollouts per prompt.")
     max_completion_length: int = key(16384, "Longest rollout, in tokens.")
     max_prompt_length: int | None = key(None, "Drop (never cut) prompts of more tokens than this.")
+    drop_unrenderable_prompts: bool = key(
+        False, "Drop and count prompts that are malformed or that a chat template refuses; default: stop."
+    )
     temperature: float = key(1.0, "Sampling temperature.")
     top_p: float = key(1.0, "Nucleus of the sampling distribution.")
     top_k: int = key(0, "Most likely tokens to sample from; 0 = all.")

@@ -34,7 +34,8 @@ from oprd.models import load_model, load_tokenizer, resolve_model
 from oprd.prompts import load_prompts
 from oprd.ranks import Ranks, joined_ranks
 from oprd.reading import Want, read_states
-from oprd.rollouts import Engine, Rollout, left_pad, render_prompt
+from oprd.rendering import Renderer
+from oprd.rollouts import Engine, Rollout, left_pad
 from oprd.selection import LayerMap, Positions
 from oprd.teacher import Teacher
 from oprd.translation import Translation
@@ -72,7 +73,7 @@ def _fit_bridge(args: BridgeArguments, ranks: Ranks) -> Path:
     check_writable(folder)
     pair = ModelPair.load(args, ranks.device)
     engine = pair.engine(args, ranks)
-    prompts = _prompts(args, pair)
+    prompts = _prompts(args, pair, ranks)
     _check_rows(args, pair, len(prompts))
     fitter, layer_map = pair.fitter(args)
     counts = accumulate(fitter, pair, prompts, args, engine, ranks)
@@ -135,6 +136,11 @@ class ModelPair:
             chosen = "hf", None
         share = args.vllm_gpu_memory_utilization
         return choose_engine(*chosen, self.student, self.tokenizer, located, share, shared)
+
+    def renderer(self, args: BridgeArguments) -> Renderer:
+        """How the student reads prompts."""
+        vocabulary = self.student.get_input_embeddings().num_embeddings
+        return Renderer(self.tokenizer, args.template_kwargs, vocabulary=vocabulary)
 
     def fitter(self, args: BridgeArguments) -> tuple[BridgeFitter, LayerMap | None]:
         """A fitter for the layers asked for, and their map unless the rows are to choose it."""
@@ -219,27 +225,29 @@ def _check_rows(
         )
 
 
-def _prompts(args: BridgeArguments, pair: ModelPair) -> Dataset:
-    prompts = load_prompts(args.dataset_name, args.dataset_train_split, args.dataset_config)
-    prompts = usable_prompts(prompts, lambda prompt: _render(prompt, pair, args), args.max_prompt_length)
-    pair.translation.prompts(prompts[:1]["prompt"])
+def _prompts(args: BridgeArguments, pair: ModelPair, ranks: Ranks) -> Dataset:
+    drops = args.drop_unrenderable_prompts
+    place = args.dataset_name, args.dataset_train_split, args.dataset_config
+    prompts = load_prompts(*place, drops, answers=False)
+    readers = [pair.renderer(args)]
+    if not pair.translation.is_identity:
+        readers.append(pair.translation.renderer(pair.teacher.vocabulary))
+    usable = usable_prompts(prompts, readers, args.max_prompt_length, drop_unrenderable=drops, ranks=ranks)
+    prompts = usable.dataset
     if len(prompts) < args.num_prompts:
         logger.warning("the dataset has %d prompts, fewer than num_prompts: all are used", len(prompts))
     return prompts.shuffle(seed=args.seed).select(range(min(args.num_prompts, len(prompts))))
-
-
-def _render(prompt: Any, pair: ModelPair, args: BridgeArguments) -> list[int]:
-    return render_prompt(pair.tokenizer, prompt, args.template_kwargs)
 
 
 def _batches(
     prompts: Dataset, pair: ModelPair, args: BridgeArguments
 ) -> Iterator[tuple[list[Any], list[list[int]]]]:
     """Prompts, each as often as it is rolled out, as they are and as the student's token ids."""
+    render = pair.renderer(args)
     repeated = [prompt for prompt in prompts["prompt"] for _ in range(args.num_generations)]
     for start in range(0, len(repeated), args.batch_size):
         texts = repeated[start : start + args.batch_size]
-        yield texts, [_render(text, pair, args) for text in texts]
+        yield texts, render(texts)
 
 
 @torch.no_grad()

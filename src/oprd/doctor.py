@@ -8,12 +8,13 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
+from transformers import AutoConfig, PreTrainedTokenizerBase
 
 from oprd.folder.run import resolved_settings
-from oprd.init_kwargs import hub_kwargs, student_kwargs
+from oprd.init_kwargs import hub_kwargs, student_kwargs, teacher_kwargs
 from oprd.intake import prompts_per_step, usable_prompts
 from oprd.meters import MB
-from oprd.models import load_tokenizer, resolve_model
+from oprd.models import base_model, load_tokenizer, resolve_model
 from oprd.planning.checks import Finding, check_disk, check_engine, check_output, checked
 from oprd.planning.knobs import Knob, advice, first_knob
 from oprd.planning.longest import Longest
@@ -21,9 +22,10 @@ from oprd.planning.machine import Machine, launched_ranks
 from oprd.planning.memory_plan import MemoryPlan, plan_memory
 from oprd.planning.parts import ORDER
 from oprd.prompts import load_prompts
-from oprd.rollouts import Prompt, render_prompt
-from oprd.train import RunArguments
+from oprd.rendering import Renderer
+from oprd.train import RunArguments, rows_streamed
 from oprd.trainer import OPRDConfig
+from oprd.translation import Translation
 
 AMPLE = 0.8  # of the free memory: a run that takes less has room, and nothing needs turning
 
@@ -103,16 +105,36 @@ def longest_rollout(run: RunArguments, config: OPRDConfig, ranks: int = 1) -> tu
 
     Raises `UserError` for data or batches that a run on so many ranks would refuse.
     """
-    shared = hub_kwargs(student_kwargs(config))
-    tokenizer = load_tokenizer(resolve_model(run.model_name_or_path, **shared), **shared)
-
-    def render(prompt: Prompt) -> list[int]:
-        return render_prompt(tokenizer, prompt, config.chat_template_kwargs)
-
-    rows = load_prompts(run.dataset_name, run.dataset_train_split, run.dataset_config)
+    readers, drops = prompt_readers(run, config), config.drop_unrenderable_prompts
+    streamed = rows_streamed(run, config, ranks)
+    place = run.dataset_name, run.dataset_train_split, run.dataset_config
+    rows = load_prompts(*place, drops, streamed, answers=False)
     needed = prompts_per_step(config, ranks)
-    prompts = usable_prompts(rows, render, config.max_prompt_length, needed)["prompt"]
-    return Longest.of(prompts, render, tokenizer, config.max_completion_length), len(prompts)
+    prompts = usable_prompts(rows, readers, config.max_prompt_length, needed, drops)
+    return Longest.of(prompts, readers[0], config.max_completion_length), len(prompts.dataset)
+
+
+def prompt_readers(run: RunArguments, config: OPRDConfig) -> list[Renderer]:
+    """How the student of a recipe reads prompts and, unless it reads the same ids, how its teacher does."""
+    tokenizer, vocabulary = _tokenizer(run.model_name_or_path, student_kwargs(config))
+    student = Renderer(tokenizer, config.chat_template_kwargs or {}, vocabulary=vocabulary)
+    teacher, vocabulary = _tokenizer(config.teacher_model_name_or_path, teacher_kwargs(config))
+    translation = Translation(
+        tokenizer,
+        teacher,
+        config.teacher_chat_template,
+        config.teacher_tokenization,
+        config.teacher_chat_template_kwargs,
+    )
+    return [student] if translation.is_identity else [student, translation.renderer(vocabulary)]
+
+
+def _tokenizer(name: str, given: dict[str, Any]) -> tuple[PreTrainedTokenizerBase, int]:
+    """The tokenizer of a model, and how many ids the model has embeddings for."""
+    shared = hub_kwargs(given)
+    located = resolve_model(name, **shared)
+    config = AutoConfig.from_pretrained(base_model(located), **shared)
+    return load_tokenizer(located, **shared), config.get_text_config().vocab_size
 
 
 def _memory(plan: MemoryPlan, machine: Machine, knob: Knob | None) -> Finding:

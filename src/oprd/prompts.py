@@ -5,90 +5,158 @@ never shadowed by an older copy (the Hub keeps its own download cache).
 """
 
 import json
-import re
-from collections.abc import Callable, Iterable
-from numbers import Number
+import logging
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-from datasets import Dataset, load_dataset
+from datasets import Dataset, Features, Json, List, Value, load_dataset
 
+from oprd.answers import reference_answers
 from oprd.errors import UserError
+from oprd.messages import Prompt, checked_prompt
+from oprd.row_files import READERS, Row, dataset_rows, folder_files, plain_rows, read_file
 from oprd.tiny import task
 
-Prompt = str | list[dict[str, str]]
-Row = dict[str, Any]
+logger = logging.getLogger(__name__)
 
-COLUMNS = ("prompt", "solution", "reward_model", "answer")
-SPLIT_WORDS = {"train", "test", "eval", "validation", "val", "dev"}
+PLAIN = {"role": Value("string"), "content": Value("string")}
 
 
-def load_prompts(name: str, split: str = "train", config: str | None = None) -> Dataset:
-    """Load prompts, and reference answers where the source has them.
+def load_prompts(
+    name: str,
+    split: str = "train",
+    config: str | None = None,
+    drop_malformed: bool = False,
+    streamed: int | None = None,
+    answers: bool = True,
+) -> Dataset:
+    """Load prompts and, if `answers` are asked for, reference answers where the source has them.
 
     `name` is `tiny` (splits train and eval, also called test), a .parquet, .jsonl or .json file (its
     split is whatever the file holds), a folder of such files of one kind (where file names carry a
-    split word, as in `train.parquet`, only those of `split` are read), or a Hub dataset.
+    split word, as in `train.parquet`, only those of `split` are read), or a Hub dataset, of which only the
+    first `streamed` rows are fetched, if that is given.
     Rows may be TRL's (`prompt`; `solution` or `answer`) or verl's (`reward_model.ground_truth`).
 
-    Returns the columns `prompt`, text or a list of {role, content}, the same kind in every row, and,
-    if the source has one, `solution`, text; rows keep their order. Raises `UserError`, naming the
-    file and the row (from 0), where something is missing, malformed or empty.
+    Returns the columns `prompt`, text or a list of messages (see `checked_prompt`), the same kind in
+    every row, and, if the source has one, `solution`, text (see `reference_answers`); rows keep their
+    order. Raises `UserError`, naming the file and the row (from 0), where something is missing,
+    malformed or empty; with `drop_malformed`, rows whose prompt is so are dropped and counted.
     """
-    sources = _read_sources(name, split, config)
+    sources = _read_sources(name, split, config, streamed)
     rows = [(f"{where}, row {i}", row) for where, part in sources for i, row in enumerate(part)]
     if not rows:
         raise UserError(f"{name} has no rows: give a dataset with at least one prompt.")
-
-    prompts = [_prompt(row.get("prompt"), at) for at, row in rows]
-    solutions = [_solution(row, at) for at, row in rows]
-    has_solutions = any(solution is not None for solution in solutions)
-    for (at, _), prompt, solution in zip(rows, prompts, solutions, strict=True):
-        if type(prompt) is not type(prompts[0]):
-            raise UserError(f"{at}: text and chat prompts are mixed ({rows[0][0]}, differs): use one kind.")
-        if has_solutions and solution is None:
-            raise UserError(f"{at} has no solution, but other rows have one: add it or drop the row.")
-    try:
-        return Dataset.from_dict({"prompt": prompts} | ({"solution": solutions} if has_solutions else {}))
-    except UnicodeEncodeError as error:  # half an emoji, which JSON can escape and UTF-8 cannot hold
-        raise UserError(f"{name}: the text {error.object[:40]!r} is broken Unicode: mend it.") from error
-
-
-def drop_long_prompts(
-    dataset: Dataset, render: Callable[[Prompt], list[int]], max_prompt_length: int | None
-) -> tuple[Dataset, int]:
-    """Drop the prompts that `render` turns into more than `max_prompt_length` tokens; None keeps all.
-
-    Prompts are never cut. Returns the rows that stay, in order, and how many were dropped.
-    Raises `UserError` when none would stay.
-    """
-    if max_prompt_length is None:
-        return dataset, 0
-    lengths = [len(render(prompt)) for prompt in dataset["prompt"]]
-    kept = [i for i, length in enumerate(lengths) if length <= max_prompt_length]
+    kept = _checked_rows(rows, drop_malformed)
     if not kept:
-        raise UserError(
-            f"All {len(lengths)} prompts are longer than max_prompt_length={max_prompt_length} tokens "
-            f"(the shortest has {min(lengths)}): raise max_prompt_length."
+        raise UserError(f"{name}: all {len(rows)} prompts are malformed: mend them.")
+    for at, prompt, _ in kept:
+        if type(prompt) is not type(kept[0][1]):
+            raise UserError(f"{at}: text and chat prompts are mixed ({kept[0][0]}, differs): use one kind.")
+    columns: dict[str, list[Any]] = {"prompt": [prompt for _, prompt, _ in kept]}
+    if answers:
+        columns |= _solutions([row for _, _, row in kept], [at for at, _, _ in kept])
+    return prompt_dataset(columns, name)
+
+
+def _solutions(rows: list[Row], places: list[str]) -> dict[str, list[str | None]]:
+    """The column `solution`, unless no row has one."""
+    solutions = reference_answers(rows, places)
+    if all(solution is None for solution in solutions):
+        return {}
+    if None in solutions:
+        at = places[solutions.index(None)]
+        raise UserError(f"{at} has no solution, but other rows have one: add it or drop the row.")
+    return {"solution": solutions}
+
+
+def _checked_rows(rows: list[tuple[str, Row]], drop_malformed: bool) -> list[tuple[str, Prompt, Row]]:
+    """Place, prompt and row of every row whose prompt is well-formed."""
+    kept, dropped = [], []
+    for at, row in rows:
+        try:
+            kept.append((at, checked_prompt(row.get("prompt"), at), row))
+        except UserError as error:
+            if not drop_malformed:
+                raise
+            dropped.append(error)
+    if dropped:
+        logger.warning(
+            "dropped %d of %d malformed prompts, the first: %s", len(dropped), len(rows), dropped[0]
         )
-    return dataset.select(kept), len(lengths) - len(kept)
+    return kept
 
 
-def _read_sources(name: str, split: str, config: str | None) -> list[tuple[str, list[Row]]]:
+def prompt_dataset(columns: dict[str, list[Any]], where: str) -> Dataset:
+    """`columns`, `prompt` and text ones, as a dataset.
+
+    Messages of other keys than role and content are kept as JSON: Arrow would fill in nulls, and wants one
+    type of a key in all rows. Raises `UserError` for text that is no Unicode.
+    """
+    features = {column: Value("string") for column in columns}
+    chats = [prompt for prompt in columns["prompt"] if isinstance(prompt, list)]
+    if chats:
+        plain = all(_is_plain(message) for chat in chats for message in chat)
+        features["prompt"] = List(PLAIN if plain else Json())
+        if not plain:  # written here, as `Json` itself keeps ten decimals of a number
+            columns = columns | {
+                "prompt": [prompt and list(map(_json, prompt)) for prompt in columns["prompt"]]
+            }
+    try:
+        return Dataset.from_dict(columns, features=Features(features))
+    except UnicodeEncodeError as error:  # half an emoji, which JSON can escape and UTF-8 cannot hold
+        raise UserError(f"{where}: the text {error.object[:40]!r} is broken Unicode: mend it.") from error
+
+
+def _is_plain(message: Any) -> bool:
+    return (
+        isinstance(message, dict)
+        and message.keys() == PLAIN.keys()
+        and all(isinstance(value, str) for value in message.values())
+    )
+
+
+def _json(message: Any) -> str:
+    return json.dumps(message, ensure_ascii=False, default=str)
+
+
+def _read_sources(
+    name: str, split: str, config: str | None, streamed: int | None
+) -> list[tuple[str, list[Row]]]:
     """The rows of each file, or of the one dataset, behind `name`, with its name for messages."""
-    path = Path(name).expanduser()
-    is_local = name == "tiny" or path.exists()
-    if is_local and (config is not None or "[" in split):
-        asked = f"config {config!r}" if config is not None else f"the slice {split!r}"
-        raise UserError(f"{name}: only Hub datasets have configurations and slices: leave out {asked}.")
+    path = None if name == "tiny" else _local_path(name)
+    asked = {
+        f"config {config!r}": config is not None,
+        f"the slice {split!r}": "[" in split,
+        "dataset_streaming": streamed is not None,
+    }
+    if (name == "tiny" or path) and any(asked.values()):
+        extra = next(option for option, is_asked in asked.items() if is_asked)
+        raise UserError(
+            f"{name}: only Hub datasets have configurations, slices and streams: leave out {extra}."
+        )
     if name == "tiny":
         return [(name, _tiny_rows(split))]
-    if path.exists():
-        files = _folder_files(path, split) if path.is_dir() else [path]
-        return [(str(file), _read_file(file)) for file in files]
-    return [(name, _hub_rows(name, split, config))]
+    if path is None:
+        return [(name, _hub_rows(name, split, config, streamed))]
+    files = folder_files(path, split) if path.is_dir() else [path]
+    return [(str(file), read_file(file)) for file in files]
+
+
+def _local_path(name: str) -> Path | None:
+    """The file or folder of that name, or None where there is none."""
+    try:
+        path = Path(name).expanduser()
+        if path.exists():
+            return path
+        is_link = path.is_symlink()
+    except (OSError, RuntimeError) as error:  # too long a name, no right to look, no such user's home
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"{name[:80]}: no such file or folder ({reason}): check the path.") from error
+    if is_link:
+        raise UserError(f"{name}: a link to {path.readlink()}, where nothing is: check the path.")
+    return None
 
 
 def _tiny_rows(split: str) -> list[Row]:
@@ -97,152 +165,20 @@ def _tiny_rows(split: str) -> list[Row]:
     return [dict(row) for row in task.rows("train" if split == "train" else "eval")]
 
 
-def _hub_rows(name: str, split: str, config: str | None) -> list[Row]:
+def _hub_rows(name: str, split: str, config: str | None, streamed: int | None) -> list[Row]:
     if name.startswith(("/", ".", "~")) or name.count("/") > 1 or Path(name).suffix.lower() in READERS:
         raise UserError(f"{name}: no such file or folder: check the path, relative to {Path.cwd()}.")
     try:
+        if streamed is not None:
+            stream = load_dataset(name, config, split=split, streaming=True)
+            return plain_rows(list(islice(stream, streamed)), name)
         dataset = load_dataset(name, config, split=split)
+    except UserError:
+        raise
     except Exception as error:  # network, authorisation, split and builder errors share no base class
         reason = str(error).strip().split("\n")[0] or type(error).__name__
         raise UserError(
             f"{name}: no such file or folder, and loading it from the Hugging Face Hub "
             f"(config {config!r}, split {split!r}) failed: {reason}"
         ) from error
-    columns = _columns_to_read(dataset.column_names, name)
-    return dataset.select_columns(columns).with_format("arrow")[:].to_pylist()
-
-
-def _folder_files(folder: Path, split: str) -> list[Path]:
-    """The data files of `folder` that belong to `split`, sorted by name."""
-    files = sorted(path for path in folder.iterdir() if path.suffix.lower() in READERS)
-    if not files:
-        raise UserError(f"{folder}: the folder has no {', '.join(READERS)} file: name one that has.")
-    kinds = sorted({path.suffix.lower() for path in files})
-    if len(kinds) > 1:
-        raise UserError(f"{folder}: the folder mixes {' and '.join(kinds)} files: name one of the files.")
-    splits = [SPLIT_WORDS & set(re.split(r"[^a-z]+", path.stem.lower())) for path in files]
-    if not any(splits):
-        return files
-    chosen = [path for path, named in zip(files, splits, strict=True) if split in named]
-    if not chosen:
-        found = ", ".join(path.name for path in files)
-        raise UserError(f"{folder}: no file of split {split!r} (found {found}): name the file or its split.")
-    return chosen
-
-
-def _read_file(path: Path) -> list[Row]:
-    if path.suffix.lower() not in READERS:
-        raise UserError(f"{path}: not a {', '.join(READERS)} file: convert it to one of them.")
-    return READERS[path.suffix.lower()](path)
-
-
-def _read_parquet(path: Path) -> list[Row]:
-    try:
-        with pq.ParquetFile(path) as file:
-            columns = _columns_to_read(file.schema_arrow.names, str(path))
-            return file.read(columns=columns).to_pylist()
-    except (pa.ArrowException, OSError) as error:
-        reason = str(error).split("\n")[0]
-        raise UserError(f"{path}: cannot be read as parquet ({reason}): write the file again.") from error
-
-
-def _read_json(path: Path) -> list[Row]:
-    """A list of objects, an object holding that list as `data`, or one object a line."""
-    text = _file_text(path)
-    try:
-        document = json.loads(text if text.strip() else "[]")
-    except json.JSONDecodeError as error:
-        if error.msg == "Extra data":
-            return _read_jsonl(path)
-        raise _json_error(path, error.lineno, error.msg) from error
-    if isinstance(document, dict):
-        document = document["data"] if isinstance(document.get("data"), list) else [document]
-    return _json_rows(document if isinstance(document, list) else [document], path)
-
-
-def _read_jsonl(path: Path) -> list[Row]:
-    rows = []
-    for number, line in enumerate(_file_text(path).split("\n"), start=1):  # splitlines() breaks at U+2028
-        if line.strip():
-            try:
-                rows.append(json.loads(line))
-            except json.JSONDecodeError as error:
-                raise _json_error(path, number, error.msg) from error
-    return _json_rows(rows, path)
-
-
-def _json_rows(rows: list[Any], path: Path) -> list[Row]:
-    """`rows` checked: objects, and at least one of them with a prompt."""
-    for i, row in enumerate(rows):
-        if not isinstance(row, dict):
-            raise UserError(f"{path}, row {i}: {_shown(row)} is not an object: write one with a prompt.")
-    if rows:
-        _columns_to_read(dict.fromkeys(key for row in rows for key in row), str(path))
-    return rows
-
-
-READERS: dict[str, Callable[[Path], list[Row]]] = {
-    ".parquet": _read_parquet,
-    ".jsonl": _read_jsonl,
-    ".json": _read_json,
-}
-
-
-def _file_text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except (UnicodeDecodeError, OSError) as error:
-        raise UserError(f"{path}: cannot be read as UTF-8 text ({error}): write the file again.") from error
-
-
-def _json_error(path: Path, line: int, reason: str) -> UserError:
-    return UserError(f"{path}, line {line}: malformed JSON ({reason}): mend or remove it.")
-
-
-def _columns_to_read(found: Iterable[str], where: str) -> list[str]:
-    """Those of `COLUMNS` that were found; `prompt` has to be one of them."""
-    found = list(found)
-    if "prompt" not in found:
-        raise UserError(f"{where}: no column 'prompt' (found {', '.join(found)}): rename or add it.")
-    return [column for column in COLUMNS if column in found]
-
-
-def _prompt(value: Any, at: str) -> Prompt:
-    """`value` checked; of a message's keys only role and content stay."""
-    if isinstance(value, str):
-        return _text(value, f"{at}: the prompt")
-    if not isinstance(value, list) or not value:
-        raise UserError(f"{at}: the prompt is {_shown(value)}, neither text nor a list of messages: mend it.")
-    messages = []
-    for i, message in enumerate(value):
-        if not isinstance(message, dict):
-            raise UserError(f"{at}: message {i} is {_shown(message)}, not an object with role and content.")
-        messages.append(
-            {key: _text(message.get(key), f"{at}: the {key} of message {i}") for key in ("role", "content")}
-        )
-    return messages
-
-
-def _text(value: Any, what: str) -> str:
-    if not isinstance(value, str):
-        raise UserError(f"{what} is {_shown(value)}, not text: write it as text.")
-    if not value.strip():
-        raise UserError(f"{what} is empty: fill it in or drop the row.")
-    return value
-
-
-def _solution(row: Row, at: str) -> str | None:
-    """The reference answer: `solution`, else verl's ground truth, else `answer`; numbers become text."""
-    reward_model = row.get("reward_model")
-    ground_truth = reward_model.get("ground_truth") if isinstance(reward_model, dict) else None
-    candidates = (row.get("solution"), ground_truth, row.get("answer"))
-    present = (value for value in candidates if value is not None and value == value)  # NaN: pandas' missing
-    value = next(present, None)
-    if value is None or isinstance(value, str | Number):
-        return None if value is None else str(value)
-    raise UserError(f"{at}: the solution is {_shown(value)}, neither text nor a number: write it as text.")
-
-
-def _shown(value: Any) -> str:
-    """`value` for a message: None, or its type and how it begins."""
-    return "missing" if value is None else f"{type(value).__name__} {str(value)[:40]!r}"
+    return dataset_rows(dataset, name)

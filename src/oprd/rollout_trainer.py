@@ -4,6 +4,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
+from datasets import Dataset
 from torch import Tensor
 from transformers import Trainer
 
@@ -12,9 +13,14 @@ from oprd.batch import TERMS, Batch, on_host, truncated_rollouts, weigh_rows
 from oprd.checkpointing import checkpointing_restored
 from oprd.engines.staleness import FixedText, check_gap, check_moved_alone, log_prob_gaps
 from oprd.engines.student import StudentEngine
+from oprd.errors import UserError
+from oprd.intake import prompts_per_step, usable_prompts
 from oprd.packing import repack
+from oprd.ranks import Ranks
+from oprd.rendering import Renderer
 from oprd.rollouts import eval_mode
 from oprd.sharding.fsdp import Sharding
+from oprd.teacher import Teacher
 from oprd.translation import Translation
 from oprd.update import Update
 
@@ -26,16 +32,51 @@ class RolloutTrainer(Trainer):
 
     update: Update
     translation: Translation
+    renderer: Renderer
+    teacher: Teacher
+    train_dataset: Any
+    eval_dataset: Any
     sharding: Sharding | None
     engine: StudentEngine | None
     fixed_text: FixedText
     _buffered_inputs: Any
 
+    @property
+    def _prompts_per_step(self) -> int:
+        return prompts_per_step(self.args, self.accelerator.num_processes)
+
+    def _check_prompts(self) -> None:
+        """Keep what all templates can render; from now on `renderer` is how the student reads prompts."""
+        vocabulary = self.model.config.get_text_config().vocab_size
+        tools = {"tools": self.tools, "chat_template": self.chat_template} if self.tools else {}
+        self.renderer = Renderer(self._tokenizer, self.chat_template_kwargs | tools, vocabulary=vocabulary)
+        readers = [self.renderer]
+        if not self.translation.is_identity:
+            kwargs = self._tool_kwargs(self.translation)
+            readers.append(self.translation.renderer(self.teacher.vocabulary, **kwargs))
+        needed = self._prompts_per_step
+        self.train_dataset = self._usable(self.train_dataset, readers, self.args.max_prompt_length, needed)
+        held_out = self.eval_dataset
+        named = held_out.items() if isinstance(held_out, dict) else ()
+        usable = {name: self._usable(rows, readers) for name, rows in named}
+        self.eval_dataset = usable or self._usable(held_out, readers)
+
+    def _usable(
+        self, dataset: Any, readers: list[Renderer], longest: int | None = None, needed: int = 1
+    ) -> Any:
+        """The rows of a dataset that can be rolled out; a stream, and what is no dataset, as it is."""
+        if not isinstance(dataset, Dataset):
+            return dataset
+        args = self.args
+        drops, ranks = args.drop_unrenderable_prompts, Ranks(args.process_index, args.world_size)
+        usable = usable_prompts(dataset, readers, longest, needed, drops, ranks).dataset
+        if self.tools and isinstance(usable[0]["prompt"], str):
+            raise UserError("tools are called in chats, and the prompts are text: give them as messages")
+        return usable
+
     def _tokenize_prompts(self, prompts: list[Any]) -> Any:
-        """TRL's ids of the prompts, but that text which begins with a BOS gets no second one."""
-        if isinstance(prompts[0], str):
-            return [self._render(prompt) for prompt in prompts], None, {}
-        return super()._tokenize_prompts(prompts)
+        """The ids that were checked before the run; TRL would close an assistant's turn to be continued."""
+        return self.renderer(prompts), None, {}
 
     def _generate_single_turn(self, prompt_ids: Any, *args: Any, **kwargs: Any) -> Any:
         whole = nullcontext() if self.use_vllm else self.whole_student()

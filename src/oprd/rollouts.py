@@ -1,9 +1,9 @@
 """Generation outside training: the rollouts that the bridge is fitted on and the evaluation grades."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any, Protocol, cast
+from typing import Protocol
 
 import torch
 from jaxtyping import Int
@@ -24,8 +24,6 @@ from transformers.generation import (
 )
 
 from oprd.errors import UserError
-
-Prompt = str | list[dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -100,30 +98,6 @@ def eos_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) ->
             "would ever end: set eos_token in the tokenizer's files"
         )
     return list(dict.fromkeys(ids))
-
-
-def render_prompt(
-    tokenizer: PreTrainedTokenizerBase,
-    prompt: Prompt,
-    chat_template_kwargs: Mapping[str, Any] | None = None,
-) -> list[int]:
-    """Token ids of a prompt, ready to be continued by the model.
-
-    Messages go through the chat template with the generation prompt added; a string is tokenised as
-    it is. Neither gets a second BOS. Raises `UserError` for messages without a chat template.
-    """
-    if isinstance(prompt, str):
-        has_bos = bool(tokenizer.bos_token) and prompt.startswith(tokenizer.bos_token)
-        return tokenizer(prompt, add_special_tokens=not has_bos)["input_ids"]
-    if not tokenizer.chat_template:
-        raise UserError(
-            "the prompt is a list of messages, but the tokenizer has no chat template: give the prompts as "
-            "plain text, or use a tokenizer with a chat_template"
-        )
-    ids = tokenizer.apply_chat_template(
-        prompt, add_generation_prompt=True, tokenize=True, return_dict=False, **(chat_template_kwargs or {})
-    )
-    return cast(list[int], ids)
 
 
 def left_pad(prompts: Sequence[list[int]], pad_id: int) -> tuple[Int[Tensor, "B P"], Int[Tensor, "B P"]]:

@@ -73,6 +73,9 @@ class ObjectiveSettings:
         "backward, for as much memory again as checkpoints take.",
     )
     max_prompt_length: int | None = key(None, "Drop (never cut) prompts of more tokens than this.")
+    drop_unrenderable_prompts: bool = key(
+        False, "Drop and count prompts that are malformed or that a chat template refuses; default: stop."
+    )
     final_norm: bool = key(True, "Take the last layer after the final norm, as hidden_states[L].")
     teacher_chat_template: str = key(
         "student", "student: the teacher reads the student's ids; own: its template."

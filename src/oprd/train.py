@@ -16,6 +16,7 @@ from oprd.evaluation.shared import evaluate_on_ranks
 from oprd.folder.checkpoints import last_whole_checkpoint, publish, written_whole
 from oprd.folder.run import STATE_FILE, check_folder, is_finished, resolved_settings, write_resolved
 from oprd.folder.whole import check_writable
+from oprd.intake import stream_length
 from oprd.models import holds_adapters
 from oprd.prompts import load_prompts
 from oprd.recipe import parse_recipe
@@ -43,6 +44,9 @@ class RunArguments(AdapterArguments):
     )
     dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a Hub dataset."})
     dataset_train_split: str = field(default="train", metadata={"help": "Split of the dataset."})
+    dataset_streaming: bool = field(
+        default=False, metadata={"help": "Fetch only the rows of a Hub dataset that max_steps steps take."}
+    )
     accuracy_dataset_name: str | None = field(
         default=None, metadata={"help": "Problems with answers, to follow accuracy during the run."}
     )
@@ -120,7 +124,14 @@ def _make_trainer(run: RunArguments, config: OPRDConfig, label: str) -> OPRDTrai
     is_ours = config.should_save and not folder.exists()
     try:
         with refusals_told():
-            prompts = load_prompts(run.dataset_name, run.dataset_train_split, run.dataset_config)
+            prompts = load_prompts(
+                run.dataset_name,
+                run.dataset_train_split,
+                run.dataset_config,
+                config.drop_unrenderable_prompts,
+                rows_streamed(run, config, config.world_size),
+                answers=False,
+            )
             trainer = OPRDTrainer(
                 model=run.model_name_or_path,
                 teacher_model=config.teacher_model_name_or_path,
@@ -138,6 +149,11 @@ def _make_trainer(run: RunArguments, config: OPRDConfig, label: str) -> OPRDTrai
             shutil.rmtree(folder, ignore_errors=True)
         raise
     return trainer
+
+
+def rows_streamed(run: RunArguments, config: OPRDConfig, ranks: int) -> int | None:
+    """How many rows of a streamed dataset a run takes; None where it is not streamed."""
+    return stream_length(config, ranks) if run.dataset_streaming else None
 
 
 def _accuracy_observer(

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from torch import Tensor
 from torch.utils.data import Sampler
 from transformers import PreTrainedModel, PrinterCallback, ProgressCallback, TrainerCallback, set_seed
@@ -33,12 +33,11 @@ from oprd.folder.card import model_card
 from oprd.folder.recorder import Recorder
 from oprd.folder.saving import ResumableTrainer
 from oprd.init_kwargs import hub_kwargs, student_kwargs, teacher_kwargs
-from oprd.intake import prompts_per_step, usable_prompts
+from oprd.intake import look_ahead, stream_length
 from oprd.meters import MemoryMeter
 from oprd.models import holds_adapters, resolve_model
 from oprd.origin import warn_of_another_origin
 from oprd.precision import Precision
-from oprd.rollouts import render_prompt
 from oprd.settings import ObjectiveSettings, at_least
 from oprd.sharding.fsdp import Sharding
 from oprd.sharding.zero import check_zero3
@@ -118,8 +117,9 @@ class OPRDTrainer(ResumableTrainer, UpdateTrainer, DistillationTrainer):
     """On-policy distillation in representation space, output space, or both (Eq. 6–7).
 
     `model` and `teacher_model` are names (`tiny:student`, a folder, a Hub name) or model objects;
-    other arguments are those of `trl.DistillationTrainer`. Raises `UserError` for anything the user can
-    mend, before the first rollout.
+    other arguments are those of `trl.DistillationTrainer`. Of a stream (`IterableDataset`) the prompts of
+    `max_steps` steps are read into memory. Raises `UserError` for anything the user can mend, before the
+    first rollout: every prompt is rendered in every template that will read it.
     """
 
     _tag_names = ("trl", "oprd")
@@ -131,7 +131,7 @@ class OPRDTrainer(ResumableTrainer, UpdateTrainer, DistillationTrainer):
         model: str | PreTrainedModel,
         teacher_model: str | PreTrainedModel | None = None,
         args: OPRDConfig | None = None,
-        train_dataset: Dataset | None = None,
+        train_dataset: Dataset | IterableDataset | None = None,
         callbacks: list[TrainerCallback] | None = None,
         **kwargs: Any,
     ) -> None:
@@ -142,6 +142,8 @@ class OPRDTrainer(ResumableTrainer, UpdateTrainer, DistillationTrainer):
         self._names = {"student": _name(model), "teacher": _name(teacher_model)}
         if teacher_model is None:
             raise UserError("no teacher: set teacher_model_name_or_path to a name, a folder or tiny:teacher")
+        if isinstance(train_dataset, IterableDataset):
+            train_dataset = look_ahead(train_dataset, stream_length(args, args.world_size))
         if not isinstance(train_dataset, Dataset):
             raise UserError(f"train_dataset must be a datasets.Dataset, got {type(train_dataset).__name__}")
         if isinstance(model, str) and holds_adapters(model):
@@ -166,9 +168,6 @@ class OPRDTrainer(ResumableTrainer, UpdateTrainer, DistillationTrainer):
             raise UserError("the student is a vision-language model; oprd distils text-only models so far")
         if args.keep_attention:
             check_attention_kept(self.model, args.gradient_checkpointing, args.gradient_checkpointing_kwargs)
-        self.train_dataset = usable_prompts(
-            train_dataset, self._render, args.max_prompt_length, self._prompts_per_step
-        )
         if not args.disable_dropout and _has_dropout(self.model):
             logger.warning("the student learns with dropout, and its teacher has none: disable_dropout: true")
         if is_deepspeed_zero3_enabled():
@@ -178,6 +177,7 @@ class OPRDTrainer(ResumableTrainer, UpdateTrainer, DistillationTrainer):
             self.accelerator.gradient_state.plugin_kwargs["sync_each_batch"] = True
         self.teacher = self._load_teacher(teacher_model, args)
         self.translation = self._translate(args)
+        self._check_prompts()
         self.update = Update.bind(args, self.model, self._tokenizer, self.teacher, self.accelerator.device)
         if is_deepspeed_zero3_enabled():
             self.teacher.reader = prepare_deepspeed(self.teacher.reader, self.accelerator)
@@ -212,8 +212,6 @@ class OPRDTrainer(ResumableTrainer, UpdateTrainer, DistillationTrainer):
             self.teacher.check_ids(self.model)
         if translation.aligner is not None and self.tools:
             raise UserError("tools need a teacher of the student's tokenizer: its turns cannot be translated")
-        if not translation.is_identity:
-            translation.prompts([self.train_dataset[0]["prompt"]], **self._tool_kwargs(translation))
         return translation
 
     def _take_over_engine(self) -> StudentEngine | None:
@@ -223,13 +221,6 @@ class OPRDTrainer(ResumableTrainer, UpdateTrainer, DistillationTrainer):
             check_server(self.vllm_generation.vllm_client, self.args)
         self.vllm_generation = StudentEngine(self.vllm_generation, self.update.stopwatch, self.eos_token_ids)
         return self.vllm_generation
-
-    @property
-    def _prompts_per_step(self) -> int:
-        return prompts_per_step(self.args, self.accelerator.num_processes)
-
-    def _render(self, prompt: Any) -> list[int]:
-        return render_prompt(self._tokenizer, prompt, self.chat_template_kwargs)
 
     def _add_recorder(self) -> None:
         self.memory = MemoryMeter(self.accelerator.device)

@@ -12,7 +12,9 @@ from transformers import PreTrainedTokenizerBase
 
 from oprd.alignment import AlignedResponse, Aligner, same_vocabulary
 from oprd.errors import UserError
-from oprd.rollouts import Prompt, left_pad, render_prompt
+from oprd.messages import Prompt
+from oprd.rendering import Renderer
+from oprd.rollouts import left_pad
 
 logger = logging.getLogger(__name__)
 
@@ -51,15 +53,14 @@ class Translation:
         """Whether the teacher reads exactly what the student reads."""
         return not (self.own_template or self.template_kwargs)
 
+    def renderer(self, vocabulary: int | None = None, **template_kwargs: Any) -> Renderer:
+        """How the teacher reads prompts."""
+        kwargs = self.template_kwargs | template_kwargs
+        return Renderer(self.tokenizer, kwargs, "the teacher", vocabulary)
+
     def prompts(self, prompts: Sequence[Prompt], **template_kwargs: Any) -> dict[str, Tensor]:
         """`teacher_prompt_ids` and `teacher_prompt_mask`, left-padded."""
-        if self.own_template and not self.tokenizer.chat_template and not isinstance(prompts[0], str):
-            raise UserError(
-                "the prompts are messages, and the teacher's tokenizer has no chat template: give the "
-                "prompts as plain text, or use a teacher with a chat_template"
-            )
-        kwargs = self.template_kwargs | template_kwargs
-        ids = [render_prompt(self.tokenizer, prompt, kwargs) for prompt in prompts]
+        ids = self.renderer(**template_kwargs)(prompts)
         return dict(
             zip(("teacher_prompt_ids", "teacher_prompt_mask"), left_pad(ids, self._pad_id), strict=True)
         )

@@ -201,12 +201,38 @@ def test_the_suffix_goes_to_the_last_user_message(model, tokenizer, tmp_path):
         ([{"prompt": "1+1", "solution": None}], "row 0 has no reference"),
         ([{"prompt": "1+1", "solution": " "}], "row 0 has no reference"),
         ([{"prompt": [], "solution": "1"}], 'row 0 has no "prompt"'),
+        ([{"prompt": "1+1", "solution": ["1"]}], "row 0: the solution is list"),
+        (
+            [ROWS[0], {"prompt": [{"role": "user"}], "solution": "1"}],
+            "row 1: the content of message 0 is miss",
+        ),
         ([ROWS[0], {"prompt": "1" * 59, "solution": "1"}], "row 1 has 59 tokens.*max_new_tokens 6.*64"),
     ],
 )
 def test_unusable_rows_are_named(model, tokenizer, rows, message):
     with pytest.raises(UserError, match=message):
         evaluate(model, tokenizer, rows, SETTINGS, progress=False)
+
+
+def test_prompts_that_the_model_cannot_read_are_named(model, tokenizer):
+    strict = copy.deepcopy(tokenizer)
+    strict.add_tokens(["<new>"])
+    refusal = "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+    strict.chat_template = refusal + "{{ messages[0].content }}"
+    question = {"role": "user", "content": "1+1"}
+    refused = {"prompt": [{"role": "system", "content": "Be brief."}, question], "solution": "2"}
+    said = r"^row 1 \('1\+1'\): the model's chat template refuses it \(no system\); mend or remove the row$"
+    with pytest.raises(UserError, match=said):
+        evaluate(model, strict, [{"prompt": [question], "solution": "2"}, refused], SETTINGS, progress=False)
+    with pytest.raises(UserError, match=r"row 0 .* the model has \d+ embeddings"):
+        evaluate(model, strict, [{"prompt": "<new>", "solution": "2"}], SETTINGS, progress=False)
+
+
+@pytest.mark.parametrize(("number", "reference"), [(5e-05, "0.00005"), (1e16, "1" + "0" * 16), (12.0, "12")])
+def test_numbers_as_reference_are_written_out(model, tokenizer, tmp_path, number, reference):
+    settings = EvalSettings(samples=1, sampling=DRAWN)
+    evaluate(model, tokenizer, [{"prompt": "1+1=", "solution": number}], settings, tmp_path, progress=False)
+    assert records(tmp_path)[0]["reference"] == reference
 
 
 @pytest.mark.parametrize("wrong", [{"samples": 0}, {"batch_size": 0}])

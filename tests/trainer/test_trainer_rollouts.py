@@ -213,6 +213,11 @@ def test_a_run_with_tools(tool_trainer, tmp_path):
     assert len(records) == 2 and all(record["rollout/truncated_share"] == 0 for record in records)
 
 
+def test_tools_need_chats(tool_trainer):
+    with pytest.raises(UserError, match="tools are called in chats, and the prompts are text"):
+        tool_trainer(dataset=Dataset.from_dict({"prompt": ["What is 3?"] * 4}))
+
+
 def test_a_teacher_with_its_own_template_sees_the_tools(tool_trainer, roll_out):
     """The same template, so the same prompt: tool definitions included."""
     trainer = tool_trainer(teacher_chat_template="own")

@@ -22,7 +22,8 @@ from oprd.evaluation.problems import EvalSettings
 from oprd.evaluation.run import evaluate
 from oprd.models import load_model, load_tokenizer, resolve_model
 from oprd.prompts import load_prompts
-from oprd.rollouts import HFEngine, Sampling, eos_token_ids, render_prompt
+from oprd.rendering import Renderer
+from oprd.rollouts import HFEngine, Sampling, eos_token_ids
 from oprd.trainer import OPRDConfig
 
 BRIDGE = Path(__file__).parents[2] / "recipes" / "tiny" / "bridge.yaml"
@@ -125,14 +126,14 @@ def test_a_folder_of_another_engine_is_refused(student, rows, colocated):
 
 
 def test_greedy_responses_are_those_of_hf(student, rows, engine):
-    prompts = [render_prompt(student[1], prompt) for prompt in rows["prompt"]]
+    prompts = Renderer(student[1])(rows["prompt"][:])
     expected = HFEngine(*student[:2]).generate(prompts, GREEDY.sampling, 0)
     assert engine.generate(prompts, GREEDY.sampling, 0) == expected
     assert not all(rollout.truncated for rollout in expected)
 
 
 def test_a_response_that_reaches_the_limit_is_truncated(student, rows, engine):
-    (rollout,) = engine.generate([render_prompt(student[1], rows["prompt"][0])], Sampling(5, 1.0, 1.0), 0)
+    (rollout,) = engine.generate(Renderer(student[1])(rows["prompt"][:1]), Sampling(5, 1.0, 1.0), 0)
     assert rollout.truncated and len(rollout.response_ids) == 5
 
 
@@ -208,7 +209,7 @@ def test_a_server_of_another_model_is_refused(server):
     teacher, tokenizer = load_model(folder), load_tokenizer(folder)
     engine = ServerEngine(server, teacher, eos_token_ids(teacher, tokenizer))
     with pytest.raises(UserError, match=r"its log-probs differ from the model's by [\d.]+ nats"):
-        engine.generate([render_prompt(tokenizer, "Compute 1+2.")], SETTINGS.sampling, 0)
+        engine.generate(Renderer(tokenizer)(["Compute 1+2."]), SETTINGS.sampling, 0)
 
 
 def test_a_request_that_a_server_refuses_is_quoted(student, server):

@@ -6,8 +6,11 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from oprd.answers import answer_text
 from oprd.errors import UserError
-from oprd.rollouts import Prompt, Sampling, render_prompt
+from oprd.messages import Prompt, checked_prompt, excerpt
+from oprd.rendering import Refusal, Renderer
+from oprd.rollouts import Sampling
 
 
 @dataclass(frozen=True)
@@ -41,29 +44,41 @@ class Problem:
 
 
 def read_problems(
-    rows: Sequence[Mapping[str, Any]], tokenizer: PreTrainedTokenizerBase, settings: EvalSettings
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[Mapping[str, Any]],
+    settings: EvalSettings,
 ) -> list[Problem]:
-    """`rows` of {"prompt": text or messages, "solution": reference answer}; raises `UserError` for others."""
-    problems = [_problem(i, row, tokenizer, settings) for i, row in enumerate(rows)]
-    if not problems:
+    """`rows` of {"prompt": text or messages, "solution": reference answer}, rendered for the model.
+
+    Raises `UserError`, naming the row, for others and for a prompt that the chat template refuses.
+    """
+    if not len(rows):
         raise UserError("there are no problems to evaluate: the data set is empty")
+    prompts = [_prompt(i, row, settings.prompt_suffix) for i, row in enumerate(rows)]
+    references = [_reference(i, row) for i, row in enumerate(rows)]
+    vocabulary = model.config.get_text_config().vocab_size
+    read = Renderer(tokenizer, settings.chat_template_kwargs or {}, "the model", vocabulary).attempt(prompts)
+    problems = []
+    for i, (prompt, ids, reference) in enumerate(zip(prompts, read, references, strict=True)):
+        if isinstance(ids, Refusal):
+            raise UserError(f"row {i} ({excerpt(prompt)}): {ids.reason}; mend or remove the row")
+        problems.append(Problem(prompt, ids, reference))
     return problems
 
 
-def _problem(
-    index: int, row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, settings: EvalSettings
-) -> Problem:
+def _reference(index: int, row: Mapping[str, Any]) -> str:
+    reference = answer_text(row.get("solution"), f"row {index}")
+    if reference is None or not reference.strip():
+        raise UserError(f'row {index} has no reference answer: give it a non-empty "solution"')
+    return reference
+
+
+def _prompt(index: int, row: Mapping[str, Any], suffix: str) -> Prompt:
+    """The prompt of a row, with `suffix` after its text or its last user message."""
     if not row.get("prompt"):
         raise UserError(f'row {index} has no "prompt": give it a text or a list of messages')
-    reference = row.get("solution")
-    if reference is None or not str(reference).strip():
-        raise UserError(f'row {index} has no reference answer: give it a non-empty "solution"')
-    prompt = _with_suffix(index, row["prompt"], settings.prompt_suffix)
-    ids = render_prompt(tokenizer, prompt, settings.chat_template_kwargs)
-    return Problem(prompt, ids, str(reference))
-
-
-def _with_suffix(index: int, prompt: Prompt, suffix: str) -> Prompt:
+    prompt = checked_prompt(row["prompt"], f"row {index}")
     if isinstance(prompt, str) or not suffix:
         return prompt + suffix if isinstance(prompt, str) else prompt
     users = [i for i, message in enumerate(prompt) if message["role"] == "user"]
@@ -94,5 +109,5 @@ def response_room(
 ) -> int | None:
     """Tokens that the model's positions leave for a response to the longest prompt; None if unbounded."""
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    problems = read_problems(rows, tokenizer, settings)
+    problems = read_problems(model, tokenizer, rows, settings)
     return limit and limit - max(len(problem.prompt_ids) for problem in problems)

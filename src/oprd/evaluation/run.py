@@ -63,7 +63,7 @@ def evaluate(
     summary. Raises `UserError` for rows without a prompt or a reference, prompts too long for the
     model, and a folder of another evaluation.
     """
-    problems = read_problems(rows, tokenizer, settings)
+    problems = read_problems(model, tokenizer, rows, settings)
     check_context(model, problems, settings.sampling.max_new_tokens)
     evaluation = _Evaluation(
         model, tokenizer, problems, settings, label, engine or HFEngine(model, tokenizer)

@@ -29,7 +29,7 @@ def evaluate_on_ranks(
     A rank draws its part of the responses, at most `settings.batch_size` at a time. All ranks generate
     equally often, since models that DeepSpeed partitions run on all of them together.
     """
-    problems, size = read_problems(rows, tokenizer, settings), settings.batch_size
+    problems, size = read_problems(model, tokenizer, rows, settings), settings.batch_size
     check_context(model, problems, settings.sampling.max_new_tokens)
     wanted = [(i, sample) for i in range(len(problems)) for sample in range(settings.samples)]
     drawn = []

@@ -1,14 +1,14 @@
 """The longest rollout that a run can meet, for what has to be tried at it."""
 
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import cycle, islice
 
 import torch
-from transformers import PreTrainedTokenizerBase
 
 from oprd.batch import Inputs
-from oprd.rollouts import Prompt
+from oprd.intake import UsablePrompts
+from oprd.messages import Prompt
+from oprd.rendering import Renderer
 from oprd.settings import ObjectiveSettings
 
 ANY_LENGTH = 1024  # stands for an endless response, where max_completion_length is none
@@ -28,18 +28,17 @@ class Longest:
     @classmethod
     def of(
         cls,
-        prompts: Sequence[Prompt],
-        render: Callable[[Prompt], list[int]],
-        tokenizer: PreTrainedTokenizerBase,
+        prompts: UsablePrompts,
+        render: Renderer,
         max_completion_length: int | None,
     ) -> "Longest":
         """The longest of `prompts` and a response of `max_completion_length` tokens."""
-        rendered = [render(prompt) for prompt in prompts]
-        at = max(range(len(rendered)), key=lambda i: len(rendered[i]))
-        special = set(tokenizer.all_special_ids)
-        text = [i for i in rendered[at] if i not in special] or rendered[at]
+        prompt = prompts.dataset[int(prompts.lengths[0].argmax())]["prompt"]
+        (rendered,) = render([prompt])
+        special = set(render.tokenizer.all_special_ids)
+        text = [i for i in rendered if i not in special] or rendered
         response = list(islice(cycle(text), max_completion_length or ANY_LENGTH))
-        return cls(prompts[at], rendered[at], response)
+        return cls(prompt, rendered, response)
 
     @property
     def num_tokens(self) -> int:

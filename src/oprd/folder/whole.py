@@ -9,7 +9,7 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import xxhash
@@ -18,6 +18,7 @@ from oprd.errors import UserError
 
 SEAL_FILE = "seal.json"
 CHECKSUM = "xxh3_128"  # finds damage, not forgery, as fast as memory is read
+MISSING = "is missing"
 
 
 def write_whole(path: Path, text: str) -> None:
@@ -51,24 +52,36 @@ def unseal(folder: Path) -> None:
 
 
 def damage(folder: Path, by_size: bool = False) -> str | None:
-    """Why `folder` is not whole, in words; None if it is. `by_size` compares sizes alone, and reads no file.
+    """Why `folder` is not whole; None if it is. `by_size` compares sizes alone, and reads no file."""
+    try:
+        fault = next(faults(folder, by_size), None)
+    except UnreadableSeal as error:
+        return str(error)
+    return fault and " ".join(fault)
+
+
+class UnreadableSeal(ValueError):
+    """There is no seal, or none that can be read."""
+
+
+def faults(folder: Path, by_size: bool = False) -> Iterator[tuple[str, str]]:
+    """Name of each sealed file that is missing or differs, and what is wrong; raises `UnreadableSeal`.
 
     Seals of oprd 0.1.0 hold no checksums.
     """
     try:
         record = json.loads((folder / SEAL_FILE).read_text())
         sizes, checksums = dict(record["files"]), dict(record.get(CHECKSUM, {}))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        return f"it has no {SEAL_FILE}, so it was not written to its end"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise UnreadableSeal(f"it has no {SEAL_FILE}, so it was not written to its end") from error
     for name, size in sizes.items():
         path = folder / name
         if not path.is_file():
-            return f"{name} is missing"
-        if path.stat().st_size != size:
-            return f"{name} has {path.stat().st_size} bytes, not {size}"
-        if not by_size and name in checksums and _checksum(path) != checksums[name]:
-            return f"{name} was changed after it was written (another checksum)"
-    return None
+            yield name, MISSING
+        elif path.stat().st_size != size:
+            yield name, f"has {path.stat().st_size} bytes, not {size}"
+        elif not by_size and name in checksums and _checksum(path) != checksums[name]:
+            yield name, "was changed after it was written (another checksum)"
 
 
 def _checksum(path: Path) -> str:

@@ -54,15 +54,24 @@ def test_a_card_is_everybodys_to_edit(copied, recipe):
     assert files(copied).keys() == before.keys() - {copied / "README.md"}
 
 
+def test_a_finished_run_needs_no_right_to_write(finished, recipe, monkeypatch):
+    """It is neither locked nor probed."""
+    monkeypatch.setattr("oprd.train.hold", None)
+    assert train(*recipe(finished)) == finished
+
+
 def test_a_finished_model_without_checkpoints_is_not_trained_anew(copied, recipe):
-    for folder in copied.glob("checkpoint-*"):
-        shutil.rmtree(folder)
+    shutil.rmtree(copied / "checkpoint-4")
+    with pytest.raises(UserError, match=r"after 4 steps, .*start another run from it \(model_name"):
+        train(*recipe(copied, "--max_steps", "8"))
+    for step in (1, 2, 3):
+        shutil.rmtree(copied / f"checkpoint-{step}")
     before = files(copied).keys()
     assert train(*recipe(copied)) == copied
-    with pytest.raises(UserError, match="is finished, after 4 steps, and holds no whole checkpoint to go on"):
+    with pytest.raises(UserError, match="after 4 steps, and the checkpoint of its last step is gone"):
         train(*recipe(copied, "--max_steps", "8"))
     config = (copied / "config.json").rename(copied.parent / "config.json")
-    with pytest.raises(UserError, match=r"is finished, but for config\.json, and holds no whole checkpoint"):
+    with pytest.raises(UserError, match=r"is finished, but for config\.json, and the checkpoint of its last"):
         train(*recipe(copied))
     config.rename(copied / "config.json")
     (copied / SEAL_FILE).unlink()

@@ -70,30 +70,38 @@ def _changes(folder: Path) -> list[tuple[str, str]]:
 def check_final(folder: Path, checkpoint: Path | None) -> None:
     """Raise `UserError` if a run from `checkpoint`, or from the start, would write over what may be wanted.
 
-    That is a finished model without a checkpoint from which it could be made again, or one that somebody has
-    changed. What is only missing from it is written again.
+    That is a finished model that somebody has changed, or one that would be trained anew, because the
+    checkpoint of its last step is gone. What is only missing from it is written again.
     """
     try:
         changes = _changes(folder)
     except UnreadableSeal:
-        weights = [path for pattern in WEIGHTS for path in sorted(folder.glob(pattern))]
-        if weights and checkpoint is None and not (folder / PARTIAL).exists():
-            raise UserError(
-                f"{folder} holds {weights[0].name} and no whole checkpoint to go on from, and a run would "
-                "write over it: choose another output_dir, or move that model away"
-            ) from None
+        _check_unsealed(folder, checkpoint)
         return
+    steps = steps_done(folder)
+    goes_on = checkpoint is not None and (steps or 0) <= (steps_done(checkpoint) or 0)
     for name, why in changes:
         if why != MISSING:
             raise UserError(
                 f"{folder} is finished, and {name} {why}: it is not written over; choose another output_dir, "
-                + (f"or delete {name} to have it written again" if checkpoint else "or move that folder away")
+                + (f"or delete {name} to have it written again" if goes_on else "or move that folder away")
             )
-    if checkpoint is None:
-        what = f"but for {changes[0][0]}" if changes else f"after {steps_done(folder)} steps"
+    if not goes_on:
+        what = f"but for {changes[0][0]}" if changes else f"after {steps} steps"
         raise UserError(
-            f"{folder} is finished, {what}, and holds no whole checkpoint to go on from: choose another "
-            "output_dir, or move that folder away to start over"
+            f"{folder} is finished, {what}, and the checkpoint of its last step is gone: start another run "
+            f"from it (model_name_or_path: {folder}, another output_dir), or move it away to start over"
         )
     for name, _ in changes:
         logger.warning("%s/%s is missing: the final model is written again", folder, name)
+
+
+def _check_unsealed(folder: Path, checkpoint: Path | None) -> None:
+    """Raise `UserError` for weights that no seal tells of, unless a run has begun to move them there."""
+    if checkpoint is not None or (folder / PARTIAL).exists():
+        return
+    for path in (path for pattern in WEIGHTS for path in sorted(folder.glob(pattern))):
+        raise UserError(
+            f"{folder} holds {path.name} and no whole checkpoint to go on from, and a run would write over "
+            "it: choose another output_dir, or move that model away"
+        )

@@ -8,7 +8,7 @@ import pytest
 import xxhash
 
 from oprd.errors import UserError
-from oprd.folder.whole import SEAL_FILE, check_writable, damage, seal, unseal, write_whole
+from oprd.folder.whole import SEAL_FILE, check_place, check_writable, damage, seal, unseal, write_whole
 
 SIZES = {"empty": 0, "model.safetensors": 9, "shards/0.distcp": 9}
 
@@ -105,6 +105,18 @@ def test_a_folder_that_can_be_written_is_left_as_it_was(tmp_path):
     check_writable(tmp_path)
     check_writable(Path("."))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_is_no_name_of_a_folder_is_refused(tmp_path):
+    (tmp_path / "file").write_text("")
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")
+    mistakes = {"x" * 300: "File name", "loop": "Symlink", "a\0b": ".*null", "file": "Not a dir"}
+    for name, why in mistakes.items():
+        with pytest.raises(UserError, match=rf"cannot be an output folder \({why}.*choose another one"):
+            check_place(tmp_path / name)
+    for name in ("new", "dangling", "."):
+        check_place(tmp_path / name)
 
 
 def test_a_file_is_no_output_folder(tmp_path):

@@ -255,7 +255,7 @@ def test_a_damaged_summary_is_made_again_from_the_samples(
     monkeypatch.setattr(rollouts, "generate", never)
     evaluate(model, tokenizer, ROWS, SETTINGS, folder, "random", progress=False)
     assert (folder / "summary.json").read_bytes() == (finished / "summary.json").read_bytes()
-    assert "summary.json is damaged: it is made again from samples.jsonl" in caplog.text
+    assert caplog.text.count("summary.json is damaged: it is made again") == 1
 
 
 def test_a_line_that_another_program_takes_away_is_missed(model, tokenizer, tmp_path, monkeypatch):

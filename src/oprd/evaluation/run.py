@@ -25,7 +25,7 @@ from oprd.evaluation.grade import extract_answer, grade
 from oprd.evaluation.problems import EvalSettings, Problem, check_context, read_problems
 from oprd.evaluation.samples import line, read_samples
 from oprd.folder.lock import check_held, hold
-from oprd.folder.whole import write_whole
+from oprd.folder.whole import check_place, write_whole
 from oprd.rollouts import Engine, HFEngine, Rollout, eos_token_ids
 
 logger = logging.getLogger(__name__)
@@ -87,6 +87,8 @@ def evaluate(
     with hold(output_dir, COMMAND):
         summary = _stored_summary(output_dir, resolved)  # of a process that has just let go of it
         if summary is None:
+            if (output_dir / SUMMARY_FILE).exists():
+                logger.warning("%s/%s is damaged: it is made again", output_dir, SUMMARY_FILE)
             _write_json(output_dir / SETTINGS_FILE, resolved)
             records = _complete(output_dir / SAMPLES_FILE, evaluation, progress)
             summary = {**metrics.summarize(records), "settings": resolved}
@@ -104,6 +106,7 @@ def evaluation_folder(folder: Path) -> Iterator[None]:
 
 def read_settings(folder: Path) -> dict[str, Any] | None:
     """The settings of the evaluation in `folder`, or None; raises `UserError` where they cannot be read."""
+    check_place(folder)
     file = folder / SETTINGS_FILE
     if not file.exists():
         for name in (SAMPLES_FILE, SUMMARY_FILE):
@@ -145,7 +148,7 @@ def _model_fingerprint(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBas
 
 
 def _stored_summary(folder: Path, resolved: dict[str, Any]) -> dict[str, Any] | None:
-    """The summary in `folder` if there is one; raises `UserError` for a folder of another evaluation."""
+    """The summary in `folder`, or None if it cannot be read; raises `UserError` for another evaluation's."""
     stored, file = read_settings(folder), folder / SUMMARY_FILE
     if stored is None:
         return None
@@ -155,16 +158,11 @@ def _stored_summary(folder: Path, resolved: dict[str, Any]) -> dict[str, Any] | 
                 f"{folder} holds an evaluation with another {key} ({stored.get(key)!r}, now {value!r}): "
                 "choose another output folder or remove this one"
             )
-    if not file.exists():
-        return None
     try:
         summary = json.loads(file.read_text(encoding="utf-8"))
-        if summary["settings"] == stored:
-            return summary
+        return summary if summary["settings"] == stored else None
     except (OSError, ValueError, LookupError, TypeError, RecursionError):
-        pass
-    logger.warning("%s is damaged: it is made again from %s", file, SAMPLES_FILE)
-    return None
+        return None
 
 
 def _complete(file: Path, evaluation: _Evaluation, progress: bool) -> list[dict[str, Any]]:

@@ -8,7 +8,7 @@ from typing import Any
 
 from oprd.errors import UserError
 from oprd.folder.run import RESOLVED_FILE, STATE_FILE, check_folder
-from oprd.folder.whole import MISSING, SEAL_FILE, UnreadableSeal, faults
+from oprd.folder.whole import MISSING, SEAL_FILE, UnreadableSeal, check_place, faults
 
 logger = logging.getLogger(__name__)
 
@@ -27,6 +27,7 @@ def check_foreign(folder: Path, mark: str, others: Sequence[str]) -> None:
     `mark` is the file by which the command knows a folder of its own. A folder without it may hold nothing
     that any command writes; one with it, none of `others`, which another command leaves beside such a file.
     """
+    check_place(folder)
     is_ours = (folder / mark).exists()
     for pattern in others if is_ours else (*OF_A_MODEL, *OF_A_RUN, *OF_A_BRIDGE, *OF_AN_EVALUATION):
         for path in sorted(folder.glob(pattern)):

@@ -5,6 +5,7 @@ end, `seal.json`: names, sizes and checksums of its files. Without it, or with a
 whole.
 """
 
+import errno
 import hashlib
 import json
 import os
@@ -87,6 +88,16 @@ def faults(folder: Path, by_size: bool = False) -> Iterator[tuple[str, str]]:
 def _checksum(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, xxhash.xxh3_128).hexdigest()
+
+
+def check_place(folder: Path) -> None:
+    """Raise `UserError` for what is no name of a folder: too long, in a loop of links, or a file's."""
+    try:
+        if folder.resolve().exists() and not folder.is_dir():
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
+    except (OSError, RuntimeError, ValueError) as error:
+        why = getattr(error, "strerror", None) or error
+        raise UserError(f"{folder} cannot be an output folder ({why}): choose another one") from error
 
 
 def check_writable(folder: Path) -> None:

@@ -8,7 +8,10 @@ import pytest
 import torch
 from safetensors import SafetensorError
 
+from oprd.folder import whole
 from oprd.folder.checkpoints import checkpoints, last_whole_checkpoint, publish, rotate, written_whole
+from oprd.folder.lock import LOCK_FILE, hold
+from oprd.folder.run import STATE_FILE
 from oprd.folder.whole import SEAL_FILE, damage, seal
 
 
@@ -22,6 +25,16 @@ def write(folder, *names, sealed=True):
     return folder
 
 
+def checkpoint(run, step, sealed=True):
+    """A checkpoint of a run: a model, random state, and the file that tells its step."""
+    files = "model", "rng_state.pth", STATE_FILE
+    folder = write(run / f"checkpoint-{step}", *files, sealed=False)
+    (folder / STATE_FILE).write_text(f'{{"global_step": {step}}}')
+    if sealed:
+        seal(folder, [folder / name for name in files])
+    return folder
+
+
 def names(folder):
     return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
 
@@ -32,7 +45,7 @@ def alone():
 
 def test_the_newest_whole_one_is_chosen_by_number(tmp_path, caplog):
     for step in (9, 100, 10, 2):
-        write(tmp_path / f"checkpoint-{step}", "model")
+        checkpoint(tmp_path, step)
     write(tmp_path / "checkpoint-best", "model")
     (tmp_path / "checkpoint-7").write_text("a file")
     assert [path.name for path in checkpoints(tmp_path)] == [f"checkpoint-{n}" for n in (100, 10, 9, 2)]
@@ -43,6 +56,32 @@ def test_the_newest_whole_one_is_chosen_by_number(tmp_path, caplog):
     assert last_whole_checkpoint(tmp_path) == tmp_path / "checkpoint-9"
     assert caplog.messages[0].startswith(f"{tmp_path}/checkpoint-100 is passed over: it has no seal.json")
     assert caplog.messages[1] == f"{tmp_path}/checkpoint-10 is passed over: model has 0 bytes, not 5"
+    (tmp_path / "checkpoint-9" / "model").write_text("MODEL")
+    assert last_whole_checkpoint(tmp_path) == tmp_path / "checkpoint-2"
+    why = "model was changed after it was written (another checksum)"
+    assert caplog.messages[-1] == f"{tmp_path}/checkpoint-9 is passed over: {why}"
+
+
+@pytest.mark.parametrize(
+    ("content", "why"),
+    [
+        ("{", "cannot be read"),
+        ("[]", "cannot be read"),
+        ("{}", "cannot be read"),
+        ("\x00" * 9, "cannot be read"),
+        ("[" * 10**5, "cannot be read"),
+        ('{"global_step": 2}', "is of step 2"),
+        ('{"global_step": "3"}', "cannot be read"),
+    ],
+    ids=range(7),
+)
+def test_a_state_that_tells_no_step_is_passed_over_under_a_seal_of_sizes(tmp_path, caplog, content, why):
+    checkpoint(tmp_path, 2)
+    newest = checkpoint(tmp_path, 3, sealed=False)
+    (newest / STATE_FILE).write_text(content)
+    seal(newest, [newest / STATE_FILE])
+    assert last_whole_checkpoint(tmp_path) == tmp_path / "checkpoint-2"
+    assert caplog.messages == [f"{newest} is passed over: {STATE_FILE} {why}"]
 
 
 def test_without_a_whole_one_the_run_starts_over(tmp_path, caplog):
@@ -130,9 +169,30 @@ def test_other_errors_pass_unchanged_and_nothing_is_sealed(tmp_path, error):
 def test_rotation_keeps_the_newest_whole_ones(tmp_path, keep, best, left):
     """Checkpoints 4 and 6 were begun by a process that was killed."""
     for step in range(1, 7):
-        write(tmp_path / f"checkpoint-{step}", "model", sealed=step not in (4, 6))
+        checkpoint(tmp_path, step, sealed=step not in (4, 6))
     rotate(tmp_path, keep, best and str(tmp_path / f"checkpoint-{best}"))
     assert [path.name for path in reversed(checkpoints(tmp_path))] == [f"checkpoint-{n}" for n in left]
+
+
+def test_rotation_reads_no_file(tmp_path, monkeypatch):
+    """Each save would read all checkpoints again."""
+    for step in (1, 2, 3):
+        checkpoint(tmp_path, step)
+    monkeypatch.setattr(whole, "_checksum", None)
+    rotate(tmp_path, 2)
+    assert [path.name for path in checkpoints(tmp_path)] == ["checkpoint-3", "checkpoint-2"]
+
+
+def test_a_process_whose_folder_was_taken_over_writes_no_checkpoint(tmp_path):
+    folder = checkpoint(tmp_path, 3)
+    with (
+        hold(tmp_path, "oprd train"),
+        pytest.raises(RuntimeError, match=r"no longer held by this process \(its lock was deleted\)"),
+    ):
+        (tmp_path / LOCK_FILE).unlink()
+        with written_whole(folder, is_writer=True, wait=alone):
+            pass
+    assert damage(folder) is None
 
 
 def test_publishing_seals_what_it_moved_and_nothing_else(tmp_path):

@@ -86,6 +86,21 @@ def test_again_repeats_nothing_and_other_settings_are_refused(demo, capsys):
     assert "other settings" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("content", ["", "{", "\x00", "[" * 10**5], ids=range(4))
+def test_settings_that_cannot_be_read_are_refused(tmp_path, capsys, content):
+    (tmp_path / "settings.json").write_text(content)
+    assert cli.run(["demo", "--output", str(tmp_path)]) == 2
+    assert "settings.json is damaged" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("content", ["summary.json", "config.json", "metrics.jsonl"])
+def test_a_foreign_folder_is_refused(tmp_path, capsys, content):
+    (tmp_path / content).write_text("{}")
+    assert cli.run(["demo", "--output", str(tmp_path)]) == 2
+    assert f"holds {content}, which is not of this command: choose another" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == [content]
+
+
 BRIDGED = {
     "bridge": ["student", "teacher", "bridge", "bridge_then_opd", "opd_sampled_token"],
     "tokenizer": ["student", "teacher", "bridge", "bridge_then_text", "opd_sampled_text", "bridge_authors"],

@@ -1,4 +1,4 @@
-"""The documents keep their promises: every symbol and test that docs/method.md names exists."""
+"""The documents keep their promises: every symbol and test that they name exists."""
 
 import ast
 import importlib
@@ -29,6 +29,24 @@ def test_symbol_and_test_exist(row):
     file, _, test = row[3].strip("`").partition("::")
     functions = {node.name for node in ast.parse((ROOT / file).read_text()).body if hasattr(node, "name")}
     assert test in functions
+
+
+FATES = [
+    row.strip("|").split("|")
+    for row in (ROOT / "docs" / "reliability.md").read_text().splitlines()
+    if row.startswith("|") and not row.startswith(("|---", "| what happens |"))
+]
+
+
+@pytest.mark.parametrize("row", FATES, ids=lambda row: row[0].strip())
+def test_each_fate_of_a_folder_has_a_test(row):
+    _, what_oprd_does, tests = row
+    assert what_oprd_does.strip()
+    named = [test.partition("::") for test in re.findall(r"`(\S+)`", tests)]
+    assert named
+    for file, _, test in named:
+        (path,) = (ROOT / "tests").rglob(file)
+        assert f"\ndef {test}(" in path.read_text()
 
 
 @pytest.mark.parametrize("document", ["README.md", *(f"docs/{p.name}" for p in (ROOT / "docs").glob("*.md"))])

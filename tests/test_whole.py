@@ -5,9 +5,12 @@ import os
 from pathlib import Path
 
 import pytest
+import xxhash
 
 from oprd.errors import UserError
-from oprd.folder.whole import SEAL_FILE, check_writable, damage, seal, unseal, write_whole
+from oprd.folder.whole import SEAL_FILE, check_place, check_writable, damage, seal, unseal, write_whole
+
+SIZES = {"empty": 0, "model.safetensors": 9, "shards/0.distcp": 9}
 
 
 @pytest.fixture
@@ -22,9 +25,8 @@ def sealed(tmp_path):
 
 def test_a_sealed_folder_is_whole(sealed):
     assert damage(sealed) is None
-    assert json.loads((sealed / SEAL_FILE).read_text()) == {
-        "files": {"empty": 0, "model.safetensors": 9, "shards/0.distcp": 9}
-    }
+    sums = {name: xxhash.xxh3_128(b"" if name == "empty" else b"x" * 9).hexdigest() for name in SIZES}
+    assert json.loads((sealed / SEAL_FILE).read_text()) == {"files": SIZES, "xxh3_128": sums}
     (sealed / "log.txt").write_text("what came later is nobody's business")
     assert damage(sealed) is None
 
@@ -38,6 +40,32 @@ def test_a_file_that_is_missing_or_of_another_size_is_named(sealed, name):
             assert damage(sealed) == f"{name} has {len(content)} bytes, not {size}"
     (sealed / name).unlink()
     assert damage(sealed) == f"{name} is missing"
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "shards/0.distcp"])
+@pytest.mark.parametrize("content", [b"xxxxxxxxy", b"yxxxxxxxx", bytes(9)], ids=["last", "first", "zeroed"])
+def test_a_file_that_was_changed_and_kept_its_size_is_named(sealed, name, content):
+    (sealed / name).write_bytes(content)
+    assert damage(sealed) == f"{name} was changed after it was written (another checksum)"
+    assert damage(sealed, by_size=True) is None
+    (sealed / name).write_bytes(b"x" * 9)
+    assert damage(sealed) is None
+
+
+def test_a_seal_of_an_older_oprd_knows_sizes(sealed):
+    (sealed / SEAL_FILE).write_text(json.dumps({"files": SIZES}))
+    (sealed / "model.safetensors").write_bytes(bytes(9))
+    assert damage(sealed) is None
+    (sealed / "empty").write_bytes(b"x")
+    assert damage(sealed) == "empty has 1 bytes, not 0"
+
+
+@pytest.mark.parametrize(
+    "text", ["[]", "null", "{}", '{"files": 3}', '{"files": {}, "xxh3_128": 3}', "[" * 10**5]
+)
+def test_something_else_in_its_place_is_no_seal(sealed, text):
+    (sealed / SEAL_FILE).write_text(text)
+    assert "was not written to its end" in damage(sealed)
 
 
 @pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o027, 0o640)])
@@ -77,6 +105,18 @@ def test_a_folder_that_can_be_written_is_left_as_it_was(tmp_path):
     check_writable(tmp_path)
     check_writable(Path("."))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_is_no_name_of_a_folder_is_refused(tmp_path):
+    (tmp_path / "file").write_text("")
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")
+    mistakes = {"x" * 300: "File name", "loop": "Symlink", "a\0b": ".*null", "file": "Not a dir"}
+    for name, why in mistakes.items():
+        with pytest.raises(UserError, match=rf"cannot be an output folder \({why}.*choose another one"):
+            check_place(tmp_path / name)
+    for name in ("new", "dangling", "."):
+        check_place(tmp_path / name)
 
 
 def test_a_file_is_no_output_folder(tmp_path):

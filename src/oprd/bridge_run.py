@@ -27,8 +27,10 @@ from oprd.bridge_recipe import BridgeArguments
 from oprd.capture import num_layers
 from oprd.engines.choose import choose_engine
 from oprd.errors import UserError
+from oprd.folder.claims import OF_A_RUN, check_foreign
+from oprd.folder.lock import hold
 from oprd.folder.run import RESOLVED_FILE, check_folder, resolved_settings, write_resolved
-from oprd.folder.whole import check_writable
+from oprd.folder.whole import write_whole
 from oprd.intake import usable_prompts
 from oprd.models import load_model, load_tokenizer, resolve_model
 from oprd.prompts import load_prompts
@@ -53,24 +55,40 @@ def fit_bridge(args: BridgeArguments) -> Path:
     Under torchrun every process takes its share of the rollouts, and the first one fits. Raises `UserError`
     for what the user can mend, with nothing written.
     """
-    with joined_ranks() as ranks:
-        return _fit_bridge(args, ranks)
-
-
-def _fit_bridge(args: BridgeArguments, ranks: Ranks) -> Path:
     folder, settings = Path(args.output_dir), resolved_settings(args)
-    check_folder(folder, settings)
-    if (folder / BRIDGE_FILE).exists():
-        if not (folder / RESOLVED_FILE).exists():
-            raise UserError(f"{folder} holds a bridge of unknown origin: choose another output_dir")
-        try:
-            Bridge.load(folder)
-        except UserError as error:
-            logger.warning("%s", error)
-        else:
+    with joined_ranks() as ranks:
+        bridge = _fitted(folder, settings)
+        if bridge is not None and (folder / REPORT_FILE).exists():
             logger.warning("%s holds this bridge: nothing to do", folder)
             return folder
-    check_writable(folder)
+        with hold(folder, "oprd bridge", ranks.is_first, lambda refusal: ranks.gather(refusal)[0]):
+            bridge = _fitted(folder, settings)  # by a process that has just let go of it
+            if bridge is None:
+                _fit(args, ranks)
+            elif ranks.is_first:
+                logger.warning("%s has no %s: it is written again", folder, REPORT_FILE)
+                _write_report(folder, bridge)
+    return folder
+
+
+def _fitted(folder: Path, settings: dict[str, Any]) -> Bridge | None:
+    """The bridge in `folder`; raises `UserError` for another's folder, and for a bridge that is damaged."""
+    check_foreign(folder, RESOLVED_FILE, ("config.json", *OF_A_RUN))
+    check_folder(folder, settings)
+    if not (folder / BRIDGE_FILE).exists():
+        return None
+    try:
+        return Bridge.load(folder)
+    except UserError as error:
+        raise UserError(f"{error}: delete {BRIDGE_FILE}, and the same command does so") from error
+
+
+def _write_report(folder: Path, bridge: Bridge) -> None:
+    write_whole(folder / REPORT_FILE, json.dumps(bridge.metadata, indent=1) + "\n")
+
+
+def _fit(args: BridgeArguments, ranks: Ranks) -> None:
+    folder, settings = Path(args.output_dir), resolved_settings(args)
     pair = ModelPair.load(args, ranks.device)
     engine = pair.engine(args, ranks)
     prompts = _prompts(args, pair, ranks)
@@ -78,7 +96,7 @@ def _fit_bridge(args: BridgeArguments, ranks: Ranks) -> Path:
     fitter, layer_map = pair.fitter(args)
     counts = accumulate(fitter, pair, prompts, args, engine, ranks)
     if not ranks.is_first:
-        return folder
+        return
     if layer_map is None:
         layer_map = fitter.best_layer_map()
         logger.info("best layer map: %s", ",".join(f"{s}={t}" for s, t in layer_map.pairs))
@@ -86,10 +104,9 @@ def _fit_bridge(args: BridgeArguments, ranks: Ranks) -> Path:
     origin = _origin(args, pair, counts, fitter, engine)
     bridge = replace(bridge, metadata=bridge.metadata | origin)
     write_resolved(folder, settings)
-    (folder / REPORT_FILE).write_text(json.dumps(bridge.metadata, indent=1) + "\n")
+    _write_report(folder, bridge)
     plot_bridge(bridge.metadata, folder)
     bridge.save(folder)
-    return folder
 
 
 class ModelPair:

@@ -107,7 +107,7 @@ def _parser() -> argparse.ArgumentParser:
     evaluation.add_argument(
         "--vllm_server_base_url", help="ask a server of vllm serve, e.g. http://localhost:8000"
     )
-    evaluation.set_defaults(function=_eval)
+    evaluation.set_defaults(function=_eval_alone)
 
     tiny = commands.add_parser("tiny", help="rebuild the bundled models")
     tiny.add_argument("action", choices=["build"])
@@ -173,6 +173,13 @@ def _bridge(args: argparse.Namespace, flags: list[str]) -> None:
     if _is_first():
         print_bridge(Bridge.load(folder).metadata)
         print(f"bridge and report: {folder}")
+
+
+def _eval_alone(args: argparse.Namespace, rest: list[str]) -> None:
+    from oprd.evaluation.run import evaluation_folder
+
+    with evaluation_folder(args.output):
+        _eval(args, rest)
 
 
 def _eval(args: argparse.Namespace, _: list[str]) -> None:

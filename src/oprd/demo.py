@@ -17,9 +17,11 @@ from oprd.bridge_run import fit_bridge
 from oprd.demo_pairs import BRIDGE, LABELS, PAIRS, SHARED, STUDENT, TASK, Pair
 from oprd.errors import UserError
 from oprd.evaluation.problems import EvalSettings
-from oprd.evaluation.run import evaluate
+from oprd.evaluation.run import SETTINGS_FILE, SUMMARY_FILE, evaluate
+from oprd.folder.claims import check_foreign
+from oprd.folder.lock import hold
 from oprd.folder.recorder import METRICS_FILE, read_metrics
-from oprd.folder.whole import check_writable, write_whole
+from oprd.folder.whole import write_whole
 from oprd.models import load_model, load_tokenizer, resolve_model
 from oprd.prompts import load_prompts
 from oprd.report.plots import plot_runs
@@ -45,7 +47,13 @@ def run_demo(
     pair = PAIRS[pair_name]
     settings = {"pair": pair_name, "steps": steps, "problems": problems, "samples": samples, "seed": seed}
     settings |= {"arms": pair.arms, "bridges": pair.bridges}
-    _claim(output, settings)
+    with hold(output, "oprd demo"):
+        _claim(output, settings)
+        return _compare(pair, output, settings)
+
+
+def _compare(pair: Pair, output: Path, settings: dict[str, Any]) -> dict[str, Any]:
+    problems, samples, seed = (settings[name] for name in ("problems", "samples", "seed"))
     for name, keys in pair.bridges.items():
         fit_bridge(_bridge(pair, keys, output / name, seed))
     folders = {"student": resolve_model(STUDENT), "teacher": resolve_model(pair.teacher)}
@@ -59,7 +67,7 @@ def run_demo(
     gap = teacher - student
     closed = {arm: (arms[arm]["avg_at_k"] - student) / gap if gap else None for arm in pair.arms}
     summary = {"arms": arms, "gap_closed": closed, "settings": settings}
-    write_whole(output / "summary.json", json.dumps(summary, indent=2) + "\n")
+    write_whole(output / SUMMARY_FILE, json.dumps(summary, indent=2) + "\n")
     levels = {LABELS[arm]: arms[arm]["avg_at_k"] for arm in ("student", "teacher")}
     runs = {LABELS[arm]: [output / f"{arm}-first", output / arm] for arm in pair.arms}
     plot_runs(runs, output, levels)
@@ -177,9 +185,12 @@ def _cost(folder: Path) -> dict[str, float | None]:
 
 
 def _claim(output: Path, settings: dict[str, Any]) -> None:
-    file = output / "settings.json"
-    if file.exists() and json.loads(file.read_text()) != settings:
+    check_foreign(output, SETTINGS_FILE, ())
+    file = output / SETTINGS_FILE
+    try:
+        is_other = file.exists() and json.loads(file.read_text()) != settings
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{file} is damaged ({error}): choose another --output or delete it") from error
+    if is_other:
         raise UserError(f"{output} holds a demo with other settings: choose another --output or delete it")
-    check_writable(output)
-    output.mkdir(parents=True, exist_ok=True)
     write_whole(file, json.dumps(settings, indent=2) + "\n")

@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from accelerate.utils import broadcast_object_list
 
@@ -14,8 +15,10 @@ from oprd.errors import UserError, refusals_told
 from oprd.evaluation.problems import EvalSettings, response_room
 from oprd.evaluation.shared import evaluate_on_ranks
 from oprd.folder.checkpoints import last_whole_checkpoint, publish, written_whole
-from oprd.folder.run import STATE_FILE, check_folder, is_finished, resolved_settings, write_resolved
-from oprd.folder.whole import check_writable
+from oprd.folder.claims import CARD_FILE, PARTIAL, check_final, is_done
+from oprd.folder.lock import hold
+from oprd.folder.recorder import METRICS_FILE, read_metrics
+from oprd.folder.run import STATE_FILE, resolved_settings, write_resolved
 from oprd.intake import stream_length
 from oprd.models import holds_adapters
 from oprd.prompts import load_prompts
@@ -26,9 +29,6 @@ from oprd.sharding.zero import loaded_whole
 from oprd.trainer import OPRDConfig, OPRDTrainer
 
 logger = logging.getLogger(__name__)
-
-CARD_FILE = "README.md"
-PARTIAL = "final.partial"  # where the final model is written
 
 
 @dataclass
@@ -85,20 +85,34 @@ def train(
     """
     folder = Path(config.output_dir)
     settings = resolved_settings(config, run) | {"num_processes": config.world_size}
-    check_folder(folder, settings)
-    if is_finished(folder, config.max_steps):
+    if is_done(folder, settings):
         logger.warning("%s is finished: nothing to do", folder)
         return folder
-    check_writable(folder)
+    with hold(folder, "oprd train", config.process_index == 0, _as_the_first_rank):
+        if not is_done(folder, settings):  # by a process that has just let go of it
+            _train(run, config, label, settings)
+    return folder
+
+
+def _train(run: RunArguments, config: OPRDConfig, label: str, settings: dict[str, Any]) -> None:
+    folder = Path(config.output_dir)
+    checkpoint = last_whole_checkpoint(folder) if config.process_index == 0 else None
+    checkpoint = _as_the_first_rank(checkpoint)  # ranks may see a shared file system at different times
+    check_final(folder, checkpoint)
+    read_metrics(folder / METRICS_FILE)  # which a resumed run goes on with
     trainer = _make_trainer(run, config, label)
     if trainer.is_world_process_zero():
         write_resolved(folder, settings)
-    chosen = [last_whole_checkpoint(folder)]
-    broadcast_object_list(chosen)  # ranks may see a shared file system at different times
-    trainer.train(resume_from_checkpoint=str(chosen[0]) if chosen[0] else None)
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     trainer.create_model_card(model_name=folder.name, dataset_name=run.dataset_name)
     _save_final(trainer, folder)
-    return folder
+
+
+def _as_the_first_rank(value: Any) -> Any:
+    """The `value` of the first rank, on every rank."""
+    values = [value]
+    broadcast_object_list(values)
+    return values[0]
 
 
 def _save_final(trainer: OPRDTrainer, folder: Path) -> None:
@@ -120,34 +134,27 @@ def _save_final(trainer: OPRDTrainer, folder: Path) -> None:
 
 
 def _make_trainer(run: RunArguments, config: OPRDConfig, label: str) -> OPRDTrainer:
-    folder = Path(config.output_dir)
-    is_ours = config.should_save and not folder.exists()
-    try:
-        with refusals_told():
-            prompts = load_prompts(
-                run.dataset_name,
-                run.dataset_train_split,
-                run.dataset_config,
-                config.drop_unrenderable_prompts,
-                rows_streamed(run, config, config.world_size),
-                answers=False,
-            )
-            trainer = OPRDTrainer(
-                model=run.model_name_or_path,
-                teacher_model=config.teacher_model_name_or_path,
-                args=config,
-                train_dataset=prompts,
-                peft_config=run.lora,
-            )
-            trainer.recorder.label = label
-            if run.use_peft:
-                note_commit(trainer.model, (config.model_init_kwargs or {}).get("revision"))
-            if run.accuracy_dataset_name:
-                trainer.recorder.observers.append(_accuracy_observer(run, config, trainer))
-    except UserError:
-        if is_ours:  # the base class makes it before everything is checked
-            shutil.rmtree(folder, ignore_errors=True)
-        raise
+    with refusals_told():
+        prompts = load_prompts(
+            run.dataset_name,
+            run.dataset_train_split,
+            run.dataset_config,
+            config.drop_unrenderable_prompts,
+            rows_streamed(run, config, config.world_size),
+            answers=False,
+        )
+        trainer = OPRDTrainer(
+            model=run.model_name_or_path,
+            teacher_model=config.teacher_model_name_or_path,
+            args=config,
+            train_dataset=prompts,
+            peft_config=run.lora,
+        )
+        trainer.recorder.label = label
+        if run.use_peft:
+            note_commit(trainer.model, (config.model_init_kwargs or {}).get("revision"))
+        if run.accuracy_dataset_name:
+            trainer.recorder.observers.append(_accuracy_observer(run, config, trainer))
     return trainer
 
 

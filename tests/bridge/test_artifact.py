@@ -140,6 +140,23 @@ def test_a_truncated_bridge_is_refused_at_any_length(saved):
             Bridge.load(saved)
 
 
+def test_a_changed_bridge_that_kept_its_size_is_refused(saved):
+    """Wherever a bit has changed, but in the name of the checksum, or in what pads the header."""
+    whole, good = saved.read_bytes(), Bridge.load(saved)
+    header = 8 + int.from_bytes(whole[:8], "little")
+    padding = whole[:header].rindex(b"}") + 1
+    name = whole.index(b'"checksum"')
+    harmless = {*range(name + 1, name + 9), *range(padding, header)}
+    for place in (*range(0, header, 3), *range(header, len(whole), 97), len(whole) - 1):
+        saved.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+        if place in harmless:
+            continue
+        with pytest.raises(UserError, match=r"good\.safetensors"):
+            Bridge.load(saved)
+    saved.write_bytes(whole.replace(b'"checksum"', b'"checksun"'))
+    assert Bridge.load(saved).metadata == good.metadata
+
+
 @pytest.mark.parametrize("metadata", [None, {}, {"format": "pt"}, {"format": "oprd-bridge-999"}], ids=str)
 def test_another_safetensors_file_is_refused(tmp_path, metadata):
     save_file({"weight": torch.ones(2, 2)}, tmp_path / BRIDGE_FILE, metadata=metadata)

@@ -1,10 +1,12 @@
 """`oprd bridge` from recipe to folder: what it writes, that it is the fit by hand, and what it refuses."""
 
 import json
+import multiprocessing
 import os
 import shutil
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +25,7 @@ from oprd.bridge.report import _ranks
 from oprd.bridge_recipe import parse_bridge_recipe
 from oprd.bridge_run import ModelPair
 from oprd.errors import UserError
+from oprd.folder.lock import LOCK_FILE, Holder
 from oprd.models import TINY_MODELS
 from oprd.prompts import load_prompts
 from oprd.ranks import Ranks
@@ -231,19 +234,44 @@ def test_the_same_command_leaves_it_alone(run, fitted, capsys):
     assert snapshot(fitted) == before
 
 
-@pytest.mark.parametrize("fault", ["missing", "cut"])
-def test_an_unfinished_folder_starts_over_with_the_same_result(run, fitted, tmp_path, capsys, fault):
-    """To the last bit."""
+@pytest.mark.parametrize("how", ["cut", "zeroed"])
+def test_a_bridge_that_was_changed_is_not_written_over_until_it_is_deleted(
+    run, fitted, tmp_path, capsys, how
+):
+    """And is then fitted again, to the last bit."""
     folder = shutil.copytree(fitted, tmp_path / "again")
     (folder / "report.json").unlink()
-    if fault == "missing":
-        (folder / "bridge.safetensors").unlink()
-    else:
-        os.truncate(folder / "bridge.safetensors", 1000)
+    whole = (folder / "bridge.safetensors").read_bytes()
+    kept = whole[: len(whole) // 2]
+    (folder / "bridge.safetensors").write_bytes(kept if how == "cut" else kept.ljust(len(whole), b"\0"))
+    before = snapshot(folder)
+    assert run(folder) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert f"{folder}/bridge.safetensors is damaged" in line
+    assert line.endswith("fit the bridge again: delete bridge.safetensors, and the same command does so")
+    assert snapshot(folder) == before
+    (folder / "bridge.safetensors").unlink()
     assert run(folder) == 0
     assert {path.name for path in folder.iterdir()} == FILES
     whole, stored = (load_file(path / "bridge.safetensors") for path in (fitted, folder))
     assert stored.keys() == whole.keys() and all(torch.equal(stored[k], whole[k]) for k in whole)
+
+
+def test_a_report_that_was_deleted_is_written_again(run, fitted, tmp_path):
+    folder = shutil.copytree(fitted, tmp_path / "again")
+    (folder / "report.json").unlink()
+    assert run(folder) == 0
+    assert (folder / "report.json").read_bytes() == (fitted / "report.json").read_bytes()
+    assert {path.name for path in folder.iterdir()} == FILES
+
+
+def test_a_folder_in_use_is_refused(run, tmp_path, capsys):
+    with multiprocessing.get_context("fork").Pool(1) as pool:
+        other = pool.apply(Holder.this_process, ("oprd bridge", tmp_path))
+        (tmp_path / LOCK_FILE).write_text(json.dumps(asdict(other)))
+        assert run(tmp_path) == 2
+        assert f"is in use by oprd bridge (process {other.pid} on " in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == [LOCK_FILE]
 
 
 # Choices
@@ -411,7 +439,16 @@ def test_ids_outside_the_teachers_vocabulary(refused, tmp_path):
     assert "vocabulary" in line
 
 
-@pytest.mark.parametrize("content", ["bridge.safetensors", "config.json"])
+def test_a_folder_of_a_training_run_is_refused_although_it_has_settings(run, fitted, tmp_path, capsys):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    shutil.copy(fitted / "resolved.yaml", folder)
+    (folder / "metrics.jsonl").write_text("")
+    assert run(folder) == 2
+    assert "holds metrics.jsonl, which is not of this command" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("content", ["bridge.safetensors", "config.json", "report.json", "summary.json"])
 def test_a_foreign_folder(run, fitted, tmp_path, capsys, content):
     folder = tmp_path / "foreign"
     folder.mkdir()

@@ -11,7 +11,7 @@ import pytest
 
 from killing import CLI, assert_same_run, finish, flags, lasting, run, start
 from oprd.folder.checkpoints import checkpoints, last_whole_checkpoint
-from oprd.folder.run import is_finished
+from oprd.folder.claims import is_finished
 from oprd.folder.whole import SEAL_FILE
 
 pytestmark = pytest.mark.drill

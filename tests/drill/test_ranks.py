@@ -4,6 +4,7 @@ import pytest
 
 from killing import CLI, DRIVER, TORCHRUN, assert_same_run, finish, flags, lasting, run
 from oprd.folder.checkpoints import last_whole_checkpoint
+from oprd.folder.lock import hold
 
 pytestmark = pytest.mark.drill
 
@@ -34,3 +35,12 @@ def test_a_killed_rank_ends_the_job_and_leaves_no_trace(tmp_path, data, uninterr
     assert (folder / "checkpoint-6" / "rng_state_1.pth").exists()
     assert_same_run(folder, uninterrupted, last_step=6)
     assert len(lasting(folder)) == 6
+
+
+def test_all_ranks_are_refused_in_a_folder_in_use(tmp_path, data):
+    """At once, although only the first one looks; and one of them tells it."""
+    folder = tmp_path / "run"
+    with hold(folder, "oprd train"):
+        code, said = run(COMMAND, [*TRAIN, *flags(folder, data, **RANKS)])
+    assert code == 1 and said.count(f"oprd: {folder} is in use by oprd train (process ") == 1
+    assert said.count("exitcode  : 2") == 1 and not folder.exists()

@@ -1,16 +1,21 @@
 import copy
 import itertools
 import json
+import multiprocessing
+import shutil
+from dataclasses import asdict
 
 import pytest
 import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from oprd import rollouts
+from oprd import cli, rollouts
 from oprd.errors import UserError
+from oprd.evaluation import run
 from oprd.evaluation.grade import grade
 from oprd.evaluation.problems import EvalSettings
-from oprd.evaluation.run import evaluate
+from oprd.evaluation.run import evaluate, evaluation_folder
+from oprd.folder.lock import LOCK_FILE, Holder
 from oprd.rollouts import Sampling
 from oprd.tiny import task
 from oprd.tiny.tokenizer import train_tokenizer
@@ -168,10 +173,121 @@ def test_a_folder_of_another_model_is_refused(finished, model, tokenizer):
         evaluate(changed, tokenizer, ROWS, SETTINGS, finished, "random", progress=False)
 
 
-def test_results_of_unknown_origin_are_refused(model, tokenizer, tmp_path):
-    (tmp_path / "samples.jsonl").write_text("{}\n")
-    with pytest.raises(UserError, match=r"no settings\.json"):
+@pytest.mark.parametrize("name", ["samples.jsonl", "summary.json"])
+def test_results_of_unknown_origin_are_refused(model, tokenizer, tmp_path, name):
+    (tmp_path / name).write_text("{}\n")
+    with pytest.raises(UserError, match=rf"holds {name} but no settings\.json"):
         evaluate(model, tokenizer, ROWS, SETTINGS, tmp_path, progress=False)
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        ("", "is damaged"),
+        ("{", "is damaged"),
+        ("\x00" * 9, "is damaged"),
+        ("[" * 10**5, "is damaged"),
+        ("[]", "is not of an evaluation"),
+        ('{"pair": "same", "steps": 2}', "is not of an evaluation"),
+    ],
+    ids=range(6),
+)
+def test_settings_that_cannot_be_read_are_refused_before_models_load(tmp_path, content, told):
+    (tmp_path / "settings.json").write_text(content)
+    with pytest.raises(UserError, match=rf"settings\.json {told}"), evaluation_folder(tmp_path):
+        pass
+    argv = ["eval", "--model", "nowhere", "--data", "tiny", "--output", str(tmp_path)]
+    assert cli.run(argv) == 2
+
+
+def edited(line, **changes):
+    return json.dumps(json.loads(line) | changes).encode() + b"\n"
+
+
+# What stands in a file of five lines, and the problems that are then drawn again, in groups of two.
+ATTACKS = {
+    "blank": (lambda a: [a[0], b"\n", *a[1:]], []),
+    "alien": (lambda a: [*a[:2], b'{"step": 3}\n', *a[3:]], [2, 3]),
+    "no JSON": (lambda a: [*a[:4], b"{[\n"], [4]),
+    "bytes": (lambda a: [b"\xff\x00\n", *a[1:]], [0, 1]),
+    "deep": (lambda a: [b"[" * 10**5 + b"\n", *a[1:]], [0, 1]),
+    "twice": (lambda a: [a[0], a[1], a[0], a[1], *a[2:]], []),
+    "another order": (lambda a: a[::-1], []),
+    "one missing": (lambda a: [a[0], *a[2:]], [0, 1]),
+    "a number that is none": (lambda a: [edited(a[0], problem=True), *a[1:]], [0, 1]),
+    "a number too large": (lambda a: [*a[:4], edited(a[4], problem=5)], [4]),
+    "another reference": (lambda a: [*a[:4], edited(a[4], reference="7")], [4]),
+    "another prompt": (lambda a: [*a[:4], edited(a[4], prompt="What is 1?")], [4]),
+    "too few samples": (lambda a: [*a[:4], edited(a[4], samples=[])], [4]),
+    "samples that are none": (lambda a: [*a[:4], edited(a[4], samples=[1, 2, 3])], [4]),
+    "a sample without its mark": (lambda a: [*a[:4], a[4].replace(b'"correct": false, ', b"", 1)], [4]),
+    "a mark that is none": (lambda a: [*a[:4], a[4].replace(b"false", b'"no"', 1)], [4]),
+    "no line's end": (lambda a: [*a[:4], a[4][:-1]], [4]),
+}
+
+
+@pytest.mark.parametrize("attack", ATTACKS)
+def test_lines_that_are_not_of_this_evaluation_are_drawn_again(
+    finished, model, tokenizer, tmp_path, monkeypatch, caplog, attack
+):
+    """To the bytes of an evaluation that nobody touched; and only what is missing is drawn."""
+    change, missing = ATTACKS[attack]
+    lines = (finished / "samples.jsonl").read_bytes().splitlines(keepends=True)
+    (tmp_path / "settings.json").write_bytes((finished / "settings.json").read_bytes())
+    (tmp_path / "samples.jsonl").write_bytes(b"".join(change(lines)))
+    batches, generate = [], rollouts.generate
+    monkeypatch.setattr(rollouts, "generate", lambda *a: batches.append(len(a[2])) or generate(*a))
+    evaluate(model, tokenizer, ROWS, SETTINGS, tmp_path, "random", progress=False)
+    for name in ("samples.jsonl", "summary.json"):
+        assert (tmp_path / name).read_bytes() == (finished / name).read_bytes()
+    assert sum(batches) == 3 * len(missing)
+    silent = ("another order", "one missing", "no line's end")
+    assert ("are dropped, and what is then missing is drawn again" in caplog.text) == (attack not in silent)
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"settings": {}}'])
+def test_a_damaged_summary_is_made_again_from_the_samples(
+    finished, model, tokenizer, tmp_path, monkeypatch, caplog, content
+):
+    folder = shutil.copytree(finished, tmp_path / "copied")
+    (folder / "summary.json").write_text(content)
+    monkeypatch.setattr(rollouts, "generate", never)
+    evaluate(model, tokenizer, ROWS, SETTINGS, folder, "random", progress=False)
+    assert (folder / "summary.json").read_bytes() == (finished / "summary.json").read_bytes()
+    assert caplog.text.count("summary.json is damaged: it is made again") == 1
+
+
+def test_a_line_that_another_program_takes_away_is_missed(model, tokenizer, tmp_path, monkeypatch):
+    """The lock keeps other evaluations out, not an editor."""
+    written = run.line
+    calls = itertools.count()
+
+    def meddle(record):
+        if next(calls) == 4:
+            (tmp_path / "samples.jsonl").write_bytes(b"")
+        return written(record)
+
+    monkeypatch.setattr(run, "line", meddle)
+    with pytest.raises(RuntimeError, match=r"samples\.jsonl lacks 4 problems, which another program"):
+        evaluate(model, tokenizer, ROWS, SETTINGS, tmp_path, progress=False)
+    assert not (tmp_path / "summary.json").exists()
+
+
+def test_an_evaluation_in_use_is_refused(finished, model, tokenizer, tmp_path):
+    with multiprocessing.get_context("fork").Pool(1) as pool:
+        other = pool.apply(Holder.this_process, ("oprd eval", tmp_path))
+        (tmp_path / LOCK_FILE).write_text(json.dumps(asdict(other)))
+        told = rf"is in use by oprd eval \(process {other.pid} on "
+        with pytest.raises(UserError, match=told):
+            evaluate(model, tokenizer, ROWS, SETTINGS, tmp_path, "random", progress=False)
+        with pytest.raises(UserError, match=told), evaluation_folder(tmp_path):
+            pass
+    assert [path.name for path in tmp_path.iterdir()] == [LOCK_FILE]
+    with evaluation_folder(tmp_path):
+        evaluate(model, tokenizer, ROWS, SETTINGS, tmp_path, "random", progress=False)
+    assert (tmp_path / "samples.jsonl").read_bytes() == (finished / "samples.jsonl").read_bytes()
+    assert {path.name for path in tmp_path.iterdir()} == {"settings.json", "samples.jsonl", "summary.json"}
 
 
 def test_greedy_samples_are_equal_and_random_state_is_left_alone(model, tokenizer, tmp_path):

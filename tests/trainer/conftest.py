@@ -1,16 +1,20 @@
 """Tiny Qwen3 pairs of one origin on disk, trainers on them, and rollouts of uneven lengths."""
 
+import json
+import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import yaml
 from datasets import Dataset
 from tiny_pair import QUICK, SIZES, ScriptedTrainer, perturb, prompt_texts
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from oprd.tiny.tokenizer import train_tokenizer
+from oprd.train import parse_training_recipe, train
 from oprd.trainer import OPRDConfig, OPRDTrainer
 
 
@@ -115,6 +119,51 @@ def gradient() -> Callable[..., tuple[float, torch.Tensor]]:
         return total, flat_gradient(trainer.model.parameters())
 
     return compute
+
+
+@pytest.fixture(scope="session")
+def prompts(tmp_path_factory: pytest.TempPathFactory) -> str:
+    path = tmp_path_factory.mktemp("data") / "prompts.jsonl"
+    path.write_text(
+        "".join(
+            json.dumps({"prompt": [{"role": "user", "content": text}]}) + "\n" for text in prompt_texts(12)
+        )
+    )
+    return str(path)
+
+
+@pytest.fixture(scope="session")
+def recipe(tmp_path_factory: pytest.TempPathFactory, student: str, teacher: str, prompts: str) -> Callable:
+    """`recipe(output_dir, **changes)`: the parsed recipe of a small composite run."""
+    file = tmp_path_factory.mktemp("recipe") / "recipe.yaml"
+    names = {
+        "model_name_or_path": student,
+        "teacher_model_name_or_path": teacher,
+        "dataset_name": prompts,
+        "gradient_accumulation_steps": 2,
+        "per_device_train_batch_size": 2,
+        "num_generations": 2,
+        "save_strategy": "steps",
+        "save_steps": 1,
+        "max_steps": 4,
+    }
+    file.write_text(yaml.safe_dump(QUICK | names))
+
+    def parse(output_dir: Path, *flags: str) -> Any:
+        return parse_training_recipe(file, ["--output_dir", str(output_dir), *flags])
+
+    return parse
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory: pytest.TempPathFactory, recipe: Callable) -> Path:
+    """The folder of that run, to be copied but not touched."""
+    return train(*recipe(tmp_path_factory.mktemp("runs") / "finished"))
+
+
+@pytest.fixture
+def copied(finished: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(finished, tmp_path / "copied"))
 
 
 def flat_gradient(parameters: Sequence[torch.Tensor]) -> torch.Tensor:

@@ -5,7 +5,7 @@ import pytest
 from killing import assert_same_run, finish, flags, kill_at, lasting, prompts
 from oprd import cli
 from oprd.folder.checkpoints import checkpoints, last_whole_checkpoint
-from oprd.folder.run import is_finished
+from oprd.folder.claims import is_finished
 
 pytestmark = pytest.mark.xdist_group("killed")
 

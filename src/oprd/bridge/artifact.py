@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import xxhash
 from jaxtyping import Float
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
@@ -130,13 +131,10 @@ class Bridge:
         """Write `path`, or bridge.safetensors in the folder `path`, whole or not at all; returns the file."""
         file = _file(path)
         file.parent.mkdir(parents=True, exist_ok=True)
-        tensors = {
-            f"{name}.{layer}": getattr(projector, name).contiguous().cpu()
-            for layer, projector in self.projectors.items()
-            for name in TENSORS
-        }
+        tensors = _tensors(self.projectors)
         pairs = {str(student): teacher for student, teacher in self.layer_map.pairs}
         header = {"format": FORMAT, "layer_map": json.dumps(pairs), "oprd": json.dumps(self.metadata)}
+        header["checksum"] = _checksum(header, tensors)
         partial = file.with_name(f"{file.name}.partial")
         try:
             partial.write_bytes(save(tensors, metadata=header))
@@ -167,6 +165,8 @@ class Bridge:
                     int(s): Projector(int(t), *(stored.get_tensor(f"{name}.{s}") for name in TENSORS))
                     for s, t in pairs.items()
                 }
+                if header.get("checksum") not in (None, _checksum(header, _tensors(projectors))):
+                    raise ValueError("it was changed after it was written")
         except (SafetensorError, OSError, KeyError, ValueError, TypeError) as error:
             if isinstance(error, UserError):
                 raise
@@ -183,6 +183,24 @@ class Bridge:
                 f"{', '.join(map(str, sorted(self.projectors)))}"
             )
         return self.projectors[layer]
+
+
+def _tensors(projectors: Mapping[int, Projector]) -> dict[str, Tensor]:
+    """The tensors of a bridge's file by their names there."""
+    return {
+        f"{name}.{layer}": getattr(projector, name).contiguous().cpu()
+        for layer, projector in projectors.items()
+        for name in TENSORS
+    }
+
+
+def _checksum(header: Mapping[str, str], tensors: Mapping[str, Tensor]) -> str:
+    """Of what a bridge's file says and holds; those of oprd 0.1.0 have none."""
+    digest = xxhash.xxh3_128((header["layer_map"] + header["oprd"]).encode())
+    for name in sorted(tensors):
+        digest.update(name.encode())
+        digest.update(tensors[name].flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def _at_rank(report: dict[str, Any], rank: int) -> dict[str, Any]:

@@ -2,13 +2,16 @@
 
 A folder holds `settings.json` first, then one line of `samples.jsonl` per finished problem, and
 `summary.json` at the end. The problems are generated in fixed groups whose seed depends on nothing
-but the settings, so a killed and resumed run writes the same bytes as an uninterrupted one.
+but the settings, so a killed and resumed run writes the same bytes as an uninterrupted one, and a line
+that was lost can be drawn again alone.
 """
 
 import hashlib
 import json
+import logging
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -20,9 +23,15 @@ from oprd.errors import UserError
 from oprd.evaluation import metrics
 from oprd.evaluation.grade import extract_answer, grade
 from oprd.evaluation.problems import EvalSettings, Problem, check_context, read_problems
-from oprd.folder.whole import check_writable, write_whole
+from oprd.evaluation.samples import line, read_samples
+from oprd.folder.lock import check_held, hold
+from oprd.folder.whole import check_place, write_whole
 from oprd.rollouts import Engine, HFEngine, Rollout, eos_token_ids
 
+logger = logging.getLogger(__name__)
+
+COMMAND = "oprd eval"
+SETTINGS_FILE, SAMPLES_FILE, SUMMARY_FILE = "settings.json", "samples.jsonl", "summary.json"
 FINGERPRINT_ENTRIES = 1024
 
 
@@ -70,15 +79,47 @@ def evaluate(
     )
     resolved = _resolved(evaluation, model_name)
     if output_dir is None:
-        records = list(_records(evaluation, 0, progress))
+        records = list(_records(evaluation, (), progress))
         return {**metrics.summarize(records), "settings": resolved}
-    _claim(output_dir, resolved)
-    summary_file, samples_file = output_dir / "summary.json", output_dir / "samples.jsonl"
-    if not summary_file.exists():
-        _complete(samples_file, evaluation, progress)
-        records = [json.loads(line) for line in samples_file.read_bytes().splitlines()]
-        _write_json(summary_file, {**metrics.summarize(records), "settings": resolved})
-    return json.loads(summary_file.read_text())
+    summary = _stored_summary(output_dir, resolved)
+    if summary is not None:
+        return summary
+    with hold(output_dir, COMMAND):
+        summary = _stored_summary(output_dir, resolved)  # of a process that has just let go of it
+        if summary is None:
+            if (output_dir / SUMMARY_FILE).exists():
+                logger.warning("%s/%s is damaged: it is made again", output_dir, SUMMARY_FILE)
+            _write_json(output_dir / SETTINGS_FILE, resolved)
+            records = _complete(output_dir / SAMPLES_FILE, evaluation, progress)
+            summary = {**metrics.summarize(records), "settings": resolved}
+            _write_json(output_dir / SUMMARY_FILE, summary)
+    return json.loads(json.dumps(summary))
+
+
+@contextmanager
+def evaluation_folder(folder: Path) -> Iterator[None]:
+    """Hold `folder`, unless it is finished; raises `UserError` where it is in use, or damaged."""
+    read_settings(folder)
+    with nullcontext() if (folder / SUMMARY_FILE).exists() else hold(folder, COMMAND):
+        yield
+
+
+def read_settings(folder: Path) -> dict[str, Any] | None:
+    """The settings of the evaluation in `folder`, or None; raises `UserError` where they cannot be read."""
+    check_place(folder)
+    file = folder / SETTINGS_FILE
+    if not file.exists():
+        for name in (SAMPLES_FILE, SUMMARY_FILE):
+            if (folder / name).exists():
+                raise UserError(f"{folder} holds {name} but no {file.name}: choose another output folder")
+        return None
+    try:
+        stored = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{file} is damaged ({error}): choose another output folder, or remove it") from error
+    if not isinstance(stored, dict) or "model_fingerprint" not in stored:
+        raise UserError(f"{file} is not of an evaluation: choose another output folder")
+    return stored
 
 
 def _resolved(evaluation: _Evaluation, model_name: str) -> dict[str, Any]:
@@ -106,52 +147,57 @@ def _model_fingerprint(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBas
     return digest.hexdigest()[:16]
 
 
-def _claim(output_dir: Path, resolved: dict[str, Any]) -> None:
-    """Write settings.json into a new folder; refuse a folder that belongs to other settings."""
-    file = output_dir / "settings.json"
-    if not file.exists():
-        if (output_dir / "samples.jsonl").exists() or (output_dir / "summary.json").exists():
-            raise UserError(f"{output_dir} holds results but no settings.json: choose another output folder")
-        check_writable(output_dir)
-        output_dir.mkdir(parents=True, exist_ok=True)
-        _write_json(file, resolved)
-        return
-    stored = json.loads(file.read_text())
+def _stored_summary(folder: Path, resolved: dict[str, Any]) -> dict[str, Any] | None:
+    """The summary in `folder`, or None if it cannot be read; raises `UserError` for another evaluation's."""
+    stored, file = read_settings(folder), folder / SUMMARY_FILE
+    if stored is None:
+        return None
     for key, value in json.loads(json.dumps(resolved)).items():
         if key not in stored or stored[key] != value:
             raise UserError(
-                f"{output_dir} holds an evaluation with another {key} ({stored.get(key)!r}, now {value!r}): "
+                f"{folder} holds an evaluation with another {key} ({stored.get(key)!r}, now {value!r}): "
                 "choose another output folder or remove this one"
             )
+    try:
+        summary = json.loads(file.read_text(encoding="utf-8"))
+        return summary if summary["settings"] == stored else None
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+        return None
 
 
-def _complete(file: Path, evaluation: _Evaluation, progress: bool) -> None:
-    """Append one line per missing problem, after cutting a half-written line or group off."""
-    lines = file.read_bytes().splitlines(keepends=True) if file.exists() else []
-    if lines and not lines[-1].endswith(b"\n"):
-        lines.pop()
-    if len(lines) < len(evaluation.problems):
-        lines = lines[: len(lines) - len(lines) % evaluation.group_size]
+def _complete(file: Path, evaluation: _Evaluation, progress: bool) -> list[dict[str, Any]]:
+    """Append a line for each problem that has none; returns the records of all problems, in their order."""
+    asked = file, evaluation.problems, evaluation.settings.samples
+    done = read_samples(*asked)
     with file.open("ab") as stream:
-        stream.truncate(sum(map(len, lines)))
-        for record in _records(evaluation, len(lines), progress):
-            stream.write(json.dumps(record, ensure_ascii=False).encode() + b"\n")
+        for record in _records(evaluation, done, progress):
+            check_held(file.parent)
+            stream.write(line(record))
             stream.flush()
             os.fsync(stream.fileno())
+    records = read_samples(*asked)
+    if len(records) < len(evaluation.problems):
+        missing = len(evaluation.problems) - len(records)
+        raise RuntimeError(f"{file} lacks {missing} problems, which another program took away: run it again")
+    return list(records.values())
 
 
-def _records(evaluation: _Evaluation, start: int, progress: bool) -> Iterator[dict[str, Any]]:
-    """The lines of samples.jsonl from problem `start`, the first of a group, on."""
+def _records(evaluation: _Evaluation, done: Container[int], progress: bool) -> Iterator[dict[str, Any]]:
+    """The records of the problems that are not `done`; problems of one group are drawn together."""
     size, num_samples = evaluation.group_size, evaluation.settings.samples
     count = len(evaluation.problems)
-    with tqdm(total=count, initial=start, desc=evaluation.label, unit="problem", disable=not progress) as bar:
-        for first in range(start, count, size):
+    with tqdm(total=count, desc=evaluation.label, unit="problem", disable=not progress) as bar:
+        for first in range(0, count, size):
             group = evaluation.problems[first : first + size]
-            rollouts = _group_rollouts(evaluation, group, first)
-            for i, problem in enumerate(group):
+            numbers = range(first, first + len(group))
+            missing = [number for number in numbers if number not in done]
+            bar.update(len(group) - len(missing))
+            rollouts = _group_rollouts(evaluation, group, first) if missing else []
+            for number in missing:
+                i, problem = number - first, evaluation.problems[number]
                 drawn = rollouts[i * num_samples : (i + 1) * num_samples]
                 yield {
-                    "problem": first + i,
+                    "problem": number,
                     "prompt": problem.prompt,
                     "reference": problem.reference,
                     "samples": [graded(evaluation.tokenizer, r, problem.reference) for r in drawn],

@@ -9,8 +9,10 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
+from oprd.folder.claims import steps_done
+from oprd.folder.lock import check_held
 from oprd.folder.run import STATE_FILE
-from oprd.folder.whole import damage, seal, unseal
+from oprd.folder.whole import SEAL_FILE, damage, seal, unseal
 from oprd.meters import MB
 
 logger = logging.getLogger(__name__)
@@ -32,7 +34,7 @@ def last_whole_checkpoint(folder: Path) -> Path | None:
     """The newest checkpoint that was written to its end and is as it was written; logs those passed over."""
     passed_over = checkpoints(folder)
     for checkpoint in passed_over:
-        fault = damage(checkpoint)
+        fault = damage(checkpoint) or _other_step(checkpoint)
         if fault is None:
             return checkpoint
         if _is_model_only(checkpoint):
@@ -43,9 +45,18 @@ def last_whole_checkpoint(folder: Path) -> Path | None:
     return None
 
 
+def _other_step(checkpoint: Path) -> str | None:
+    """What is wrong with the file that tells a resumed run its step; older seals have no checksum of it."""
+    step = steps_done(checkpoint)
+    if checkpoint.name == f"checkpoint-{step}":
+        return None
+    return f"{STATE_FILE} " + ("cannot be read" if step is None else f"is of step {step}")
+
+
 def _is_model_only(checkpoint: Path) -> bool:
     """Whether the last file was written, and nothing of what a run needs besides the model."""
-    return (checkpoint / STATE_FILE).exists() and not any(checkpoint.glob("rng_state*"))
+    has_seal, has_state = ((checkpoint / name).exists() for name in (SEAL_FILE, STATE_FILE))
+    return has_state and not has_seal and not any(checkpoint.glob("rng_state*"))
 
 
 @contextmanager
@@ -57,6 +68,7 @@ def written_whole(folder: Path, *, is_writer: bool, wait: Callable[[], None]) ->
     leave is not sealed.
     """
     if is_writer:
+        check_held(folder.parent)
         shutil.rmtree(folder, ignore_errors=True)
     wait()
     try:
@@ -85,7 +97,7 @@ def rotate(folder: Path, keep: int | None, best: str | None = None) -> None:
     """Delete every checkpoint but the `keep` newest whole ones and `best`; without `keep`, none."""
     if not keep or keep < 0:
         return
-    whole = [path for path in checkpoints(folder) if damage(path) is None]
+    whole = [path for path in checkpoints(folder) if damage(path, by_size=True) is None]
     kept = {path.resolve() for path in whole[:keep]} | ({Path(best).resolve()} if best else set())
     for path in checkpoints(folder):
         if path.resolve() not in kept:

@@ -1,6 +1,7 @@
 """Writes one line of `metrics.jsonl` per optimiser step and keeps a progress bar with the same numbers."""
 
 import json
+import logging
 import math
 import os
 from collections.abc import Callable
@@ -11,8 +12,12 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from oprd.errors import UserError
+from oprd.folder.lock import check_held
 from oprd.folder.whole import write_whole
 from oprd.meters import Averages, MemoryMeter, Stopwatch
+
+logger = logging.getLogger(__name__)
 
 METRICS_FILE = "metrics.jsonl"
 BAR = {
@@ -91,6 +96,7 @@ class Recorder(TrainerCallback):
             values |= observe(state.global_step, values)
         self._publish(values)
         if state.is_world_process_zero:
+            check_held(Path(args.output_dir))
             with (Path(args.output_dir) / METRICS_FILE).open("a") as file:
                 file.write(json.dumps({"step": state.global_step, **values}) + "\n")
                 file.flush()
@@ -109,18 +115,36 @@ class Recorder(TrainerCallback):
 
 
 def keep_steps(path: Path, last_step: int) -> None:
-    """Drop the lines of `metrics.jsonl` after `last_step`, and half-written ones: none will stand twice."""
+    """Drop the lines of `metrics.jsonl` after `last_step`, and a half-written one: none will stand twice."""
     path.parent.mkdir(parents=True, exist_ok=True)
     kept = [record for record in read_metrics(path) if record["step"] <= last_step]
+    if len(kept) < last_step:
+        logger.warning("%s lacks %d of the %d steps behind this run", path, last_step - len(kept), last_step)
     write_whole(path, "".join(json.dumps(record) + "\n" for record in kept))
 
 
 def read_metrics(path: Path) -> list[dict[str, float]]:
-    """The whole lines of a `metrics.jsonl`, in order; empty where there is none."""
-    records = []
-    for line in path.read_text().splitlines() if path.exists() else []:
+    """The lines of a `metrics.jsonl`, in order; none where there is no file.
+
+    A last line that a killed process has half written is left out, and so are blank ones. Raises `UserError`
+    for any other line that is not of a step, or of one that is not after those before it.
+    """
+    records: list[dict[str, float]] = []
+    text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+    lines, last = text.split("\n"), 0
+    for number, line in enumerate(lines, 1):
+        if not line.strip(" \r"):
+            continue
         try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
+            record = json.loads(line)
+            follows = isinstance(record["step"], int) and record["step"] > last
+        except (ValueError, LookupError, TypeError, RecursionError):
+            follows = False
+        if follows:
+            records.append(record)
+            last = record["step"]
+        elif number < len(lines):  # the last one has no line's end
+            raise UserError(
+                f"{path}, line {number} is not of a step after those before it: mend or delete that line"
+            )
     return records

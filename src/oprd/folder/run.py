@@ -4,7 +4,6 @@ The folder holds the final model, `checkpoint-*`, `metrics.jsonl` and `resolved.
 """
 
 import importlib.metadata
-import json
 import math
 import subprocess
 import sys
@@ -15,7 +14,7 @@ from typing import Any
 import yaml
 
 from oprd.errors import UserError
-from oprd.folder.whole import damage, write_whole
+from oprd.folder.whole import write_whole
 
 RESOLVED_FILE = "resolved.yaml"
 STATE_FILE = "trainer_state.json"
@@ -76,14 +75,12 @@ def resolved_settings(*arguments: Any) -> dict[str, Any]:
 
 
 def check_folder(folder: Path, settings: dict[str, Any]) -> None:
-    """Refuse a folder that holds a run of another objective, model or dataset, or another model.
+    """Refuse a folder that holds a run of another objective, model or dataset.
 
     Raises `UserError` naming the first key that differs.
     """
     resolved = folder / RESOLVED_FILE
     if not resolved.exists():
-        if any(folder.glob("checkpoint-*")) or (folder / "config.json").exists():
-            raise UserError(f"{folder} holds a model that is not a run of oprd: choose another output_dir")
         return
     stored = _stored_settings(resolved)
     for key in sorted(stored.keys() | settings.keys()):
@@ -117,13 +114,6 @@ def write_resolved(folder: Path, settings: dict[str, Any]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     record = {"settings": settings, "versions": _versions(), "git_commit": _git_commit()}
     write_whole(folder / RESOLVED_FILE, yaml.safe_dump(record, sort_keys=True, allow_unicode=True))
-
-
-def is_finished(folder: Path, max_steps: int) -> bool:
-    """Whether the final model lies whole in `folder` and was trained for `max_steps` or more."""
-    if damage(folder) is not None:
-        return False
-    return json.loads((folder / STATE_FILE).read_text())["global_step"] >= max_steps
 
 
 def _plain(value: Any) -> Any:

@@ -1,5 +1,7 @@
 """A trainer whose checkpoints are whole or not at all, and the same files for any number of ranks."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -8,9 +10,26 @@ from peft import PeftModel
 from transformers import Trainer
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 
+from oprd.errors import UserError, is_out_of_memory
 from oprd.folder.checkpoints import last_whole_checkpoint, rotate, written_whole
 from oprd.sharding.fsdp import Sharding
 from oprd.sharding.state import load_optimizer_state, load_weights, whole_optimizer_state, whole_weights
+
+
+@contextmanager
+def loading(checkpoint: str, *names: str) -> Iterator[None]:
+    """Within it what cannot be loaded from these files, whole as they are, is a `UserError` naming them."""
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, UserError) or is_out_of_memory(error):
+            raise
+        files = [path.name for name in names for path in sorted(Path(checkpoint).glob(name))]
+        why = f"{type(error).__name__}: {error}".partition(". ")[0]  # torch's advice on pickles misleads
+        raise UserError(
+            f"{checkpoint}: {' or '.join(files or names)} cannot be loaded ({why}); delete that checkpoint "
+            "to go on from an older one"
+        ) from error
 
 
 class ResumableTrainer(Trainer):
@@ -50,10 +69,11 @@ class ResumableTrainer(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         """The base class would leave weights as they are that the files name differently from the model."""
-        if self.sharding is None and isinstance(self.model, PeftModel):
-            return super()._load_from_checkpoint(resume_from_checkpoint, model)
-        if self.sharding is None or model is not None:  # a sharded model is asked for once it is sharded
-            load_weights(self.model, Path(resume_from_checkpoint))
+        with loading(resume_from_checkpoint, "*.safetensors"):
+            if self.sharding is None and isinstance(self.model, PeftModel):
+                return super()._load_from_checkpoint(resume_from_checkpoint, model)
+            if self.sharding is None or model is not None:  # a sharded model is asked for once it is sharded
+                load_weights(self.model, Path(resume_from_checkpoint))
 
     def _load_best_model(self) -> None:
         """As a checkpoint is; under FSDP the base class would look for files of a format of its own."""
@@ -62,12 +82,18 @@ class ResumableTrainer(Trainer):
         load_weights(self.model, Path(self.state.best_model_checkpoint))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        if self.sharding is None:
-            return super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is not None:
+        if checkpoint is None:
+            return
+        with loading(checkpoint, OPTIMIZER_NAME, SCHEDULER_NAME):
+            if self.sharding is None:
+                return super()._load_optimizer_and_scheduler(checkpoint)
             load_optimizer_state(self.optimizer, Path(checkpoint) / OPTIMIZER_NAME)
             schedule = torch.load(Path(checkpoint) / SCHEDULER_NAME, weights_only=True)
             self.lr_scheduler.load_state_dict(schedule)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        with loading(checkpoint or "", "rng_state*"):
+            super()._load_rng_state(checkpoint)
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
         """The base class's checkpoint, sealed when every rank has written; only then may older ones go."""

@@ -10,7 +10,8 @@ from transformers.utils import is_bitsandbytes_available
 
 from oprd.engines.vllm import check_training
 from oprd.errors import UserError
-from oprd.folder.run import check_folder, is_finished
+from oprd.folder.checkpoints import last_whole_checkpoint
+from oprd.folder.claims import check_final, is_done
 from oprd.folder.whole import check_writable
 from oprd.meters import MB
 from oprd.planning.memory_plan import MemoryPlan
@@ -48,9 +49,9 @@ def check_engine(config: Any) -> str:
 
 def check_output(folder: Path, settings: dict[str, Any]) -> str:
     """What a run of `settings`, resolved, would find in `folder`; raises `UserError` for another run's."""
-    check_folder(folder, settings)
-    if is_finished(folder, settings["max_steps"]):
+    if is_done(folder, settings):
         return f"{folder} holds the finished run: nothing would be done"
+    check_final(folder, last_whole_checkpoint(folder))
     check_writable(folder)
     return f"{folder} {'holds this run, which would resume' if folder.exists() else 'can be written'}"
 

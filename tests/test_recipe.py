@@ -160,7 +160,7 @@ def test_files_that_cannot_be_read(tmp_path):
         read_recipe(tmp_path / "bytes.yaml")
 
 
-@pytest.mark.parametrize("key", ["model_name_or_path", "dataset_name"])
+@pytest.mark.parametrize("key", ["model_name_or_path", "dataset_name", "teacher_model_name_or_path"])
 def test_names_are_required(parse, key):
     with pytest.raises(UserError, match=f"names no {key}: add it"):
         parse(base={k: v for k, v in BASE.items() if k != key})

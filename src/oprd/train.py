@@ -66,8 +66,10 @@ def parse_training_recipe(path: str | Path, flags: Sequence[str] = ()) -> tuple[
         raise
     except (ValueError, TypeError, ImportError) as error:
         raise UserError(f"{path}: {error}") from error
-    for key in ("model_name_or_path", "dataset_name"):
-        if not getattr(run, key):
+    names = {key: getattr(run, key) for key in ("model_name_or_path", "dataset_name")}
+    names["teacher_model_name_or_path"] = config.teacher_model_name_or_path
+    for key, name in names.items():
+        if not name:
             raise UserError(f"{path} names no {key}: add it to the recipe or as a flag")
     for key in ("accuracy_steps", "accuracy_problems", "accuracy_samples"):
         at_least(key, getattr(run, key), 1)

@@ -212,7 +212,8 @@ def test_a_stream_is_read_as_far_as_a_run_takes(caplog):
 def test_streams_that_give_no_prompts():
     with pytest.raises(UserError, match="set max_steps"):
         stream_length(SimpleNamespace(max_steps=-1), 1)
-    with pytest.raises(UserError, match="mixes text and chat"):
-        look_ahead(stream("a", chat("b")), 2)
+    for prompts, kinds in (("a", chat("b")), "list and str"), ((5, 6), "int"):
+        with pytest.raises(UserError, match=f"the stream's prompts are {kinds}: give text, or lists of mess"):
+            look_ahead(stream(*prompts), 2)
     with pytest.raises(UserError, match="no column 'prompt'; it has text"):
         look_ahead(IterableDataset.from_generator(lambda: ({"text": "a"} for _ in range(2))), 2)

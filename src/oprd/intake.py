@@ -77,14 +77,16 @@ def usable_prompts(
 def look_ahead(stream: IterableDataset, count: int) -> Dataset:
     """The first `count` prompts of a stream, in memory.
 
-    Raises `UserError` without a column `prompt`, and for text beside chats.
+    Raises `UserError` without a column `prompt`, and for prompts that are not all text or all messages.
     """
     rows = list(islice(stream, count))
     if rows and "prompt" not in rows[0]:
         raise UserError(f"the stream has no column 'prompt'; it has {', '.join(rows[0])}")
     prompts = [row.get("prompt") for row in rows]
-    if len({type(prompt) for prompt in prompts if prompt is not None}) > 1:
-        raise UserError("the stream mixes text and chat prompts: use one kind")
+    kinds = {type(prompt).__name__ for prompt in prompts if prompt is not None}
+    if len(kinds) > 1 or not kinds <= {"str", "list"}:
+        found = " and ".join(sorted(kinds))
+        raise UserError(f"the stream's prompts are {found}: give text, or lists of messages, in all rows")
     logger.info("the stream's first %d prompts are held in memory: a run takes no more", len(prompts))
     return prompt_dataset({"prompt": prompts}, "the stream")
 

@@ -199,7 +199,9 @@ def test_responses_that_end_with_another_eos(tmp_path):
     pair = ModelPair.load(parse_bridge_recipe(recipe), torch.device("cpu"))
     ids = tokenizer("12+7", add_special_tokens=False)["input_ids"]
     for end in (tokenizer.eos_token_id, other):
-        tensors, _ = pair.translation.responses(torch.tensor([[*ids, end]]), torch.ones(1, len(ids) + 1))
+        tensors, _ = pair.translation.responses(
+            torch.tensor([[*ids, end]]), torch.ones(1, len(ids) + 1, dtype=torch.long)
+        )
         assert tensors["ends_together"].tolist() == [True]
         assert tensors["teacher_completion_ids"][0, -1] == pair.teacher.tokenizer.eos_token_id
 

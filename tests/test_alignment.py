@@ -1,5 +1,6 @@
 """Pairs of positions against a slow reading of the definition, for every kind of tokenizer; every refusal."""
 
+import copy
 import gc
 import weakref
 from dataclasses import dataclass, field
@@ -566,6 +567,40 @@ def test_end_tokens_pair_with_each_other_in_last_place_only():
     assert align(D, one + ours + ours, N, two + theirs) == [(1, 0), (3, 1)]
 
 
+def test_other_ends_are_named():
+    """As a generation config lists them: special or not, they end a response in last place."""
+    one, two, end = D.encode("12"), N.encode("12"), N.ids("<|end|>")
+    assert set(D.ids("<|endoftext|>", "3")).isdisjoint(D.ends)
+    for other in D.ids("<|endoftext|>"), D.ids("3"):
+        args = D.tokenizer, one + other, N.tokenizer, two + end
+        assert align_tokens(*args) == [(1, 0)]
+        assert align_tokens(*args, student_ends=other) == [(1, 0), (2, 1)]
+        assert align_tokens(*args, student_ends=torch.tensor([*other, *D.ids("<|im_end|>")])) == [
+            (1, 0),
+            (2, 1),
+        ]
+        args = N.tokenizer, two + end, D.tokenizer, one + other
+        assert align_tokens(*args, teacher_ends=other) == [(0, 1), (1, 2)]
+        aligned = Aligner(D.tokenizer, N.tokenizer, student_ends=other).align(one + other)
+        assert aligned == AlignedResponse(two + end, [(0, 0), (2, 1)], 3, False, True)
+        assert not Aligner(D.tokenizer, N.tokenizer).align(one + other).ends_together
+    # The tokenizer's own ends stay ends, and one that is not last is none.
+    assert Aligner(D.tokenizer, N.tokenizer, D.ids("3")).align(one + D.ids("<|im_end|>")).ends_together
+    assert Aligner(D.tokenizer, N.tokenizer, D.ids("3")).align(D.ids("3") + one).teacher_ids == N.encode(
+        "312"
+    )
+
+
+def test_one_vocabulary_pairs_its_ends_whatever_they_are():
+    ids = D.ids("1", "2", "<|endoftext|>")
+    chat = copy.deepcopy(D.tokenizer)
+    assert same_vocabulary(D.tokenizer, chat)
+    assert align_tokens(D.tokenizer, ids, chat, ids) == [(0, 0), (1, 1), (2, 2)]
+    other = D.ids("1", "2", "<|im_end|>")
+    assert align_tokens(D.tokenizer, ids, chat, other) == [(0, 0), (1, 1)]
+    assert align_tokens(D.tokenizer, ids, chat, other, student_ends=ids[-1:]) == [(0, 0), (1, 1), (2, 2)]
+
+
 def test_control_tokens_spell_their_name_where_the_other_side_does():
     think, text = D.ids("<think>"), D.encode("12")
     pieces = N.encode("<think>")
@@ -650,14 +685,21 @@ def test_other_spaces_are_text(name):
 
 
 def test_nothing_pairs_beyond_a_difference():
+    ours, theirs = D.encode("12e34"), N.encode("12ê34")
+    assert align(D, ours, N, theirs) == [(1, 0)]  # "12" is one of the teacher's tokens
+
+
+def test_pairs_go_on_behind_what_is_normalised():
     backend = Tokenizer.from_str(N.tokenizer.backend_tokenizer.to_str())
     backend.normalizer = normalizers.NFC()
     composing = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|endoftext|>")
-    ours = D.encode("12e\u030134")
+    ours = D.ids("1", "2", "e", "Ì", "ģ", "3", "4")
     aligned = Aligner(D.tokenizer, composing).align(ours)
-    assert composing.decode(aligned.teacher_ids) == "12\u00e934"
-    # "12" is one of the teacher's tokens; then e and é differ in their first byte.
-    assert aligned.rows == [(0, 0), (2, 1)]
+    assert composing.convert_ids_to_tokens(aligned.teacher_ids) == ["12", "Ã©", "3", "4"]
+    # Read: nothing, 12, 12é, 12é3; é has been read with the last byte of its accent.
+    assert aligned.rows == [(0, 0), (2, 1), (5, 2), (6, 3)]
+    pairs = align_tokens(D.tokenizer, ours, composing, aligned.teacher_ids)
+    assert pairs == [(1, 0), (4, 1), (5, 2), (6, 3)]
 
 
 def test_a_byte_level_token_outside_the_alphabet_is_its_own_text():

@@ -4,7 +4,7 @@ from transformers import GenerationConfig, Qwen3Config, Qwen3ForCausalLM
 
 from oprd.errors import UserError
 from oprd.rendering import Renderer
-from oprd.rollouts import Sampling, eos_token_ids, generate
+from oprd.rollouts import Rollout, Sampling, eos_token_ids, generate, listed_eos_ids
 from oprd.tiny.tokenizer import train_tokenizer
 
 torch.set_num_threads(1)
@@ -52,6 +52,24 @@ def test_every_end_of_sequence_counts(model, tokenizer):
     model.generation_config.eos_token_id = tokenizer.eos_token = None
     with pytest.raises(UserError, match="EOS"):
         eos_token_ids(model, tokenizer)
+
+
+def test_the_end_of_turn_counts_too(model, tokenizer):
+    """A base model's EOS is not what its chat template ends a turn with."""
+    end = tokenizer.eos_token_id
+    tokenizer.eos_token = tokenizer.pad_token
+    model.generation_config.eos_token_id = tokenizer.eos_token_id
+    assert eos_token_ids(model, tokenizer) == [tokenizer.eos_token_id, end]
+    assert listed_eos_ids(model, tokenizer) == [tokenizer.eos_token_id]
+    given = GenerationConfig(eos_token_id=[7, end])
+    assert eos_token_ids(model, tokenizer, given) == [tokenizer.eos_token_id, 7, end]
+    tokenizer.chat_template = None
+    assert eos_token_ids(model, tokenizer) == [tokenizer.eos_token_id]
+
+
+def test_the_text_of_a_rollout_has_no_end_token():
+    assert Rollout([1], [5, 6, 2], truncated=False).text_ids == [5, 6]
+    assert Rollout([1], [5, 6, 2], truncated=True).text_ids == [5, 6, 2]
 
 
 def test_same_seed_same_rollouts_and_global_random_state_left_alone(model, tokenizer):

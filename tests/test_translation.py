@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 
+from lookalikes import lookalike
 from oprd.errors import UserError
 from oprd.tiny.tokenizer import DIGITS, PAIRS, train_tokenizer
 from oprd.translation import Translation
@@ -135,6 +136,19 @@ def test_responses_by_hand(ours, theirs):
     assert [response.coverage for response in aligned] == [0.7, 2 / 3, 2 / 3]
 
 
+def test_a_response_that_ends_with_another_eos(ours, theirs):
+    """A generation config may list several: the last row pairs, and the teacher ends with its own."""
+    other = ours.pad_token_id
+    assert other != ours.eos_token_id
+    ids, mask = pad([[*encode(ours, "123"), other]])
+    for ends, together in (([ours.eos_token_id, other], True), ([ours.eos_token_id], False)):
+        tensors, (aligned,) = Translation(ours, theirs, student_ends=ends).responses(ids, mask)
+        assert tensors["ends_together"].tolist() == [together] == [aligned.ends_together]
+        wanted = [*encode(theirs, "123"), *[theirs.eos_token_id] * together]
+        assert tensors["teacher_completion_ids"].tolist() == [wanted]
+        assert tensors["teacher_rows"].tolist() == [[0, 1, -1, 2 if together else -1]]
+
+
 def test_invalid_utf8(ours, theirs, caplog):
     """The teacher's tokens end before the first invalid byte, without an EOS; nothing after it is paired."""
     broken = ours.convert_tokens_to_ids("ÿ")
@@ -171,6 +185,30 @@ def test_few_pairs_are_said_once(ours, theirs, caplog):
         translation.responses(*pad([broken(ours, "1+2", 3), broken(ours, "1+2", 2)]))  # 6 of 13
     (said,) = [record.getMessage() for record in caplog.records]
     assert said.startswith("only 46% of the student's rows have a partner among the teacher's")
+
+
+def test_pairing_that_stops_within_rollouts_is_said_once(ours, theirs, caplog):
+    translation = Translation(ours, theirs)
+    text = "12345+678=13023" * 8
+    whole, late = [*encode(ours, text), ours.eos_token_id], broken(ours, text, 12)
+    _, aligned = translation.responses(*pad([whole, late, whole, broken(ours, text, 8)]))
+    assert [response.collapsed for response in aligned] == [False, False, False, False]
+    assert not caplog.records
+    for _ in range(2):
+        _, aligned = translation.responses(*pad([whole, broken(ours, text, 20), whole, whole]))
+        assert [response.collapsed for response in aligned] == [False, True, False, False]
+    (said,) = [record.getMessage() for record in caplog.records]
+    assert said.startswith(
+        "in 1 of 4 rollouts pairing stops well before the end; in the first of them 20 rows"
+    )
+    assert said.endswith("78=13023' and have no partner: the student's next bytes are no valid UTF-8")
+
+
+def test_what_the_teacher_reads_instead_is_said(ours, caplog):
+    translation = Translation(ours, lookalike("gemma"))
+    translation.responses(*pad([[*encode(ours, "1+2=3 ▁" + "45+6=51 " * 4), ours.eos_token_id]]))
+    (said,) = [record.getMessage() for record in caplog.records if "pairing stops" in record.getMessage()]
+    assert "after '1+2=3 '" in said and "the student writes '▁45+6" in said and "reads ' 45+6" in said
 
 
 @pytest.mark.parametrize("texts", [["", "", "1"], ["", "1+2", ""]], ids=str)

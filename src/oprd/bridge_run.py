@@ -37,7 +37,7 @@ from oprd.prompts import load_prompts
 from oprd.ranks import Ranks, joined_ranks
 from oprd.reading import Want, read_states
 from oprd.rendering import Renderer
-from oprd.rollouts import Engine, Rollout, left_pad
+from oprd.rollouts import Engine, Rollout, eos_token_ids, left_pad
 from oprd.selection import LayerMap, Positions
 from oprd.teacher import Teacher
 from oprd.translation import Translation
@@ -130,14 +130,15 @@ class ModelPair:
         tokenizer = load_tokenizer(located, **shared)
         teacher = Teacher.load(args.teacher_model_name_or_path, {"dtype": args.dtype} | shared)
         teacher.place(device)
+        student = load_model(located, dtype=args.dtype, **shared).to(device)
         translation = Translation(
             tokenizer,
             teacher.tokenizer,
             args.teacher_chat_template,
             args.teacher_tokenization,
             args.teacher_template_kwargs,
+            eos_token_ids(student, tokenizer),
         )
-        student = load_model(located, dtype=args.dtype, **shared).to(device)
         if translation.feeds_foreign_ids:
             teacher.check_ids(student)
         return cls(student, tokenizer, teacher, translation)
@@ -320,6 +321,7 @@ def _inputs(
         if aligned:
             counts["paired_rows"] = sum(len(response.rows) for response in aligned)
             counts["invalid_utf8"] = sum(response.invalid_utf8 for response in aligned)
+            counts["collapsed_alignment"] = sum(response.collapsed for response in aligned)
     return {name: tensor.to(device) for name, tensor in inputs.items()}, counts
 
 

@@ -156,6 +156,7 @@ class RolloutTrainer(Trainer):
             paired, rows = sum(len(a.rows) for a in aligned), sum(a.num_rows for a in aligned)
             averages.add("rollout/coverage", paired, rows)
             averages.add("rollout/invalid_utf8", sum(a.invalid_utf8 for a in aligned))
+            averages.add("rollout/collapsed_alignment", sum(a.collapsed for a in aligned), len(aligned))
         for term in TERMS[:2]:
             if self.args.schedules[term].ever_active:
                 averages.add(f"rollout/{term}_rows", (batch[f"{term}_weights"] > 0).sum())

@@ -24,6 +24,7 @@ from transformers.generation import (
 )
 
 from oprd.errors import UserError
+from oprd.spelling import end_of_turn
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,11 @@ class Rollout:
     response_ids: list[int]
     truncated: bool
 
+    @property
+    def text_ids(self) -> list[int]:
+        """The response without the token that ended it, which need not be a special one."""
+        return self.response_ids if self.truncated else self.response_ids[:-1]
+
 
 class Engine(Protocol):
     """Draws responses outside training. `name` tells engines apart whose samples differ."""
@@ -84,20 +90,36 @@ class HFEngine:
         return generate(self.model, self.tokenizer, prompt_ids, sampling, seed)
 
 
-def eos_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The ids that end a response: the tokenizer's EOS, then those of the model's generation config.
+def eos_token_ids(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *configs: GenerationConfig
+) -> list[int]:
+    """The ids that end a response, in training, evaluation, bridge and alignment alike.
 
-    Raises `UserError` when there is none.
+    They are the tokenizer's EOS, all that the model's generation config lists (and `configs`, if given), and
+    the end of turn of the chat template. Raises `UserError` when the first two name none.
     """
-    listed = getattr(model.generation_config, "eos_token_id", None)
-    others = listed if isinstance(listed, list) else [listed]
-    ids = [i for i in [tokenizer.eos_token_id, *others] if i is not None]
+    ids = listed_eos_ids(model, tokenizer, *configs)
     if not ids:
         raise UserError(
             "neither the tokenizer nor the model's generation config names an EOS token, so no response "
             "would ever end: set eos_token in the tokenizer's files"
         )
-    return list(dict.fromkeys(ids))
+    return _known([*ids, end_of_turn(tokenizer)])
+
+
+def listed_eos_ids(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *configs: GenerationConfig
+) -> list[int]:
+    """The tokenizer's EOS and what the generation configs list: what a saved model stops at."""
+    ids: list[int | None] = [tokenizer.eos_token_id]
+    for config in (model.generation_config, *configs):
+        listed = getattr(config, "eos_token_id", None)
+        ids += listed if isinstance(listed, list) else [listed]
+    return _known(ids)
+
+
+def _known(ids: list[int | None]) -> list[int]:
+    return list(dict.fromkeys(i for i in ids if i is not None))
 
 
 def left_pad(prompts: Sequence[list[int]], pad_id: int) -> tuple[Int[Tensor, "B P"], Int[Tensor, "B P"]]:

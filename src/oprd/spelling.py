@@ -1,23 +1,22 @@
 """What the ids of a tokenizer spell: the bytes of its tokens, and which of them end a response."""
 
 import json
-import re
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
 from functools import wraps
+from itertools import accumulate
 from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
+from tokenizers.normalizers import Normalizer
 from transformers import PreTrainedTokenizerBase as Tokenizer
-from transformers.convert_slow_tokenizer import bytes_to_unicode
 
+from oprd.decoding import bytes_decoder, read_decoder, read_normalizer, valid_utf8
 from oprd.errors import UserError
 
 Value = TypeVar("Value")
 
 REPLY = "the-reply"
-BYTE_OF = {character: byte for byte, character in bytes_to_unicode().items()}
-BYTE_FALLBACK = re.compile("<0x([0-9A-Fa-f]{2})>")
 
 
 def _per_tokenizer(build: Callable[..., Value]) -> Callable[..., Value]:
@@ -76,67 +75,80 @@ class Spelling:
     """Bytes of text tokens and names of control tokens by id, and which ids end a response.
 
     `drops_space`: whether decoding drops a space at the start, then the other way if encoding may add one.
+    `literals`: added words that the decoder spells as invalid UTF-8, as they are written. `normalizer`: what
+    the tokenizer makes of a text before it cuts it.
     """
 
     text: dict[int, bytes]
     controls: dict[int, bytes]
-    ends: set[int | None]
+    ends: set[int]
     drops_space: tuple[bool, ...]
+    literals: dict[int, bytes]
+    normalizer: Normalizer | None
+
+    def ended_by(self, ids: Iterable[int]) -> "Spelling":
+        """The same, with more ids that end a response."""
+        return replace(self, ends=self.ends | set(ids))
+
+    def pieces(self, ids: list[int], ended: bool) -> list[bytes]:
+        """What each id spells; control tokens spell nothing.
+
+        A byte-level decoder takes the letters of every token for bytes, those of an added `café` too. Where
+        these bytes are invalid UTF-8, the word stands for its own text, which is what an encoder cut it from.
+        """
+        pieces = [self.text.get(i, b"") for i in ids]
+        while not self.literals.keys().isdisjoint(ids):
+            text = b"".join(pieces)
+            valid = valid_utf8(text, ended=True)[1]
+            broken = next((n for n, stop in enumerate(accumulate(map(len, pieces))) if stop > valid), None)
+            if broken is None or pieces[broken] == self.literals.get(ids[broken], pieces[broken]):
+                break
+            if len(pieces[broken]) == 1 and valid_utf8(text, ended)[1] == len(text):
+                break  # a byte with which the response is cut off, not a letter
+            pieces[broken] = self.literals[ids[broken]]
+        return pieces
 
 
 @_per_tokenizer
 def spelling(tokenizer: Tokenizer, role: str) -> Spelling:
     """What the ids of a tokenizer spell; raises `UserError` if its tokens do not tell."""
-    added, drops = tokenizer.added_tokens_decoder, False
-    spell: Callable[[Any], bytes] | None
-    if hasattr(tokenizer, "backend_tokenizer"):
-        tokens = {i: token for token, i in tokenizer.get_vocab().items() if i not in added}
-        spell, drops = _read_decoder(json.loads(tokenizer.backend_tokenizer.to_str()))
-    else:
-        tokens = {i: tokenizer.convert_ids_to_tokens(i) for i in range(len(tokenizer)) if i not in added}
-        spell = bytes if all(isinstance(token, bytes) for token in tokens.values()) else None
-    if spell is None:
+    added, backend = tokenizer.added_tokens_decoder, _description(tokenizer)
+    tokens = _tokens(tokenizer, is_fast=backend is not None)
+    own = (token for i, token in tokens.items() if i not in added)
+    decoder = bytes_decoder(own) if backend is None else read_decoder(backend)
+    if decoder is None:
         name = getattr(tokenizer, "name_or_path", "") or type(tokenizer).__name__
         raise UserError(
             f"the {role}'s tokenizer {name!r} does not give its tokens' bytes back, so responses cannot be "
             "aligned: use models with byte-level or SentencePiece BPE tokenizers, or with one vocabulary"
         )
-    text = {i: spell(token) for i, token in tokens.items()}
-    text |= {i: token.content.encode() for i, token in added.items() if not token.special}
-    controls = {i: token.content.encode() for i, token in added.items() if token.special}
+    text = {i: decoder.spell(token) for i, token in tokens.items()}
+    # A special token of one byte is a part of characters, and text for all that a trainer was told.
+    special = {i for i, token in added.items() if token.special and len(text[i]) > 1}
+    controls = {i: added[i].content.encode() for i in special}
+    text = {i: piece for i, piece in text.items() if i not in controls}
+    broken = {i for i in added.keys() & text.keys() if valid_utf8(text[i], ended=True)[1] < len(text[i])}
     start = b"".join(text.get(i, b"") for i in encode(tokenizer, "a"))
-    ends = {tokenizer.eos_token_id, end_of_turn(tokenizer)} - {None}
-    return Spelling(text, controls, ends, (drops, not drops) if drops or start[:1] == b" " else (drops,))
+    drops = decoder.drops_space
+    return Spelling(
+        text,
+        controls,
+        {tokenizer.eos_token_id, end_of_turn(tokenizer)} - {None},
+        (drops, not drops) if drops or start[:1] == b" " else (drops,),
+        {i: added[i].content.encode() for i in broken},
+        None if backend is None else read_normalizer(backend, decoder.renames),
+    )
 
 
-def _read_decoder(backend: dict[str, Any]) -> tuple[Callable[[str], bytes] | None, bool]:
-    """How the decoder spells a token (None: of no known kind) and whether it drops a space at the start."""
-    decoder, model = backend["decoder"] or {}, backend["model"]
-    renames, kinds, drops = {}, set(), False
-    for step in decoder.get("decoders", [decoder]):
-        fused = "Fuse" in kinds
-        match step:
-            case {"type": "ByteLevel" | "ByteFallback" | "Fuse"} if not fused:
-                pass
-            case {"type": "Replace", "pattern": {"String": old}, "content": new} if not fused:
-                renames[old] = new
-            case {"type": "Metaspace", "replacement": old, "prepend_scheme": when} if not fused:
-                renames[old], drops = " ", when != "never"
-            case {"type": "Strip", "content": " ", "start": 1, "stop": 0} if fused:
-                drops = True
-            case _:
-                return None, False
-        kinds.add(step["type"])
-    if kinds <= {"Fuse"} or model.get("continuing_subword_prefix") or model.get("end_of_word_suffix"):
-        return None, False
+def _description(tokenizer: Tokenizer) -> dict[str, Any] | None:
+    """The contents of `tokenizer.json`; None for a tokenizer that is not made of one."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    return None if backend is None else json.loads(backend.to_str())
 
-    def spell(token: str) -> bytes:
-        if "ByteFallback" in kinds and (byte := BYTE_FALLBACK.fullmatch(token)):
-            return bytes([int(byte[1], 16)])
-        for old, new in renames.items():
-            token = token.replace(old, new)
-        if "ByteLevel" in kinds and all(character in BYTE_OF for character in token):
-            return bytes(BYTE_OF[character] for character in token)
-        return token.encode()
 
-    return spell, drops
+def _tokens(tokenizer: Tokenizer, is_fast: bool) -> dict[int, Any]:
+    """The tokens as the decoder is given them: an added one that is to be normalised has been."""
+    added = tokenizer.added_tokens_decoder
+    known = {i: token for token, i in tokenizer.get_vocab().items()} if is_fast else {}
+    others = added if is_fast else {*range(len(tokenizer)), *added}
+    return known | {i: tokenizer.convert_ids_to_tokens(i) for i in others}

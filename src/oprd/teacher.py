@@ -18,6 +18,7 @@ from oprd.init_kwargs import hub_kwargs
 from oprd.models import base_model, load_model, load_tokenizer, resolve_model
 from oprd.precision import Precision, store_products_in
 from oprd.reading import Reading, StateReader, Want
+from oprd.rollouts import listed_eos_ids
 from oprd.sharding.fsdp import Sharding
 
 logger = logging.getLogger(__name__)
@@ -177,11 +178,21 @@ def shared_vocabulary(
             "bridge: use a teacher of the same tokenizer, or a bridge (oprd bridge) with output_loss: none "
             "or sampled_text"
         )
-    if student_tokenizer.eos_token_id != teacher.tokenizer.eos_token_id:
+    _check_ends(student, student_tokenizer, teacher)
+    return min(sizes)
+
+
+def _check_ends(
+    student: PreTrainedModel, student_tokenizer: PreTrainedTokenizerBase, teacher: Teacher
+) -> None:
+    """Warn if one model's EOS is none of those that the other stops at."""
+    assert teacher.tokenizer is not None
+    ours, theirs = student_tokenizer.eos_token_id, teacher.tokenizer.eos_token_id
+    stops = listed_eos_ids(student, student_tokenizer), listed_eos_ids(teacher.model, teacher.tokenizer)
+    if ours != theirs and (theirs not in stops[0] or ours not in stops[1]):
         logger.warning(
-            "the student ends with %r and the teacher with %r: watch the response lengths, or give both "
-            "one chat template",
+            "the student ends with %r and the teacher with %r: watch the response lengths, or give both one "
+            "chat template and list both tokens as eos_token_id in generation_config.json",
             student_tokenizer.eos_token,
             teacher.tokenizer.eos_token,
         )
-    return min(sizes)

@@ -38,6 +38,7 @@ from oprd.meters import MemoryMeter
 from oprd.models import holds_adapters, resolve_model
 from oprd.origin import warn_of_another_origin
 from oprd.precision import Precision
+from oprd.rollouts import eos_token_ids
 from oprd.settings import ObjectiveSettings, at_least
 from oprd.sharding.fsdp import Sharding
 from oprd.sharding.zero import check_zero3
@@ -163,6 +164,7 @@ class OPRDTrainer(ResumableTrainer, UpdateTrainer, DistillationTrainer):
                 callbacks=callbacks,
                 **kwargs,
             )
+        self._end_turns()
         self.get_optimizer_cls_and_kwargs(args, self.model)  # what it lacks is told now, not after rollouts
         if self._is_vlm:
             raise UserError("the student is a vision-language model; oprd distils text-only models so far")
@@ -188,6 +190,11 @@ class OPRDTrainer(ResumableTrainer, UpdateTrainer, DistillationTrainer):
 
     # Set-up
 
+    def _end_turns(self) -> None:
+        """Let rollouts end at the ids that end a response elsewhere: TRL lacks the template's end of turn."""
+        self.eos_token_ids = eos_token_ids(self.model, self._tokenizer, self.generation_config)
+        self.generation_config.eos_token_id = self.generation_kwargs["eos_token_id"] = self.eos_token_ids
+
     def _load_teacher(self, teacher: str | PreTrainedModel, args: OPRDConfig) -> Teacher:
         init_kwargs = teacher_kwargs(args)
         if args.teacher_quantization != "none":
@@ -207,6 +214,7 @@ class OPRDTrainer(ResumableTrainer, UpdateTrainer, DistillationTrainer):
             args.teacher_chat_template,
             args.teacher_tokenization,
             args.teacher_chat_template_kwargs,
+            self.eos_token_ids,
         )
         if translation.feeds_foreign_ids:
             self.teacher.check_ids(self.model)

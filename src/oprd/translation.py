@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
-from oprd.alignment import AlignedResponse, Aligner, same_vocabulary
+from oprd.alignment import AlignedResponse, Aligner, Stop, same_vocabulary
 from oprd.errors import UserError
 from oprd.messages import Prompt
 from oprd.rendering import Renderer
@@ -26,8 +26,9 @@ class Translation:
 
     `template`: `student`, the teacher reads the prompt as the student does; `own`, as its own chat template
     renders it. `tokenization` counts for another vocabulary alone: `own`, template and responses are the
-    teacher's; `student`, it is fed the student's ids, whatever they mean to it. Raises `UserError` where a
-    tokenizer lacks what this needs.
+    teacher's; `student`, it is fed the student's ids, whatever they mean to it. `student_ends` are the ids
+    that end the student's responses (`oprd.rollouts.eos_token_ids`). Raises `UserError` where a tokenizer
+    lacks what this needs.
     """
 
     def __init__(
@@ -37,16 +38,19 @@ class Translation:
         template: str = "student",
         tokenization: str = "own",
         template_kwargs: Any = None,
+        student_ends: Sequence[int] = (),
     ) -> None:
         if template == "own" and teacher_tokenizer is None:
             raise UserError("teacher_chat_template: own needs a tokenizer: name the teacher or its folder")
         other = teacher_tokenizer is not None and not same_vocabulary(tokenizer, teacher_tokenizer)
         self.feeds_foreign_ids = other and tokenization == "student"
-        self.aligner = Aligner(tokenizer, teacher_tokenizer) if other and tokenization == "own" else None
+        self.aligner = (
+            Aligner(tokenizer, teacher_tokenizer, student_ends) if other and tokenization == "own" else None
+        )
         self.own_template = template == "own" or self.aligner is not None
         self.tokenizer: Any = teacher_tokenizer if self.own_template else tokenizer
         self.template_kwargs = dict(template_kwargs or {})
-        self._is_first, self._warned = True, False
+        self._is_first, self._warned, self._warned_of_collapse = True, False, False
 
     @property
     def is_identity(self) -> bool:
@@ -114,3 +118,24 @@ class Translation:
                 "the text very differently, or the student writes invalid UTF-8",
                 100 * paired / rows,
             )
+        self._tell_collapse([a.stop for a in aligned if a.collapsed and a.stop], len(aligned))
+
+    def _tell_collapse(self, stops: Sequence[Stop], num_rollouts: int) -> None:
+        """Say, once, that pairing stopped within rollouts, and show where the first did."""
+        if not stops or self._warned_of_collapse:
+            return
+        self._warned_of_collapse, first = True, stops[0]
+        reason = (
+            "the student's next bytes are no valid UTF-8"
+            if first.invalid_utf8
+            else f"the student writes {first.student!r}, the teacher's tokenizer reads {first.teacher!r}"
+        )
+        logger.warning(
+            "in %d of %d rollouts pairing stops well before the end; in the first of them %d rows come after "
+            "%r and have no partner: %s",
+            len(stops),
+            num_rollouts,
+            first.rows,
+            first.before,
+            reason,
+        )

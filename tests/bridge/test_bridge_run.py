@@ -178,9 +178,32 @@ def test_a_teacher_with_another_tokenizer(translated, rollouts, counts):
     assert_fitted(translated, student, teacher, PAIRS, 4)
     data, paired = report(translated)["data"], student.shape[1]
     assert data["paired_rows"] == paired == report(translated)["num_rows"]
-    assert data["invalid_utf8"] == 0 and counts["rows"] == data["rows"] > paired
+    assert (
+        data["invalid_utf8"] == data["collapsed_alignment"] == 0 and counts["rows"] == data["rows"] > paired
+    )
     assert data["coverage"] == pytest.approx(paired / counts["rows"])
     assert set(report(translated)["cka"]) == {f"{s}={t}" for s, t in PAIRS.items()}  # all_pairs_gib: 0
+
+
+def test_responses_that_end_with_another_eos(tmp_path):
+    """What the student's generation config lists ends a response for the teacher as well."""
+    model, tokenizer = load("student")
+    other = tokenizer.pad_token_id
+    model.generation_config.eos_token_id = [tokenizer.eos_token_id, other]
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    recipe = tmp_path / "recipe.yaml"
+    changes = {"model_name_or_path": str(tmp_path), "output_dir": str(tmp_path / "bridge")}
+    changes["teacher_model_name_or_path"] = "tiny:tokenizer-teacher"
+    recipe.write_text(yaml.safe_dump(RECIPE | changes))
+    pair = ModelPair.load(parse_bridge_recipe(recipe), torch.device("cpu"))
+    ids = tokenizer("12+7", add_special_tokens=False)["input_ids"]
+    for end in (tokenizer.eos_token_id, other):
+        tensors, _ = pair.translation.responses(
+            torch.tensor([[*ids, end]]), torch.ones(1, len(ids) + 1, dtype=torch.long)
+        )
+        assert tensors["ends_together"].tolist() == [True]
+        assert tensors["teacher_completion_ids"][0, -1] == pair.teacher.tokenizer.eos_token_id
 
 
 # What is written

@@ -14,9 +14,9 @@ from oprd.errors import UserError
 from oprd.evaluation import run
 from oprd.evaluation.grade import grade
 from oprd.evaluation.problems import EvalSettings
-from oprd.evaluation.run import evaluate, evaluation_folder
+from oprd.evaluation.run import evaluate, evaluation_folder, graded
 from oprd.folder.lock import LOCK_FILE, Holder
-from oprd.rollouts import Sampling
+from oprd.rollouts import Rollout, Sampling
 from oprd.tiny import task
 from oprd.tiny.tokenizer import train_tokenizer
 
@@ -74,6 +74,15 @@ def test_one_line_per_problem(finished, tokenizer):
         for sample in line["samples"]:
             assert set(sample) == {"text", "answer", "correct", "length", "truncated"}
             assert sample["length"] == 6 or not sample["truncated"]
+
+
+def test_the_end_of_a_response_is_no_part_of_its_text(tokenizer):
+    """Whether the token is special or not."""
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.add_tokens(["<|eot|>"])
+    ids = tokenizer("Answer: 3<|eot|>")["input_ids"]
+    sample = graded(tokenizer, Rollout([1], ids, truncated=False), "3")
+    assert sample["text"] == "Answer: 3" and sample["correct"] and sample["length"] == len(ids)
 
 
 def test_summary_describes_the_run(finished, model, tokenizer):

@@ -267,6 +267,22 @@ def test_another_eos_is_said(make_trainer, teacher, tmp_path, caplog):
     assert "the student ends with '<|im_end|>' and the teacher with '<|pad|>'" in caplog.text
 
 
+def test_ends_that_both_models_list_are_no_reason_to_warn(make_trainer, student, teacher, tmp_path, caplog):
+    """As a base model's and its chat variant's, if each generation config lists both."""
+    tokenizer, ends = AutoTokenizer.from_pretrained(student), [2, 0]
+    assert [tokenizer.eos_token_id, tokenizer.pad_token_id] == ends
+    for listed, is_said in ((ends, False), (ends[:1], True), (ends[1:], True)):
+        for name, folder in ((student, "student"), (teacher, "teacher")):
+            model = AutoModelForCausalLM.from_pretrained(name)
+            model.generation_config.eos_token_id = listed
+            model.save_pretrained(tmp_path / folder)
+            tokenizer.eos_token = tokenizer.convert_ids_to_tokens(ends[folder == "teacher"])
+            tokenizer.save_pretrained(tmp_path / folder)
+        caplog.clear()
+        make_trainer(student=str(tmp_path / "student"), teacher=str(tmp_path / "teacher"))
+        assert ("watch the response lengths" in caplog.text) is is_said
+
+
 def test_a_missing_tokenizer(make_trainer, student, tmp_path):
     folder = tmp_path / "no_tokenizer"
     AutoModelForCausalLM.from_pretrained(student).save_pretrained(folder)

@@ -25,6 +25,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
+from oprd.batch import truncated_rollouts
 from oprd.errors import UserError
 from oprd.losses import REPRESENTATION_LOSSES
 from oprd.tiny import tokenizer as designs
@@ -248,6 +249,38 @@ def test_sampled_text_beside_the_bridge(make, roll_out, gradient, bridge):
     read, models = readings(trainer, given), (trainer.model, trainer.teacher.model)
     text = by_hand.text_loss(*models, given, read, ends(trainer))
     agree(trainer, gradient, batch, expected_loss(trainer, given, bridge, read) + 0.3 * text)
+
+
+def test_rollouts_that_end_with_another_eos(make, roll_out, tokenizer):
+    """One that only the generation config lists: the last span has its loss, and no rollout is truncated."""
+    text, other = TEXTS[0].removesuffix(END), tokenizer.pad_token_id
+    trainer = make([[*tokenizer(text)["input_ids"], other]], output_loss="sampled_text")
+    assert other not in trainer.eos_token_ids
+    for ends in (trainer.eos_token_ids, [*trainer.eos_token_ids, other]):
+        trainer.translation.aligner.student_ends = trainer.eos_token_ids = ends
+        batch, together = roll_out(trainer, 4), other in ends
+        assert batch["ends_together"].tolist() == [together] * 4
+        assert (truncated_rollouts(batch, trainer.eos_token_ids) == (not together)).all()
+        assert bool((batch["output_weights"][:, -1] > 0).all()) is together
+        last = batch["teacher_completion_ids"][:, -1] == trainer.teacher.tokenizer.eos_token_id
+        assert bool(last.all()) is together
+
+
+def test_the_ends_of_rollouts_come_from_one_place(make_trainer, student, tmp_path, tokenizer):
+    """The EOS, what the generation config lists, the template's end of turn, and `generation_kwargs`."""
+    folder = tmp_path / "base"
+    model = AutoModelForCausalLM.from_pretrained(student)
+    model.generation_config.eos_token_id = [tokenizer.pad_token_id, 9]
+    model.save_pretrained(folder)
+    base = copy.deepcopy(tokenizer)
+    base.eos_token = tokenizer.pad_token
+    base.save_pretrained(folder)
+    for given, more in ({}, []), ({"eos_token_id": [11]}, [11]):
+        trainer = make_trainer(student=str(folder), teacher=student, generation_kwargs=given)
+        wanted = {tokenizer.pad_token_id, tokenizer.eos_token_id, 9, *more}
+        assert set(trainer.eos_token_ids) == wanted and len(trainer.eos_token_ids) == len(wanted)
+        assert trainer.generation_config.eos_token_id == trainer.eos_token_ids
+        assert trainer.generation_kwargs["eos_token_id"] == trainer.eos_token_ids
 
 
 def test_invalid_utf8_and_sampled_text(make, roll_out, gradient, broken, unreadable):

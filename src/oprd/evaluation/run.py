@@ -224,7 +224,7 @@ def derived_seed(*parts: int) -> int:
 
 def graded(tokenizer: PreTrainedTokenizerBase, rollout: Rollout, reference: str) -> dict[str, Any]:
     """A response as it stands in samples.jsonl."""
-    text = cast(str, tokenizer.decode(rollout.response_ids, skip_special_tokens=True))
+    text = cast(str, tokenizer.decode(rollout.text_ids, skip_special_tokens=True))
     return {
         "text": text,
         "answer": extract_answer(text),

@@ -22,10 +22,10 @@ logger = logging.getLogger(__name__)
 METRICS_FILE = "metrics.jsonl"
 BAR = {
     "loss": "loss/total",
+    "acc": "eval/avg_at_k",
     "cos": "representation/cosine",
     "len": "rollout/mean_length",
     "cut": "rollout/truncated_share",
-    "acc": "eval/avg_at_k",
 }
 
 

@@ -144,7 +144,10 @@ def test_mistakes_in_a_dataset(capsys, recipe, tmp_path, content, says):
         (["train", "--config"], "--config: expected one argument"),
         (["train", "one.yaml", "--config", "two.yaml"], "there are two recipes, one.yaml and two.yaml"),
         (["train", "--layers", "all", "recipe.yaml"], "the recipe comes first, then its keys"),
-        (["train", "--model_name_or_path", "tiny:student"], "the command line names no dataset_name"),
+        (
+            ["train", "--model_name_or_path", "tiny:student"],
+            "the command line names no teacher_model_name_or_path",
+        ),
         (["train", "--lr", "1"], "or learning_rate?"),
         (["train", "--model", "x"], "did you mean model_init_kwargs or model_name_or_path or"),
         (["train", "--num_prompts", "9"], "num_prompts is a key of oprd bridge, not of oprd train"),

@@ -38,6 +38,7 @@ TRAINING_GROUPS = (
         "data",
         (
             *("dataset_name", "dataset_config", "dataset_train_split", "max_prompt_length"),
+            "drop_unrenderable_prompts",
             *("chat_template_kwargs", "teacher_chat_template", "teacher_tokenization"),
             "teacher_chat_template_kwargs",
         ),

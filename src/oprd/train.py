@@ -72,8 +72,8 @@ def parse_training_recipe(
         raise
     except (ValueError, TypeError, ImportError) as error:
         raise UserError(f"{told}: {error}") from error
-    for key in ("model_name_or_path", "dataset_name"):
-        if not getattr(run, key):
+    for key in ("model_name_or_path", "teacher_model_name_or_path", "dataset_name"):
+        if not getattr(run, key, getattr(config, key, None)):
             raise UserError(f"{told} names no {key}: add it to the recipe or as a flag")
     for key in ("accuracy_steps", "accuracy_problems", "accuracy_samples"):
         at_least(key, getattr(run, key), 1)

@@ -1,8 +1,10 @@
 """The command line as users meet it: exit codes, one clear last line, nothing half-written."""
 
 import json
+import re
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -10,7 +12,11 @@ import torch
 import yaml
 
 from oprd import cli
+from oprd.bridge_recipe import BridgeArguments
 from oprd.engines.vllm import is_installed
+from oprd.settings import ObjectiveSettings
+from oprd.train import RunArguments
+from oprd.trainer import OPRDConfig
 
 RECIPE = {
     "model_name_or_path": "tiny:student",
@@ -127,9 +133,26 @@ def test_mistakes_in_a_dataset(capsys, recipe, tmp_path, content, says):
     ("argv", "says"),
     [
         ([], "COMMAND"),
-        (["distil"], "distil"),
-        (["train"], "recipe"),
-        (["train", "nowhere.yaml"], "nowhere.yaml"),
+        (["distil"], "choose from 'demo', 'train', 'doctor', 'bridge', 'eval', 'tiny'"),
+        (["help", "distil"], "invalid choice: 'distil'"),
+        (["recipe.yaml"], "recipe.yaml is a recipe: oprd train recipe.yaml, or bridge or doctor in place"),
+        (["train"], "oprd train needs a recipe, a YAML file, or its keys as flags"),
+        (["bridge"], "oprd bridge needs a recipe"),
+        (["doctor", "--json"], "oprd doctor needs a recipe"),
+        (["train", "nowhere.yaml"], "there is no recipe file nowhere.yaml"),
+        (["train", "Qwen/Qwen2.5-1.5B"], "a student is named by --model_name_or_path Qwen/Qwen2.5-1.5B"),
+        (["train", "--config"], "--config: expected one argument"),
+        (["train", "one.yaml", "--config", "two.yaml"], "there are two recipes, one.yaml and two.yaml"),
+        (["train", "--layers", "all", "recipe.yaml"], "the recipe comes first, then its keys"),
+        (
+            ["train", "--model_name_or_path", "tiny:student"],
+            "the command line names no teacher_model_name_or_path",
+        ),
+        (["train", "--lr", "1"], "or learning_rate?"),
+        (["train", "--model", "x"], "did you mean model_init_kwargs or model_name_or_path or"),
+        (["train", "--num_prompts", "9"], "num_prompts is a key of oprd bridge, not of oprd train"),
+        (["bridge", "--learning_rate", "1"], "learning_rate is a key of oprd train, not of oprd bridge"),
+        (["train", "--help", "recipe.yaml"], "invalid choice: 'recipe.yaml' (choose from 'all')"),
         (["eval", "--model", "tiny:student"], "--data"),
         (
             ["eval", "--model", "tiny:student", "--data", "tiny", "--output", "x", "--colour", "red"],
@@ -156,6 +179,93 @@ def test_mistakes_on_the_command_line(capsys, argv, says, tmp_path, monkeypatch)
     monkeypatch.chdir(tmp_path)
     assert says in refused(capsys, argv)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "says"),
+    [
+        ("vanila.yaml", None, "did you mean vanilla.yaml?"),
+        (".", None, "it is a folder: name one of its files vanilla.yaml"),
+        ("model", "config.json", "holds a model: name that by --model_name_or_path model"),
+        ("empty", "notes.txt", "it is a folder without a YAML file"),
+        ("train.py", "import oprd\n", "a recipe is a YAML file"),
+        ("resolved.yaml", "git_commit: x\nsettings: {}\n", "is no recipe, but what a run was started with"),
+        ("fsdp.yaml", "compute_environment: x\n", "is no recipe, but a configuration of accelerate"),
+        ("rank.yaml", "model_name_or_path: x\nrank: 4\n", "rank.yaml: rank is a key of oprd bridge, not of"),
+    ],
+)
+def test_what_else_stands_in_a_recipes_place(capsys, tmp_path, monkeypatch, name, content, says):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "vanilla.yaml").write_text("layers: all\n")
+    if content and "." in name:
+        (tmp_path / name).write_text(content)
+    elif content:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / content).write_text("{}")
+    for argv in (["train", name], ["doctor", "--config", name]):
+        assert says in refused(capsys, argv)
+
+
+def help_of(capsys, *argv):
+    assert cli.run(argv) == 0
+    return capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("command", "kinds"), [("train", (RunArguments, OPRDConfig)), ("bridge", (BridgeArguments,))]
+)
+@pytest.mark.parametrize("width", [80, 120])
+def test_help_shows_every_key_of_ours_once(capsys, monkeypatch, command, kinds, width):
+    monkeypatch.setenv("COLUMNS", str(width))
+    text = help_of(capsys, command, "--help")
+    shown = re.findall(r"^  --(\w+)", text, re.MULTILINE)
+    ours = {
+        field.name for kind in (ObjectiveSettings, RunArguments, BridgeArguments) for field in fields(kind)
+    }
+    ours &= {field.name for kind in kinds for field in fields(kind)}
+    assert ours <= set(shown) and len(shown) == len(set(shown))
+    assert max(len(line) for line in text.splitlines()) <= width
+    everything = help_of(capsys, command, "--help", "all")
+    told = {field.name for kind in kinds for field in fields(kind) if field.init and "help" in field.metadata}
+    assert set(re.findall(r"^  --(\w+)", everything, re.MULTILINE)) == told | {"config"}
+
+
+def test_help_tells_what_a_key_is_and_its_default(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    text = help_of(capsys, "help", "train")
+    for line in (
+        "--model_name_or_path TEXT     Student: a Hub name, a folder or tiny:student. (required)",
+        "--learning_rate X             Peak learning rate of AdamW. (default: 1e-05)",
+        "--lora_alpha N                Adapters are scaled by lora_alpha / lora_r. (default: 32)",
+        "--max_prompt_length N         Drop (never cut) prompts of more tokens than this.\n",
+        "--gradient_checkpointing BOOL\n"
+        f"{' ' * 32}Enable gradient checkpointing to trade compute for memory. (default: true)",
+    ):
+        assert f"  {line}" in text
+    titles = re.findall(r"^([a-zA-Z, ]+):$", text, re.MULTILINE)
+    assert titles[:5] == ["options", "models", "data", "objective", "rollouts"]
+    assert "--ranks N" in help_of(capsys, "doctor", "-h") and "--layers" in help_of(capsys, "doctor", "-h")
+
+
+def test_versions_and_commands(capsys):
+    assert re.fullmatch(
+        r"oprd \d\S+ \(torch \S+, trl \S+, transformers \S+\)\n", help_of(capsys, "--version")
+    )
+    for argv in (["--help"], ["help"]):
+        text = help_of(capsys, *argv)
+        assert all(f"\n    {command} " in text for command in cli.COMMANDS)
+    assert "responses per problem: the k of Avg@k (default: 16)" in " ".join(
+        help_of(capsys, "help", "eval").split()
+    )
+
+
+def test_a_recipe_by_config_and_none_at_all(capsys, recipe, tmp_path):
+    path, flags = recipe(max_steps=0.5), []
+    assert "max_steps" in refused(capsys, ["train", "--config", path])
+    for key, value in (RECIPE | {"layers": "1,9", "output_dir": tmp_path / "run"}).items():
+        flags += [f"--{key}", str(value)]
+    assert "layer 9" in refused(capsys, ["train", *flags])
+    assert not (tmp_path / "run").exists()
 
 
 @WITHOUT_VLLM

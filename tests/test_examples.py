@@ -13,10 +13,11 @@ from accelerate.utils import FullyShardedDataParallelPlugin
 from oprd.bridge_recipe import parse_bridge_recipe
 from oprd.demo import at_share
 from oprd.demo_pairs import BRIDGE, PAIRS, SHARED
+from oprd.doctor import examine
 from oprd.train import parse_training_recipe
 
 ROOT = Path(__file__).parents[1]
-RECIPES = sorted(path for name in ("paper", "tiny") for path in (ROOT / "recipes" / name).glob("*.yaml"))
+RECIPES = sorted(path for name in (".", "paper", "tiny") for path in (ROOT / "recipes" / name).glob("*.yaml"))
 REAL_PROMPTS = ROOT.parent / "shared" / "data" / "dapo-math-17k.parquet"
 
 
@@ -50,6 +51,18 @@ def test_the_paper_recipe_has_the_papers_settings():
     assert config.lr_scheduler_type == "cosine" and config.bf16 and config.temperature == 1.0
     on_8_gpus = 8 * config.per_device_train_batch_size * config.gradient_accumulation_steps
     assert (on_8_gpus // config.num_generations, config.num_generations) == (8, 2)
+
+
+def test_the_first_recipe_is_short_and_can_be_planned(one_heap_pass):
+    """On the bundled models, since its own are on the Hub."""
+    names = ["--model_name_or_path", "tiny:student", "--teacher_model_name_or_path", "tiny:teacher"]
+    run, config = parse_training_recipe(
+        ROOT / "recipes" / "first.yaml",
+        [*names, "--dataset_name", "tiny", "--gradient_checkpointing", "false"],
+    )
+    rollouts = config.per_device_train_batch_size * config.gradient_accumulation_steps
+    assert config.max_steps * rollouts * config.max_completion_length <= 20_000
+    assert examine(run, config).is_well
 
 
 @pytest.mark.parametrize(

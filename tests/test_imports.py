@@ -1,6 +1,7 @@
 """Data flows one way, and only the trainer knows trl: read from the sources."""
 
 import ast
+import os
 import subprocess
 import sys
 from graphlib import TopologicalSorter
@@ -103,3 +104,23 @@ def test_importing_the_package_and_its_leaves_does_not_import_trl():
     script = f"import sys, {modules}; print([m for m in sys.modules if m.split('.')[0] == 'trl'])"
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "[]"
+
+
+THREADS = """
+import os, sys
+class Watch:
+    def find_spec(self, name, path=None, target=None):
+        if name == "torch":
+            print(os.environ.get("OMP_WAIT_POLICY"))
+sys.meta_path.insert(0, Watch())
+import oprd
+"""
+
+
+@pytest.mark.parametrize(("given", "is_set"), [({}, "PASSIVE"), ({"OMP_WAIT_POLICY": "ACTIVE"}, "ACTIVE")])
+def test_threads_that_wait_do_not_spin_unless_asked_to(given, is_set):
+    """OpenMP reads it as torch is loaded."""
+    environment = {key: value for key, value in os.environ.items() if key != "OMP_WAIT_POLICY"} | given
+    command = [sys.executable, "-c", THREADS]
+    result = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+    assert result.stdout.split() == [is_set]

@@ -1,6 +1,10 @@
 """On-policy distillation of language models in representation space (OPRD, arXiv 2606.06021)."""
 
+import os
 from typing import Any
+
+# OpenMP's threads would wait for work in a loop, on cores that other processes need. Read as torch is loaded.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 from oprd import losses, output_space
 from oprd.alignment import align_tokens

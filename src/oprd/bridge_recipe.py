@@ -110,12 +110,12 @@ def _json_object(name: str, value: dict | str | None) -> dict[str, Any]:
     return parsed
 
 
-def parse_bridge_recipe(path: str | Path, flags: Sequence[str] = ()) -> BridgeArguments:
+def parse_bridge_recipe(path: str | Path | None, flags: Sequence[str] = ()) -> BridgeArguments:
     """Read and validate a bridge recipe; raises `UserError`."""
     try:
         (arguments,) = parse_recipe(path, flags, (BridgeArguments,))
     except UserError:
         raise
     except (ValueError, TypeError) as error:
-        raise UserError(f"{path}: {error}") from error
+        raise UserError(f"{path or 'the command line'}: {error}") from error
     return arguments

@@ -33,6 +33,7 @@ from oprd.folder.run import RESOLVED_FILE, check_folder, resolved_settings, writ
 from oprd.folder.whole import write_whole
 from oprd.intake import usable_prompts
 from oprd.models import load_model, load_tokenizer, resolve_model
+from oprd.progress import tokens_shown
 from oprd.prompts import load_prompts
 from oprd.ranks import Ranks, joined_ranks
 from oprd.reading import Want, read_states
@@ -208,7 +209,9 @@ def accumulate(
         for number, (texts, rendered) in enumerate(_batches(prompts, pair, args)):
             if number % ranks.count == ranks.index:
                 first = number * args.batch_size
-                rollouts = engine.generate(rendered, args.sampling, args.seed + first)  # vLLM adds 0, 1, …
+                with tokens_shown(progress, "rollouts", pair.student, args.max_completion_length):
+                    # To the seed vLLM adds 0, 1, …
+                    rollouts = engine.generate(rendered, args.sampling, args.seed + first)
                 ids = torch.arange(first, first + len(rollouts))
                 counts.update(_update(fitter, pair, texts, rollouts, ids, args))
                 if number == ranks.index:  # twice what the first ones have would be a surprise

@@ -1,5 +1,6 @@
 """Blocks that checkpoint themselves, and what they need not compute again in the backward."""
 
+import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -30,7 +31,19 @@ OF_BLOCKS = ("every_n_layers", "offload")
 def checkpoint_blocks(model: Any, kwargs: Mapping[str, Any] | None) -> None:
     """Let the blocks of a Hugging Face model checkpoint themselves, as its trainer does it."""
     of_blocks, of_torch = _split(kwargs)
-    model.gradient_checkpointing_enable(of_torch or None, **of_blocks)
+    with old_names_unheard():  # transformers before 5.23 has no others
+        model.gradient_checkpointing_enable(of_torch or None, **of_blocks)
+
+
+@contextmanager
+def old_names_unheard() -> Iterator[None]:
+    """Within it transformers does not warn of its methods' old names.
+
+    TRL 1.16 calls them three times a rollout; one that calls activation_checkpointing_enable ends this.
+    """
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*gradient_checkpointing.* is deprecated", FutureWarning)
+        yield
 
 
 @contextmanager

@@ -8,11 +8,13 @@ import sys
 import time
 import traceback
 import warnings
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
+from oprd import key_help
+from oprd.arguments import WHOLE, parse_command, recipe_and_flags
 from oprd.errors import UserError, refusals_told
 
 LONGEST_RESPONSE = 16384  # the paper's
@@ -26,13 +28,13 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def run(argv: Sequence[str]) -> int:
     """Run one command; returns the exit code, with one clear last line where it is not 0."""
-    parser = _parser()
     try:
-        args, rest = parser.parse_known_args(argv)
-        if rest and args.command not in ("train", "bridge", "doctor"):
-            raise UserError(f"unknown argument {rest[0]!r}; see oprd {args.command} --help")
+        args, rest = parse_command(argv)
         _quiet()
-        args.function(args, rest)
+        command = _show_keys if vars(args).get("help") else COMMANDS[args.command]
+        command(args, rest)
+    except SystemExit as done:  # --help and --version
+        return int(done.code or 0)
     except UserError as error:
         _complain(error)
         return 2
@@ -47,81 +49,6 @@ def run(argv: Sequence[str]) -> int:
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="oprd", description=__doc__, allow_abbrev=False)
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-
-    demo = commands.add_parser("demo", help="distil the bundled student, with both baselines, in minutes")
-    demo.add_argument(
-        "--pair",
-        choices=["same", "bridge", "tokenizer"],
-        default="same",
-        help="teacher: of the student's architecture, deeper and wider, or of another tokenizer too",
-    )
-    demo.add_argument("--output", type=Path, help="default: runs/demo, runs/demo-bridge, …")
-    demo.add_argument("--steps", type=_positive, default=220, help="optimiser steps per arm")
-    demo.add_argument(
-        "--problems", type=_positive, default=128, help="held-out problems for the final evaluation"
-    )
-    demo.add_argument("--samples", type=_positive, default=16, help="samples per problem")
-    demo.add_argument("--seed", type=int, default=0)
-    demo.set_defaults(function=_demo)
-
-    train = commands.add_parser("train", help="run or resume a recipe; --key value overrides its keys")
-    train.add_argument("recipe", type=Path)
-    train.set_defaults(function=_train)
-
-    doctor = commands.add_parser("doctor", help="will this recipe run here? --key value overrides its keys")
-    doctor.add_argument("recipe", type=Path)
-    doctor.add_argument(
-        "--ranks", type=_positive, help="plan for so many processes; default: WORLD_SIZE, or 1"
-    )
-    doctor.add_argument("--json", action="store_true", help="for scripts")
-    doctor.set_defaults(function=_doctor)
-
-    bridge = commands.add_parser("bridge", help="fit a bridge between two models; --key value overrides")
-    bridge.add_argument("recipe", type=Path)
-    bridge.set_defaults(function=_bridge)
-
-    evaluation = commands.add_parser("eval", help="Avg@k and friends of a model on a set of problems")
-    evaluation.add_argument("--model", required=True, help="a Hub name, a folder, or tiny:student")
-    evaluation.add_argument("--revision", help="branch, tag or commit of a Hub model")
-    evaluation.add_argument("--trust_remote_code", action="store_true", help="run code that comes with it")
-    evaluation.add_argument("--data", required=True, help="tiny, a parquet/jsonl/json file, or a Hub name")
-    evaluation.add_argument("--output", type=Path, required=True)
-    evaluation.add_argument("--split", default="test")
-    evaluation.add_argument("--limit", type=_positive, help="evaluate the first so many problems only")
-    evaluation.add_argument("--samples", type=int, default=16)
-    evaluation.add_argument("--temperature", type=float, default=0.7)
-    evaluation.add_argument("--top_p", type=float, default=0.95)
-    evaluation.add_argument("--top_k", type=int, default=0)
-    evaluation.add_argument("--max_new_tokens", type=int, help="default: 16384, or what the context leaves")
-    evaluation.add_argument("--batch_size", type=int, default=64, help="responses generated at a time")
-    evaluation.add_argument("--seed", type=int, default=0)
-    evaluation.add_argument("--prompt_suffix", default="")
-    evaluation.add_argument("--chat_template_kwargs", type=_json_object, help="a JSON object")
-    evaluation.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"])
-    evaluation.add_argument(
-        "--engine", default="auto", choices=["auto", "hf", "vllm"], help="auto: vLLM if there"
-    )
-    evaluation.add_argument(
-        "--vllm_server_base_url", help="ask a server of vllm serve, e.g. http://localhost:8000"
-    )
-    evaluation.set_defaults(function=_eval_alone)
-
-    tiny = commands.add_parser("tiny", help="rebuild the bundled models")
-    tiny.add_argument("action", choices=["build"])
-    tiny.add_argument("--output", type=Path, default=Path("runs/tiny"))
-    tiny.add_argument("--seed", type=int, default=0)
-    tiny.set_defaults(function=_tiny)
-    return parser
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> Any:
-        raise UserError(f"{message}; see {self.prog} --help")
-
-
 def _demo(args: argparse.Namespace, _: list[str]) -> None:
     from oprd.demo import print_summary, run_demo
 
@@ -131,14 +58,14 @@ def _demo(args: argparse.Namespace, _: list[str]) -> None:
     print_summary(summary, output)
 
 
-def _train(args: argparse.Namespace, flags: list[str]) -> None:
+def _train(args: argparse.Namespace, rest: list[str]) -> None:
     import torch.distributed as dist
 
     from oprd.dry_run import try_longest
     from oprd.ranks import leave_ranks
     from oprd.train import parse_training_recipe, train
 
-    run, config = parse_training_recipe(args.recipe, flags)
+    run, config = _read_recipe(args, rest, parse_training_recipe)
     report = try_longest(run, config) if run.dry_run else f"the run is in {train(run, config)}"
     if config.process_index == 0:
         print(report)
@@ -146,11 +73,11 @@ def _train(args: argparse.Namespace, flags: list[str]) -> None:
         leave_ranks()
 
 
-def _doctor(args: argparse.Namespace, flags: list[str]) -> None:
+def _doctor(args: argparse.Namespace, rest: list[str]) -> None:
     from oprd.doctor import examine, show_finding, show_memory
     from oprd.train import parse_training_recipe
 
-    run, config = parse_training_recipe(args.recipe, flags)
+    run, config = _read_recipe(args, rest, parse_training_recipe)
     with refusals_told():
         tell = {} if args.json else {"tell": show_finding}
         diagnosis = examine(run, config, args.ranks, **tell)
@@ -160,16 +87,17 @@ def _doctor(args: argparse.Namespace, flags: list[str]) -> None:
         show_memory(diagnosis)
     for finding in diagnosis.findings:
         if not finding.is_well:
-            raise UserError(f"{args.recipe}: {finding.about}: {finding.says}")
+            recipe, _ = recipe_and_flags(args, rest)
+            raise UserError(f"{f'{recipe}: ' if recipe else ''}{finding.about}: {finding.says}")
 
 
-def _bridge(args: argparse.Namespace, flags: list[str]) -> None:
+def _bridge(args: argparse.Namespace, rest: list[str]) -> None:
     from oprd.bridge import Bridge
     from oprd.bridge.report import print_bridge
     from oprd.bridge_recipe import parse_bridge_recipe
     from oprd.bridge_run import fit_bridge
 
-    folder = fit_bridge(parse_bridge_recipe(args.recipe, flags))
+    folder = fit_bridge(_read_recipe(args, rest, parse_bridge_recipe))
     if _is_first():
         print_bridge(Bridge.load(folder).metadata)
         print(f"bridge and report: {folder}")
@@ -229,20 +157,50 @@ def _tiny(args: argparse.Namespace, _: list[str]) -> None:
             print(f"{name}: {share:.1%} greedy, in {args.output / name}")
 
 
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
-    return int(text)
+COMMANDS = {
+    "demo": _demo,
+    "train": _train,
+    "doctor": _doctor,
+    "bridge": _bridge,
+    "eval": _eval_alone,
+    "tiny": _tiny,
+}
 
 
-def _json_object(text: str) -> dict[str, Any]:
+def _read_recipe(args: argparse.Namespace, rest: list[str], parse: Callable[..., Any]) -> Any:
+    """What `parse` makes of the recipe and flags; a key of another command's recipe is told to be one."""
+    from oprd.recipe import UnknownKey
+
+    recipe, flags = recipe_and_flags(args, rest)
     try:
-        value = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise argparse.ArgumentTypeError(f"{text!r} is not JSON ({error})") from error
-    if not isinstance(value, dict):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a JSON object")
-    return value
+        return parse(recipe, flags)
+    except UnknownKey as error:
+        other = "train" if args.command == "bridge" else "bridge"
+        if error.key not in {field.name for kind in _recipe_kinds(other) for field in fields(kind)}:
+            raise
+        raise UserError(
+            f"{error.where}{error.key} is a key of oprd {other}, not of oprd {args.command}"
+        ) from error
+
+
+def _recipe_kinds(command: str) -> tuple[type, ...]:
+    """The dataclasses that hold the keys of a command's recipe."""
+    if command == "bridge":
+        from oprd.bridge_recipe import BridgeArguments
+
+        return (BridgeArguments,)
+    from oprd.train import RunArguments
+    from oprd.trainer import OPRDConfig
+
+    return RunArguments, OPRDConfig
+
+
+def _show_keys(args: argparse.Namespace, _: list[str]) -> None:
+    """The command's help, with the keys of its recipe."""
+    is_bridge, kinds = args.command == "bridge", _recipe_kinds(args.command)
+    groups = key_help.BRIDGE_GROUPS if is_bridge else key_help.TRAINING_GROUPS
+    key_help.add_key_help(args.parser, kinds, groups, everything=args.help == WHOLE)
+    args.parser.print_help()
 
 
 def _is_first() -> bool:
@@ -262,11 +220,20 @@ def _quiet() -> None:
     """Leave the screen to progress bars and to what the user has to know."""
     from transformers.utils import logging as transformers_logging
 
-    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    logging.basicConfig(format="%(message)s", level=logging.WARNING, handlers=[_AboveBars()])
     logging.getLogger("oprd").setLevel(logging.INFO if _is_first() else logging.ERROR)
     transformers_logging.disable_progress_bar()
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", message="'pin_memory' argument is set as true")
+
+
+class _AboveBars(logging.Handler):
+    """Prints a line above the progress bar, where there is one."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        from tqdm.auto import tqdm
+
+        tqdm.write(self.format(record), file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -46,6 +46,12 @@ class Comparison:
         layer_map = bridge.select(settings.layers, depth, teacher.num_layers)
         return cls(layer_map, bridge.to(device))
 
+    def widths(self, student: PreTrainedModel) -> set[int]:
+        """Of the rows that are compared."""
+        if self.bridge is None:
+            return {backbone(student).config.get_text_config().hidden_size}
+        return {self.bridge.ranks[layer] for layer in self.layer_map.student_layers}
+
     def student(self, layer: int, rows: Float[Tensor, "N S"]) -> Float[Tensor, "N R"]:
         """The student's rows as they are compared; gradients pass."""
         return rows if self.bridge is None else self.bridge.student(rows, layer)

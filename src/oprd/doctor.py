@@ -118,6 +118,7 @@ def prompt_readers(run: RunArguments, config: OPRDConfig) -> list[Renderer]:
     """How the student of a recipe reads prompts and, unless it reads the same ids, how its teacher does."""
     tokenizer, vocabulary = _tokenizer(run.model_name_or_path, student_kwargs(config))
     student = Renderer(tokenizer, config.chat_template_kwargs or {}, vocabulary=vocabulary)
+    assert config.teacher_model_name_or_path is not None  # or the recipe would have been refused
     teacher, vocabulary = _tokenizer(config.teacher_model_name_or_path, teacher_kwargs(config))
     translation = Translation(
         tokenizer,

@@ -19,13 +19,13 @@ RowLoss = Callable[[Float[Tensor, "N D"], Float[Tensor, "N D"]], Float[Tensor, "
 
 def mse(student: Float[Tensor, "N D"], teacher: Float[Tensor, "N D"]) -> Float[Tensor, " N"]:
     """(1/D) ‖s − t‖², the row term of Eq. 6."""
-    student, teacher = _rows(student, teacher)
+    student, teacher = checked_rows(student, teacher)
     return (student - teacher).square().mean(-1)
 
 
 def normalized_mse(student: Float[Tensor, "N D"], teacher: Float[Tensor, "N D"]) -> Float[Tensor, " N"]:
     """‖s/‖s‖ − t/‖t‖‖², the row term of Eq. 14 on L2-normalised vectors; in [0, 4]."""
-    student, teacher = _rows(student, teacher)
+    student, teacher = checked_rows(student, teacher)
     return (_unit(student) - _unit(teacher)).square().sum(-1)
 
 
@@ -36,13 +36,13 @@ def cosine(student: Float[Tensor, "N D"], teacher: Float[Tensor, "N D"]) -> Floa
 
 def relative_mse(student: Float[Tensor, "N D"], teacher: Float[Tensor, "N D"]) -> Float[Tensor, " N"]:
     """‖s − t‖² / ‖t‖²: scale-free, so late layers and outlier rows do not own the sum."""
-    student, teacher = _rows(student, teacher)
+    student, teacher = checked_rows(student, teacher)
     return (student - teacher).square().sum(-1) / _norm(teacher).squeeze(-1).square()
 
 
 def smooth_l1(student: Float[Tensor, "N D"], teacher: Float[Tensor, "N D"]) -> Float[Tensor, " N"]:
     """Mean over D of the Huber loss with threshold 1."""
-    student, teacher = _rows(student, teacher)
+    student, teacher = checked_rows(student, teacher)
     return F.smooth_l1_loss(student, teacher, reduction="none").mean(-1)
 
 
@@ -55,7 +55,8 @@ REPRESENTATION_LOSSES: dict[str, RowLoss] = {
 }
 
 
-def _rows(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
+def checked_rows(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
+    """Both in float32 or wider, the teacher's without gradient; raises `UserError` for unlike shapes."""
     if student.ndim != 2 or student.shape != teacher.shape:
         raise UserError(
             f"student rows {tuple(student.shape)} and teacher rows {tuple(teacher.shape)} must both be "

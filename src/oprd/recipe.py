@@ -13,6 +13,14 @@ from transformers import HfArgumentParser
 
 from oprd.errors import UserError
 
+SUFFIXES = (".yaml", ".yml")
+MOST_SUGGESTED = 3
+# Keys of other YAML files that are at hand where recipes are.
+SIGNS = {
+    "git_commit": "what a run was started with; name the recipe that it came from",
+    "compute_environment": "a configuration of accelerate: accelerate launch --config_file takes it",
+}
+
 
 class RecipeParser(HfArgumentParser):
     """HF's argument parser whose every refusal is a `UserError` and that takes whole key names only."""
@@ -24,42 +32,84 @@ class RecipeParser(HfArgumentParser):
         raise UserError(message)
 
 
-def parse_recipe(path: str | Path, flags: Sequence[str], dataclass_types: Sequence[type]) -> tuple[Any, ...]:
-    """Instances of `dataclass_types` from the YAML file at `path` and then `flags`.
+class UnknownKey(UserError):
+    """A key or flag that the recipe's command does not have; `where` begins the sentence."""
+
+    def __init__(self, where: str, kind: str, word: str, key: str, known: set[str]) -> None:
+        super().__init__(f"{where}unknown {kind} {word!r}{_suggest(key, known)}")
+        self.where, self.key = where, key
+
+
+def parse_recipe(
+    path: str | Path | None, flags: Sequence[str], dataclass_types: Sequence[type]
+) -> tuple[Any, ...]:
+    """Instances of `dataclass_types` from the YAML file at `path`, if there is one, and then `flags`.
 
     YAML values go through the same parsing as flags; a flag's mapping is JSON or as in YAML. Raises
     `UserError` for a missing or malformed file, an unknown key or flag, and a value of the wrong type.
     """
     known = {field.name for kind in dataclass_types for field in fields(kind) if field.init}
     arguments = []
-    for key, value in read_recipe(path).items():
+    for key, value in ({} if path is None else read_recipe(path)).items():
         if key not in known:
-            raise UserError(f"{path}: unknown key {key!r}{_suggest(key, known)}")
+            raise UnknownKey(f"{path}: ", "key", key, key, known)
         arguments += _as_flag(str(path), key, value)
     arguments += map(_with_json, flags)
     parser = RecipeParser(dataclass_types)
-    *parsed, rest = parser.parse_args_into_dataclasses(arguments, return_remaining_strings=True)
+    _, rest = parser.parse_known_args(arguments)
+    if rest and not rest[0].startswith("-"):
+        raise UserError(f"unknown flag {rest[0]!r}: the recipe comes first, then its keys as --key value")
     if rest:
-        name = rest[0].lstrip("-").partition("=")[0]
-        raise UserError(f"unknown flag {rest[0]!r}{_suggest(name, known)}")
-    return tuple(parsed)
+        raise UnknownKey("", "flag", rest[0], rest[0].lstrip("-").partition("=")[0], known)
+    return parser.parse_args_into_dataclasses(arguments)
 
 
 def read_recipe(path: str | Path) -> dict[str, Any]:
     """The mapping in a YAML file; raises `UserError` if there is none."""
+    path = Path(path)
     try:
-        recipe = yaml.load(Path(path).read_text(), _UniqueKeyLoader)
+        recipe = yaml.load(path.read_text(encoding="utf-8"), _UniqueKeyLoader)
     except FileNotFoundError:
-        raise UserError(f"there is no recipe file {path}") from None
+        raise UserError(f"there is no recipe file {path}{_instead_of(path)}") from None
+    except IsADirectoryError:
+        raise UserError(f"cannot read the recipe {path}: it is a folder{_within(path)}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read the recipe {path}: {error}") from error
     except yaml.YAMLError as error:
         where = getattr(error, "problem_mark", None)
         line = f", line {where.line + 1}" if where else ""
-        raise UserError(f"{path}{line}: malformed YAML: {getattr(error, 'problem', error)}") from error
+        raise UserError(
+            f"{path}{line}: malformed YAML: {getattr(error, 'problem', error)}{_no_recipe(path)}"
+        ) from error
     if not isinstance(recipe, dict) or not all(isinstance(key, str) for key in recipe):
-        raise UserError(f"{path}: a recipe is a mapping of keys to values, such as 'layers: all'")
+        raise UserError(
+            f"{path}: a recipe is a mapping of keys to values, such as 'layers: all'{_no_recipe(path)}"
+        )
+    for sign, is_what in SIGNS.items():
+        if sign in recipe:
+            raise UserError(f"{path} is no recipe, but {is_what}")
     return recipe
+
+
+def _instead_of(path: Path) -> str:
+    """What to write where `path` is not there: a file beside it, or a model's name where that belongs."""
+    if path.suffix not in SUFFIXES:
+        return f": a recipe is a YAML file, and a student is named by --model_name_or_path {path}"
+    beside = [file.name for file in path.parent.glob("*") if file.suffix in SUFFIXES]
+    close = difflib.get_close_matches(path.name, beside, n=1)
+    return f"; did you mean {path.parent / close[0]}?" if close else f" in {path.absolute().parent}"
+
+
+def _within(folder: Path) -> str:
+    """What to name in place of a folder."""
+    if (folder / "config.json").exists():
+        return f" that holds a model: name that by --model_name_or_path {folder}"
+    recipes = sorted(file.name for file in folder.glob("*") if file.suffix in SUFFIXES)
+    return f": name one of its files {', '.join(recipes)}" if recipes else " without a YAML file"
+
+
+def _no_recipe(path: Path) -> str:
+    return "" if path.suffix in SUFFIXES else "; a recipe is a YAML file"
 
 
 class _UniqueKeyLoader(yaml.SafeLoader):
@@ -108,5 +158,11 @@ def _is_json(text: str) -> bool:
 
 
 def _suggest(key: str, known: set[str]) -> str:
+    """The key that was meant: the closest one, else those of such initials, else those with all its words."""
+    words = key.lower().replace("-", "_").split("_")
     close = difflib.get_close_matches(key, known, n=1)
-    return f"; did you mean {close[0]}?" if close else "; see the keys in docs/recipes.md"
+    close = close or [name for name in known if "".join(word[:1] for word in name.split("_")) == key]
+    close = close or [name for name in known if all(word in name.split("_") for word in words)]
+    close = sorted(close, key=lambda name: (not name.startswith(key), len(name), name))
+    shown = close[:MOST_SUGGESTED]
+    return f"; did you mean {' or '.join(shown)}?" if shown else "; see --help, or docs/recipes.md"

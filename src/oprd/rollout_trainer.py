@@ -10,12 +10,14 @@ from transformers import Trainer
 
 from oprd.alignment import AlignedResponse
 from oprd.batch import TERMS, Batch, on_host, truncated_rollouts, weigh_rows
-from oprd.checkpointing import checkpointing_restored
+from oprd.checkpointing import checkpointing_restored, old_names_unheard
 from oprd.engines.staleness import FixedText, check_gap, check_moved_alone, log_prob_gaps
 from oprd.engines.student import StudentEngine
 from oprd.errors import UserError
+from oprd.folder.recorder import Recorder
 from oprd.intake import prompts_per_step, usable_prompts
 from oprd.packing import repack
+from oprd.progress import tokens_shown
 from oprd.ranks import Ranks
 from oprd.rendering import Renderer
 from oprd.rollouts import eval_mode
@@ -39,6 +41,7 @@ class RolloutTrainer(Trainer):
     sharding: Sharding | None
     engine: StudentEngine | None
     fixed_text: FixedText
+    recorder: Recorder
     _buffered_inputs: Any
 
     @property
@@ -80,7 +83,8 @@ class RolloutTrainer(Trainer):
 
     def _generate_single_turn(self, prompt_ids: Any, *args: Any, **kwargs: Any) -> Any:
         whole = nullcontext() if self.use_vllm else self.whole_student()
-        with checkpointing_restored(self.model), whole:
+        shown = tokens_shown(self.recorder.bar, "rollouts", self.model, self.max_completion_length)
+        with checkpointing_restored(self.model), whole, shown, old_names_unheard():
             return super()._generate_single_turn(prompt_ids, *args, **kwargs)
 
     def whole_student(self) -> AbstractContextManager[None]:

@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Any, get_args
 
+from oprd.custom_loss import named_loss
 from oprd.errors import UserError
 from oprd.losses import REPRESENTATION_LOSSES
 from oprd.objective import Reduction, Schedule
@@ -42,7 +43,9 @@ class ObjectiveSettings:
     )
     bridge_rank: int | None = key(None, "Use the first so many directions of the bridge.")
     representation_loss: str | None = key(
-        None, " | ".join(REPRESENTATION_LOSSES) + "; default mse, with a bridge normalized_mse."
+        None,
+        " | ".join(REPRESENTATION_LOSSES)
+        + " | module:function (yours, a value per row); default mse, with a bridge normalized_mse.",
     )
     representation_weight: str = key("1.0", "μ of Eq. 7: a number, or a schedule such as 0=1.0,400=0.")
     anchor_weight: str = key(
@@ -103,7 +106,7 @@ class ObjectiveSettings:
             self.representation_loss = "normalized_mse" if self.bridge else "mse"
         for name in STRINGS:
             setattr(self, name, str(getattr(self, name)))
-        one_of("representation_loss", self.representation_loss, REPRESENTATION_LOSSES)
+        self.representation_loss = named_loss(self.representation_loss)
         one_of("output_loss", self.output_loss, OUTPUT_LOSSES)
         one_of("output_support", self.output_support, get_args(Support))
         one_of("divergence", self.divergence, get_args(Divergence))

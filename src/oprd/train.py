@@ -21,6 +21,7 @@ from oprd.folder.recorder import METRICS_FILE, read_metrics
 from oprd.folder.run import STATE_FILE, resolved_settings, write_resolved
 from oprd.intake import stream_length
 from oprd.models import holds_adapters
+from oprd.progress import tokens_shown
 from oprd.prompts import load_prompts
 from oprd.recipe import parse_recipe
 from oprd.rollouts import Sampling
@@ -50,7 +51,9 @@ class RunArguments(AdapterArguments):
     accuracy_dataset_name: str | None = field(
         default=None, metadata={"help": "Problems with answers, to follow accuracy during the run."}
     )
-    accuracy_steps: int = field(default=50, metadata={"help": "Measure accuracy every n steps."})
+    accuracy_steps: int = field(
+        default=50, metadata={"help": "Measure accuracy every n steps, and at the first and last."}
+    )
     accuracy_problems: int = field(default=64, metadata={"help": "How many problems, from the first on."})
     accuracy_samples: int = field(default=4, metadata={"help": "Samples per problem."})
     dry_run: bool = field(
@@ -58,19 +61,22 @@ class RunArguments(AdapterArguments):
     )
 
 
-def parse_training_recipe(path: str | Path, flags: Sequence[str] = ()) -> tuple[RunArguments, OPRDConfig]:
-    """Read and validate a training recipe; raises `UserError`."""
+def parse_training_recipe(
+    path: str | Path | None, flags: Sequence[str] = ()
+) -> tuple[RunArguments, OPRDConfig]:
+    """Read and validate a training recipe, or flags alone; raises `UserError`."""
+    told = path or "the command line"
     try:
         run, config = parse_recipe(path, flags, (RunArguments, OPRDConfig))
     except UserError:
         raise
     except (ValueError, TypeError, ImportError) as error:
-        raise UserError(f"{path}: {error}") from error
+        raise UserError(f"{told}: {error}") from error
     names = {key: getattr(run, key) for key in ("model_name_or_path", "dataset_name")}
     names["teacher_model_name_or_path"] = config.teacher_model_name_or_path
     for key, name in names.items():
         if not name:
-            raise UserError(f"{path} names no {key}: add it to the recipe or as a flag")
+            raise UserError(f"{told} names no {key}: add it to the recipe or as a flag")
     for key in ("accuracy_steps", "accuracy_problems", "accuracy_samples"):
         at_least(key, getattr(run, key), 1)
     return run, config
@@ -105,6 +111,7 @@ def _train(run: RunArguments, config: OPRDConfig, label: str, settings: dict[str
     trainer = _make_trainer(run, config, label)
     if trainer.is_world_process_zero():
         write_resolved(folder, settings)
+    trainer.resolved = settings
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     trainer.create_model_card(model_name=folder.name, dataset_name=run.dataset_name)
     _save_final(trainer, folder)
@@ -168,7 +175,10 @@ def rows_streamed(run: RunArguments, config: OPRDConfig, ranks: int) -> int | No
 def _accuracy_observer(
     run: RunArguments, config: OPRDConfig, trainer: OPRDTrainer
 ) -> Callable[[int, dict[str, float]], dict[str, float]]:
-    """Measures accuracy every `accuracy_steps` steps, without touching the run's random state."""
+    """Measures accuracy every `accuracy_steps` steps, and at the first and last one.
+
+    The run's random state is not touched.
+    """
     assert run.accuracy_dataset_name is not None
     rows = load_prompts(run.accuracy_dataset_name, "test")
     rows = rows.select(range(min(run.accuracy_problems, len(rows))))
@@ -184,11 +194,17 @@ def _accuracy_observer(
     settings = replace(settings, sampling=Sampling(max_new_tokens=int(longest)))
 
     def observe(step: int, _: dict[str, float]) -> dict[str, float]:
-        if step % run.accuracy_steps:
+        if step % run.accuracy_steps and step not in (1, trainer.state.max_steps):
             return {}
         model = trainer.accelerator.unwrap_model(trainer.model)
-        with trainer.whole_student():
+        shown = tokens_shown(trainer.recorder.bar, "accuracy", model, settings.sampling.max_new_tokens)
+        with trainer.whole_student(), shown:
             summary = evaluate_on_ranks(model, trainer.processing_class, rows, settings)
+        found = summary["avg_at_k"], summary["ci95_low"], summary["ci95_high"]
+        logger.info(
+            "step %d: accuracy %s, 95 %% interval %s–%s, of %d problems × %d samples",
+            *(step, *(f"{share:.1%}" for share in found), len(rows), settings.samples),
+        )
         return {f"eval/{name}": value for name, value in summary.items()}
 
     return observe

@@ -15,7 +15,14 @@ import torch
 from datasets import Dataset, IterableDataset
 from torch import Tensor
 from torch.utils.data import Sampler
-from transformers import PreTrainedModel, PrinterCallback, ProgressCallback, TrainerCallback, set_seed
+from transformers import (
+    PreTrainedModel,
+    PrinterCallback,
+    ProgressCallback,
+    TrainerCallback,
+    TrainerState,
+    set_seed,
+)
 from transformers.integrations import is_deepspeed_zero3_enabled
 from trl import DistillationConfig, DistillationTrainer
 from trl.generation import vllm_generation
@@ -31,6 +38,7 @@ from oprd.engines.vllm import check_server, check_training, training_engines
 from oprd.errors import UserError
 from oprd.folder.card import model_card
 from oprd.folder.recorder import Recorder
+from oprd.folder.run import resolved_settings, write_resolved
 from oprd.folder.saving import ResumableTrainer
 from oprd.init_kwargs import hub_kwargs, student_kwargs, teacher_kwargs
 from oprd.intake import look_ahead, stream_length
@@ -42,12 +50,19 @@ from oprd.rollouts import eos_token_ids
 from oprd.settings import ObjectiveSettings, at_least
 from oprd.sharding.fsdp import Sharding
 from oprd.sharding.zero import check_zero3
+from oprd.start_line import start_line
 from oprd.teacher import Teacher, quantization
 from oprd.translation import Translation
 from oprd.update import Update
 from oprd.update_trainer import UpdateTrainer
 
 logger = logging.getLogger(__name__)
+
+# TRL 1.16 and recipes use the names of old, of which transformers 5.23 warns.
+CHECKPOINTING_NAMES = {
+    "gradient_checkpointing": "activation_checkpointing",
+    "gradient_checkpointing_kwargs": "activation_checkpointing_kwargs",
+}
 
 
 class EpochSampler(RepeatSampler):
@@ -79,6 +94,10 @@ class OPRDConfig(ObjectiveSettings, DistillationConfig):
         "teacher_chat_template_kwargs",
     ]
 
+    teacher_model_name_or_path: str | None = field(
+        default=None, metadata={"help": "Teacher: a Hub name, a folder or tiny:teacher. (required)"}
+    )
+    temperature: float = field(default=1.0, metadata={"help": "Of sampling rollouts, not of any loss."})
     learning_rate: float = field(default=1e-5, metadata={"help": "Peak learning rate of AdamW."})
     lr_scheduler_type: str = field(default="cosine", metadata={"help": "Learning-rate schedule."})
     warmup_steps: float = field(default=0.03, metadata={"help": "Warm-up: steps, or a share if below 1."})
@@ -111,6 +130,9 @@ class OPRDConfig(ObjectiveSettings, DistillationConfig):
             check_correction(self)
         # Without it, transformers refuses bf16 on a machine that has no accelerator.
         self.use_cpu: bool = self.use_cpu or not torch.accelerator.is_available()
+        for old, new in CHECKPOINTING_NAMES.items():
+            if hasattr(self, new) and getattr(self, new) is None:
+                setattr(self, new, getattr(self, old))
         super().__post_init__()
 
 
@@ -126,6 +148,7 @@ class OPRDTrainer(ResumableTrainer, UpdateTrainer, DistillationTrainer):
     _tag_names = ("trl", "oprd")
     _name = "OPRD"
     vllm_generation: Any
+    resolved: dict[str, Any] | None = None  # the settings that a command has written to the run's folder
 
     def __init__(
         self,
@@ -233,7 +256,12 @@ class OPRDTrainer(ResumableTrainer, UpdateTrainer, DistillationTrainer):
     def _add_recorder(self) -> None:
         self.memory = MemoryMeter(self.accelerator.device)
         self.recorder = Recorder(
-            self.update.averages, self.update.stopwatch, self.memory, self._sum_over_ranks, self._publish
+            self.update.averages,
+            self.update.stopwatch,
+            self.memory,
+            self._sum_over_ranks,
+            self._publish,
+            self._begin,
         )
         for printer in (ProgressCallback, PrinterCallback):
             self.remove_callback(printer)
@@ -249,9 +277,22 @@ class OPRDTrainer(ResumableTrainer, UpdateTrainer, DistillationTrainer):
     def _sum_over_ranks(self, values: Tensor) -> Tensor:
         return self.accelerator.reduce(values.to(self.accelerator.device), reduction="sum")
 
+    def _begin(self, state: TrainerState) -> None:
+        """Say what begins, and write it down, unless the command that trains has."""
+        if self.resolved is None:
+            folder, names = Path(self.args.output_dir), {"model_name_or_path": self._names["student"]}
+            names["teacher_model_name_or_path"] = self._names["teacher"]
+            processes = {"num_processes": self.accelerator.num_processes}
+            write_resolved(folder, resolved_settings(self.args) | names | processes)
+        steps = state.global_step + 1, state.max_steps
+        ranks = self.accelerator.num_processes
+        logger.info(start_line(self.args, self.update.layer_map, ranks, *steps))
+
     def _publish(self, values: dict[str, float]) -> None:
         for name in values.keys() - {"grad_norm", "learning_rate"}:
-            self._metrics["train"][name].append(values[name])
+            # transformers puts all names under train/ for the trackers, but for those that begin with eval_.
+            logged = name.replace("eval/", "eval_", 1) if name.startswith("eval/") else name
+            self._metrics["train"][logged].append(values[name])
 
     # Rollouts
 
@@ -273,8 +314,8 @@ class OPRDTrainer(ResumableTrainer, UpdateTrainer, DistillationTrainer):
     ) -> None:
         if not self.is_world_process_zero():
             return
-        settings = {name: getattr(self.args, name) for name in ObjectiveSettings.__dataclass_fields__}
-        settings |= {name: getattr(self.args, name) for name in ("max_steps", "learning_rate", "temperature")}
+        plain, others = resolved_settings(self.args), ("max_steps", "learning_rate", "temperature")
+        settings = {name: plain[name] for name in (*ObjectiveSettings.__dataclass_fields__, *others)}
         folder = Path(self.args.output_dir)
         (folder / "README.md").write_text(
             model_card(folder, **self._names, dataset=dataset_name, settings=settings)

@@ -18,11 +18,11 @@ from oprd.batch import TERMS, Batch, SupervisedRows
 from oprd.capture import backbone, num_layers
 from oprd.checkpointing import attention_kept
 from oprd.comparison import Comparison, States
+from oprd.custom_loss import CustomLoss, row_loss
 from oprd.diagnostics import add_representation_cosine
 from oprd.finite import FiniteWatch
 from oprd.freezing import freeze_unreached
 from oprd.head import check_head
-from oprd.losses import REPRESENTATION_LOSSES
 from oprd.meters import Averages, Stopwatch
 from oprd.objective import weighted_loss
 from oprd.output_term import OutputTerm
@@ -67,6 +67,9 @@ class Update:
         """
         check_head(student, settings.output_schedule.ever_active)
         comparison = Comparison.of(settings, student, tokenizer, teacher, device)
+        if isinstance(settings.representation_loss, CustomLoss):
+            for width in comparison.widths(student):
+                settings.representation_loss.check(width, device)
         output = OutputTerm.bind(settings, student, tokenizer, teacher)
         anchor = None
         if settings.anchor_schedule.ever_active and comparison.bridge is not None:
@@ -184,7 +187,7 @@ class Update:
     ) -> Tensor:
         """Eq. 6 or 14 at one layer, while the forward is there; the teacher's rows are let go."""
         assert self.settings.representation_loss is not None
-        loss, here = REPRESENTATION_LOSSES[self.settings.representation_loss], rows["representation"]
+        loss, here = row_loss(self.settings.representation_loss), rows["representation"]
         student, wanted = self.comparison.student(layer, states), teacher.pop(layer)
         value, values = weighted_loss(loss, student, wanted, here.weights)
         self.watch.add("the representation loss", layer, values, here.mask, batch.student.input_ids)

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from oprd.batch import Batch, on_host
 from oprd.finite import NonFiniteLoss
-from oprd.folder.recorder import Recorder
 from oprd.meters import MemoryMeter
 from oprd.rollout_trainer import PACKED, RolloutTrainer
 
@@ -20,7 +19,6 @@ class UpdateTrainer(RolloutTrainer):
     """What happens between rollouts and the optimiser's step, for a trainer that extends TRL's."""
 
     memory: MemoryMeter
-    recorder: Recorder
 
     def training_step(self, model: torch.nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
         with self.update.stopwatch.part("student"):

@@ -3,6 +3,9 @@
 Two ranks share it in test_trainer_distributed.py.
 """
 
+import logging
+from dataclasses import replace
+
 import pytest
 import torch
 import yaml
@@ -53,8 +56,9 @@ def test_no_more_responses_at_a_time_than_a_step_has_rollouts(tmp_path, recipe, 
 
 def test_a_run_is_the_same_with_and_without(tmp_path, recipe):
     flags = ["--max_steps", "2", "--learning_rate", "1e-3", "--gradient_accumulation_steps", "2"]
-    for name, more in {"with": [], "without": ["--accuracy_steps", "9"]}.items():
-        train(*parse_training_recipe(recipe, ["--output_dir", str(tmp_path / name), *flags, *more]))
+    for name in ("with", "without"):
+        run, config = parse_training_recipe(recipe, ["--output_dir", str(tmp_path / name), *flags])
+        train(run if name == "with" else replace(run, accuracy_dataset_name=None), config)
     records = [read_metrics(tmp_path / name / "metrics.jsonl") for name in ("with", "without")]
     for one, other in zip(*records, strict=True):
         losses = [name for name in other if name.startswith(("loss/", "rollout/", "representation/"))]
@@ -62,6 +66,20 @@ def test_a_run_is_the_same_with_and_without(tmp_path, recipe):
         assert not any(name.startswith("eval/") for name in other) and one["eval/mean_length"] > 0
     one, other = (load_file(tmp_path / name / "model.safetensors") for name in ("with", "without"))
     assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_accuracy_is_measured_at_the_first_and_last_step_too_and_told(tmp_path, recipe, caplog):
+    flags = ["--max_steps", "5", "--accuracy_steps", "3", "--accuracy_problems", "2"]
+    with caplog.at_level(logging.INFO, "oprd"):
+        train(*parse_training_recipe(recipe, ["--output_dir", str(tmp_path / "run"), *flags]))
+    records = [r for r in read_metrics(tmp_path / "run" / "metrics.jsonl") if "eval/avg_at_k" in r]
+    assert [record["step"] for record in records] == [1, 3, 5]
+    told = [message for message in caplog.messages if " interval " in message]
+    for record, line in zip(records, told, strict=True):
+        shares = [record[f"eval/{name}"] for name in ("avg_at_k", "ci95_low", "ci95_high")]
+        assert shares[1] <= shares[0] <= shares[2]
+        found = "step {}: accuracy {:.1%}, 95 % interval {:.1%}–{:.1%}, of 2 problems × 3 samples"
+        assert line == found.format(record["step"], *shares)
 
 
 def test_problems_without_an_answer_are_refused(tmp_path, recipe):

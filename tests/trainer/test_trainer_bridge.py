@@ -103,6 +103,19 @@ def test_loss_on_uneven_rollouts(make_trainer, roll_out, gradient, bridge, loss,
     agree(trainer, gradient, batch, expected_loss(trainer, batch, bridge, loss=loss, **kind))
 
 
+def test_a_loss_of_the_users_own_in_the_bridges_coordinates(make_trainer, roll_out, gradient, bridge):
+    widths = set()
+
+    def mean_square(student, teacher):
+        widths.add(student.shape[1])
+        return (student - teacher).square().mean(-1)
+
+    trainer = make_trainer(script=scripted, bridge=bridge, representation_loss=mean_square)
+    batch = roll_out(trainer)
+    agree(trainer, gradient, batch, expected_loss(trainer, batch, bridge, loss="mse"))
+    assert widths == {RANK}
+
+
 def test_default_losses(make_trainer, roll_out, gradient, bridge, student):
     trainer = make_trainer(bridge=bridge)
     assert trainer.args.representation_loss == "normalized_mse"

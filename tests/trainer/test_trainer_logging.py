@@ -151,6 +151,7 @@ def test_trackers_get_the_same_numbers_as_the_file(make_trainer, tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     trainer = make_trainer(report_to="tensorboard", logging_steps=1, max_steps=3)
+    trainer.recorder.observers.append(lambda step, _: {"eval/avg_at_k": step / 4})
     trainer.train()
     records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     (events,) = (tmp_path / "run").rglob("events.out.tfevents*")
@@ -165,7 +166,10 @@ def test_trackers_get_the_same_numbers_as_the_file(make_trainer, tmp_path):
     for name in names:
         given = {event.step: event.value for event in board.Scalars(f"train/{name}")}
         assert given == {r["step"]: pytest.approx(r[name], rel=1e-5) for r in records}, name
-    assert not any(tag.endswith("train/entropy") for tag in board.Tags()["scalars"])
+    assert [event.value for event in board.Scalars("eval/avg_at_k")] == [0.25, 0.5, 0.75]
+    assert not any(tag.endswith("train/entropy") or "eval/eval" in tag for tag in board.Tags()["scalars"])
+    assert not any(tag.startswith("train/eval") for tag in board.Tags()["scalars"])
+    assert all("eval/avg_at_k" in record for record in records)
 
 
 def test_every_step_is_in_the_file_however_rarely_trackers_log(make_trainer, tmp_path):

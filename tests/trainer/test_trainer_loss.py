@@ -4,6 +4,7 @@ import by_hand
 import pytest
 import torch
 
+from oprd.errors import UserError
 from oprd.losses import REPRESENTATION_LOSSES
 
 PAIRS = {"all": [(1, 1), (2, 2)], "last": [(2, 2)], "1": [(1, 1)], "1=2": [(1, 2)]}
@@ -147,3 +148,16 @@ def test_equal_models_have_no_output_loss(make_trainer, roll_out, gradient, stud
     assert abs(value) <= 1e-6
     if kind.get("renormalize", True):  # the truncated sum is no divergence: its gradient is that of p(S)
         assert given.abs().max() <= 1e-6
+
+
+def test_a_loss_of_the_users_own(make_trainer, roll_out, gradient):
+    """A function in place of a name: value and gradient by hand."""
+    trainer = make_trainer(representation_loss=lambda s, t: (s - t).square().sum(-1) / t.square().sum(-1))
+    batch = roll_out(trainer)
+    given, models = by_hand.rollouts(batch), (trainer.model, trainer.teacher.model)
+    agree(trainer, gradient, batch, by_hand.representation_loss(*models, given, PAIRS["all"], "relative_mse"))
+
+
+def test_a_loss_of_the_users_own_that_no_step_could_use(make_trainer):
+    with pytest.raises(UserError, match=r"one value for each of 3 rows, \[3\], and returned \[\]"):
+        make_trainer(representation_loss=lambda s, t: (s - t).square().mean())

@@ -1,8 +1,10 @@
 """Run folders of `oprd train`: metrics, resuming, refusals, faults, what a finished run leaves."""
 
 import json
+import logging
 import math
 import shutil
+import warnings
 from pathlib import Path
 
 import pytest
@@ -342,3 +344,24 @@ def test_a_student_with_dropout_is_told_of_it(make_trainer, make_folder, caplog,
     with caplog.at_level("WARNING"):
         make_trainer(student=folder, teacher=folder, disable_dropout=off)
     assert ("learns with dropout" in caplog.text) == (dropout > 0 and not off)
+
+
+def test_a_run_from_python_says_what_it_is(make_trainer, tmp_path, caplog):
+    """`resolved.yaml` of its settings, the line before the first rollout, and no warning of old names."""
+    with (
+        warnings.catch_warnings(),
+        caplog.at_level(logging.INFO, "oprd"),
+    ):
+        warnings.simplefilter("error", FutureWarning)
+        make_trainer(gradient_checkpointing=True, save_strategy="steps", save_steps=1).train()
+        make_trainer(gradient_checkpointing=True, layers="last").train()
+    resolved = yaml.safe_load((tmp_path / "run" / "resolved.yaml").read_text())
+    settings = resolved["settings"]
+    assert settings["layers"] == "last" and settings["gradient_checkpointing"] is True
+    assert settings["num_processes"] == 1 and Path(settings["model_name_or_path"]).is_dir()
+    assert {"trl", "transformers", "oprd"} <= resolved["versions"].keys()
+    told = [message for message in caplog.messages if " rollouts (" in message]
+    assert told[-1] == (
+        "2 steps of 4 rollouts (4 prompts × 1) of up to 8 tokens, by Hugging Face's generate; "
+        f"mse (1 layer, rows last=2000); float32 on cpu; writes to {tmp_path / 'run'}"
+    )

@@ -26,6 +26,7 @@ from oprd.evaluation.problems import EvalSettings, Problem, check_context, read_
 from oprd.evaluation.samples import line, read_samples
 from oprd.folder.lock import check_held, hold
 from oprd.folder.whole import check_place, write_whole
+from oprd.progress import tokens_shown
 from oprd.rollouts import Engine, HFEngine, Rollout, eos_token_ids
 
 logger = logging.getLogger(__name__)
@@ -186,7 +187,11 @@ def _records(evaluation: _Evaluation, done: Container[int], progress: bool) -> I
     """The records of the problems that are not `done`; problems of one group are drawn together."""
     size, num_samples = evaluation.group_size, evaluation.settings.samples
     count = len(evaluation.problems)
-    with tqdm(total=count, desc=evaluation.label, unit="problem", disable=not progress) as bar:
+    limit = evaluation.settings.sampling.max_new_tokens
+    with (
+        tqdm(total=count, desc=evaluation.label, unit="problem", disable=not progress) as bar,
+        tokens_shown(bar, "responses", evaluation.model, limit),
+    ):
         for first in range(0, count, size):
             group = evaluation.problems[first : first + size]
             numbers = range(first, first + len(group))

@@ -24,7 +24,7 @@ def evaluate_on_ranks(
     rows: Sequence[Mapping[str, Any]],
     settings: EvalSettings,
 ) -> dict[str, float]:
-    """`avg_at_k`, `best_at_k` and `mean_length` of `rows`, on every rank; all of them have to call it.
+    """`avg_at_k`, `ci95_…`, `best_at_k`, `mean_length` of `rows`, on every rank; all have to call it.
 
     A rank draws its part of the responses, at most `settings.batch_size` at a time. All ranks generate
     equally often, since models that DeepSpeed partitions run on all of them together.
@@ -45,8 +45,11 @@ def evaluate_on_ranks(
                 drawn.append((response, record["correct"], record["length"]))
     found = {response: (correct, length) for response, correct, length in gather_object(drawn)}
     correct = [[found[i, sample][0] for sample in range(settings.samples)] for i in range(len(problems))]
+    low, high = metrics.confidence_interval(metrics.problem_means(correct))
     return {
         "avg_at_k": metrics.avg_at_k(correct),
+        "ci95_low": low,
+        "ci95_high": high,
         "best_at_k": metrics.best_at_k(correct),
         "mean_length": float(np.mean([length for _, length in found.values()])),
     }

@@ -22,6 +22,7 @@ logger = logging.getLogger(__name__)
 METRICS_FILE = "metrics.jsonl"
 BAR = {
     "loss": "loss/total",
+    "acc": "eval/avg_at_k",
     "cos": "representation/cosine",
     "len": "rollout/mean_length",
     "cut": "rollout/truncated_share",
@@ -31,7 +32,8 @@ BAR = {
 class Recorder(TrainerCallback):
     """Collects what a step measured, hands it to the trackers and appends it to `metrics.jsonl`.
 
-    `reduce` sums a tensor over ranks; `publish` passes a step's numbers on to the trainer's log.
+    `reduce` sums a tensor over ranks; `publish` passes a step's numbers on to the trainer's log; `begin` is
+    called on the first rank before the first step.
     `observers` may add numbers of their own, given the step that has just ended, from 1, and its numbers;
     `resumers` are given the lines of the steps that a resumed run has behind it.
     """
@@ -43,15 +45,17 @@ class Recorder(TrainerCallback):
         memory: MemoryMeter,
         reduce: Callable[[Tensor], Tensor],
         publish: Callable[[dict[str, float]], None],
+        begin: Callable[[TrainerState], None],
     ) -> None:
         self.averages, self.stopwatch, self.memory = averages, stopwatch, memory
         self.grad_norm = 0.0
         self.label = "distil"
         self.observers: list[Callable[[int, dict[str, float]], dict[str, float]]] = []
         self.resumers: list[Callable[[list[dict[str, float]]], None]] = []
-        self._reduce, self._publish = reduce, publish
+        self.bar: tqdm | None = None
+        self._reduce, self._publish, self._begin = reduce, publish, begin
         self._learning_rate = 0.0
-        self._bar: tqdm | None = None
+        self._accuracy: dict[str, float] = {}
         self._optimizer_part: Any = None
 
     def on_train_begin(
@@ -63,7 +67,8 @@ class Recorder(TrainerCallback):
         if not state.is_world_process_zero:
             return
         keep_steps(Path(args.output_dir) / METRICS_FILE, state.global_step)
-        self._bar = tqdm(
+        self._begin(state)
+        self.bar = tqdm(
             total=state.max_steps,
             initial=state.global_step,
             desc=self.label,
@@ -101,17 +106,19 @@ class Recorder(TrainerCallback):
                 file.write(json.dumps({"step": state.global_step, **values}) + "\n")
                 file.flush()
                 os.fsync(file.fileno())  # before the checkpoint of this step, which relies on it
-        if self._bar is not None:
-            self._bar.set_postfix(
-                {short: f"{values[name]:.3g}" for short, name in BAR.items() if name in values}, refresh=False
+        if self.bar is not None:
+            self._accuracy |= {name: values[name] for name in (BAR["acc"],) if name in values}
+            shown = self._accuracy | values
+            self.bar.set_postfix(
+                {short: f"{shown[name]:.3g}" for short, name in BAR.items() if name in shown}, refresh=False
             )
-            self._bar.update()
+            self.bar.update()
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
-        if self._bar is not None:
-            self._bar.close()
+        if self.bar is not None:
+            self.bar.close()
 
 
 def keep_steps(path: Path, last_step: int) -> None:

@@ -2,7 +2,7 @@
 
 from oprd.evaluation.answers.quantities import is_meaningful, singular
 from oprd.evaluation.answers.tokens import Token, Tokens
-from oprd.evaluation.answers.vocabulary import LABELS, LINKING
+from oprd.evaluation.answers.vocabulary import LINKING, SO
 
 
 def trimmed(tokens: Tokens) -> Tokens:
@@ -29,9 +29,12 @@ def trimmed(tokens: Tokens) -> Tokens:
 
 
 def _without_prose(tokens: Tokens) -> Tokens:
-    label = next((i for i, token in enumerate(tokens) if token.text == ":"), 0)
-    if label and all(token.kind == "word" and token.text in LABELS for token in tokens[:label]):
-        tokens = tokens[label + 1 :]
+    label = next((i for i, token in enumerate(tokens) if token.kind != "word"), 0)
+    if label and tokens[label].text in (":", ",") and len(tokens) > label + 1:
+        labels = (
+            not any(map(is_meaningful, tokens[:label])) if tokens[label].text == ":" else tokens[0].text in SO
+        )
+        tokens = tokens[label + 1 :] if labels else tokens
     verbs = [
         i
         for i, token in enumerate(tokens)

@@ -87,8 +87,12 @@ def _unit(word: str) -> str:
 
 
 def _before_letters(core: Tokens) -> Tokens:
-    """`core` up to a letter that may be a unit: behind a number and a space, before nothing but units."""
+    """`core` up to a letter that may be a unit: behind a number and a space, before units alone."""
     for i in range(1, len(core)):
         if core[i].kind == "letter" and core[i].spaced and core[i].text in UNIT_LETTERS:
-            return core[:i] if core[i - 1].kind == "number" and is_unit(core[i:]) else ()
+            return core[:i] if _ends_number(core[i - 1]) and is_unit(core[i:]) else ()
     return ()
+
+
+def _ends_number(token: Token) -> bool:
+    return token.kind == "number" or token.text in ("}", ")")

@@ -117,19 +117,19 @@ def _named_words(texts: list[str]) -> Answer:
 
 
 def _list(tokens: Tokens) -> Answer | None:
-    parts, found = split(tokens, {";"})
-    if len(parts) < 2:
-        parts, found = split(tokens, SEPARATORS)
+    groups = next((g for mark in (";", "or") if len((g := split(tokens, {mark}))[0]) > 1), None)
+    parts, found = groups or split(tokens, SEPARATORS)
     if len(parts) < 2:
         return None
     items: list[Answer] = []
     for part in filter(None, parts):
         item = understand(part)
-        inner = isinstance(item, Collection) and not item.brackets
-        if inner and isinstance(item, Collection):
-            items += [Collection("()", item.items)] if ";" in found else item.items
-        else:
+        if not isinstance(item, Collection) or item.brackets:
             items.append(item)
+        elif ";" in found or all(isinstance(inner, Named) for inner in item.items):  # 1, 2; 3, 4
+            items.append(Collection("()", item.items))
+        else:
+            items += item.items
     if any(isinstance(item, Other) for item in items) or len(items) < 2:
         return Other(render(tokens)) if len(items) != 1 else items[0]
     first, *others = items

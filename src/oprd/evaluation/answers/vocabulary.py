@@ -135,8 +135,7 @@ LINKING = _words(
     "cost need get make equals"
 )
 """Words that may end the prose before a number."""
-LABELS = _words("the a an our my final correct exact required desired answer result value solution so thus")
-"""Words of a label such as "Final answer:"."""
+SO = _words("so thus therefore hence then")
 MEANINGFUL = _words(
     "and or if when where whenever for unless except but not no none neither nor with without mod modulo "
     "more less than least most over under plus minus times half third fourth fifth sixth seventh eighth "

@@ -353,13 +353,18 @@ def test_a_run_from_start_to_finish(capsys, recipe, tmp_path):
     assert steps == [1, 2, 3]
 
 
-def test_eval_writes_a_summary(tmp_path):
+def test_eval_writes_a_summary(tmp_path, capsys):
     output = tmp_path / "eval"
     argv = ["eval", "--model", "tiny:teacher", "--data", "tiny", "--output", str(output)]
     assert cli.run([*argv, "--limit", "4", "--samples", "2", "--max_new_tokens", "48"]) == 0
     summary = json.loads((output / "summary.json").read_text())
     assert summary["num_problems"] == 4 and summary["avg_at_k"] > 0.7
+    assert summary["no_answer_share"] == 0
     assert len((output / "samples.jsonl").read_text().splitlines()) == 4
+    shown = capsys.readouterr().out
+    low, high = summary["ci95"]
+    assert "Avg@2" in shown and f"{low:.1%}–{high:.1%}" in shown and "no answer" in shown
+    assert "pass@2" in shown and str(output) in shown and "--prompt_suffix" not in shown
 
 
 def test_faults_exit_with_1(capsys, recipe, tmp_path):

@@ -116,6 +116,7 @@ def _eval(args: argparse.Namespace, _: list[str]) -> None:
     from oprd.engines.choose import choose_engine
     from oprd.evaluation.problems import EvalSettings, response_room
     from oprd.evaluation.run import evaluate
+    from oprd.evaluation.table import print_summary
     from oprd.models import load_model, load_tokenizer, resolve_model
     from oprd.prompts import load_prompts
     from oprd.rollouts import Sampling
@@ -146,7 +147,7 @@ def _eval(args: argparse.Namespace, _: list[str]) -> None:
     sampling = Sampling(limit, args.temperature, args.top_p, args.top_k)
     settings = replace(settings, sampling=sampling)
     summary = evaluate(model, tokenizer, rows, settings, args.output, args.model, engine=engine)
-    print(json.dumps({key: value for key, value in summary.items() if key != "settings"}, indent=2))
+    print_summary(summary, args.output)
 
 
 def _tiny(args: argparse.Namespace, _: list[str]) -> None:

@@ -18,6 +18,7 @@ from oprd.demo_pairs import BRIDGE, LABELS, PAIRS, SHARED, STUDENT, TASK, Pair
 from oprd.errors import UserError
 from oprd.evaluation.problems import EvalSettings
 from oprd.evaluation.run import SETTINGS_FILE, SUMMARY_FILE, evaluate
+from oprd.evaluation.table import WIDTH, cells, heads
 from oprd.folder.claims import check_foreign
 from oprd.folder.lock import hold
 from oprd.folder.recorder import METRICS_FILE, read_metrics
@@ -30,6 +31,7 @@ from oprd.tiny.task import NUM_EVAL_PROBLEMS
 from oprd.train import RunArguments, train
 from oprd.trainer import OPRDConfig
 
+ACCURACY, TEXTS = ("avg_at_k", "ci95", "best_at_k"), ("dist_4g", "mean_length")
 OTHER_PROMPTS = 1000  # added to the seed of a second run
 UPDATE_PARTS = ("time/teacher_seconds", "time/student_seconds", "time/optimizer_seconds")
 
@@ -79,23 +81,19 @@ def print_summary(summary: dict[str, Any], output: Path) -> None:
     samples = summary["settings"]["samples"]
     table = Table(title=f"{summary['settings']['steps']} on-policy steps from one student")
     table.add_column("arm")
-    heads = (f"Avg@{samples}", "95%", f"Best@{samples}", "gap closed", "Dist-4g", "Avg Len")
-    for head in (*heads, "s/update", "transient MB"):
+    for head in (*heads(ACCURACY, samples), "gap closed", *heads(TEXTS, samples), "s/update", "transient MB"):
         table.add_column(head, justify="right")
     for arm, row in summary["arms"].items():
         closed = summary["gap_closed"].get(arm)
         table.add_row(
             LABELS[arm],
-            f"{row['avg_at_k']:.1%}",
-            "–".join(f"{bound:.1%}" for bound in row["ci95"]),
-            f"{row['best_at_k']:.1%}",
+            *cells(ACCURACY, row),
             "" if closed is None else f"{closed:.0%}",
-            f"{row['dist_4g']:.2f}",
-            f"{row['mean_length']:.1f}",
+            *cells(TEXTS, row),
             "" if row["seconds_per_update"] is None else f"{row['seconds_per_update']:.2f}",
             "" if row["transient_mb"] is None else f"{row['transient_mb']:.0f}",
         )
-    Console(width=120).print(table)
+    Console(width=WIDTH).print(table)
     print(f"summary, plots and runs: {output}")
 
 
@@ -168,7 +166,7 @@ def _evaluate(
         model_name=arm,
         label=f"evaluate {LABELS[arm]}",
     )
-    return {key: result[key] for key in ("avg_at_k", "ci95", "best_at_k", "dist_4g", "mean_length")}
+    return {key: result[key] for key in (*ACCURACY, *TEXTS)}
 
 
 def _cost(folder: Path) -> dict[str, float | None]:

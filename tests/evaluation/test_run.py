@@ -13,6 +13,7 @@ from oprd import cli, rollouts
 from oprd.errors import UserError
 from oprd.evaluation import run
 from oprd.evaluation.grade import grade
+from oprd.evaluation.metrics import confidence_interval
 from oprd.evaluation.problems import EvalSettings
 from oprd.evaluation.run import evaluate, evaluation_folder, graded
 from oprd.folder.lock import LOCK_FILE, Holder
@@ -91,10 +92,11 @@ def test_summary_describes_the_run(finished, model, tokenizer):
     lengths = [sample["length"] for line in lines for sample in line["samples"]]
     truncated = [sample["truncated"] for line in lines for sample in line["samples"]]
     assert summary["num_problems"] == 5 and summary["samples"] == 3
-    assert summary["avg_at_k"] == 0.0 and summary["ci95"] == [0.0, 0.0]
+    assert summary["avg_at_k"] == 0.0 and summary["ci95"] == list(confidence_interval([0.0] * 5))
     assert summary["pass_at_k"] == {"1": 0.0, "2": 0.0}
     assert summary["mean_length"] == pytest.approx(sum(lengths) / 15)
     assert summary["truncated_share"] == pytest.approx(sum(truncated) / 15)
+    assert summary["no_answer_share"] == 1.0
     assert summary["settings"] == json.loads((finished / "settings.json").read_text())
     assert summary["settings"]["temperature"] == 1.0 and summary["settings"]["model_name"] == "random"
     assert evaluate(model, tokenizer, ROWS, SETTINGS, None, "random", progress=False) == summary

@@ -5,13 +5,14 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from statistics import NormalDist
 from typing import Any
 
 import numpy as np
 
 from oprd.evaluation.grade import normalize_answer
 
-NUM_RESAMPLES = 10_000
+Z95 = NormalDist().inv_cdf(0.975)
 
 Correct = Sequence[Sequence[bool]]
 
@@ -46,9 +47,15 @@ def pass_at_k(correct_counts: Sequence[int], n: int, k: int) -> float:
 def majority_at_k(answers: Sequence[Sequence[str | None]], correct: Correct) -> float:
     """Majority@k: share of problems whose most frequent answer is right.
 
-    Answers are grouped by their normalised spelling, the first seen wins a tie, None does not vote.
+    Answers are grouped by their normal form (`grade.normalize_answer`), the first seen wins a tie, None
+    does not vote.
     """
     return float(np.mean([_majority(a, c) for a, c in zip(answers, correct, strict=True)]))
+
+
+def no_answer_share(answers: Sequence[Sequence[str | None]]) -> float:
+    """Share of samples in which no answer was found."""
+    return float(np.mean([[answer is None for answer in samples] for samples in answers]))
 
 
 def dist_n(texts_per_problem: Sequence[Sequence[str]], n: int = 4) -> float:
@@ -60,12 +67,24 @@ def dist_n(texts_per_problem: Sequence[Sequence[str]], n: int = 4) -> float:
 
 
 def confidence_interval(problem_means: Sequence[float]) -> tuple[float, float]:
-    """95% interval of the mean over problems: percentile bootstrap, 10,000 resamples, fixed seed."""
-    means = np.asarray(problem_means, dtype=np.float64)
-    generator = np.random.default_rng(0)
-    resampled = [means[generator.integers(len(means), size=len(means))].mean() for _ in range(NUM_RESAMPLES)]
-    low, high = np.percentile(resampled, [2.5, 97.5])
-    return float(low), float(high)
+    """95% interval of the mean over problems: Agresti–Coull's, with an effective number of trials.
+
+    n problems whose means have the variance s² around m weigh as m (1 − m) n / s² independent trials. m and
+    s² count one problem more that is never solved and one that always is, so that an interval has a width
+    where few or no problems are solved. The quantile is Student's t with n + 1 degrees of freedom.
+
+    It covers the true mean at least 93 % of the time for 30 to 128 problems and means from 0.03 to 0.97,
+    however much the problems differ (tests/evaluation/test_metrics.py). Source: Brown, Cai and DasGupta
+    2001, Interval Estimation for a Binomial Proportion; Kish 1965, Survey Sampling, for the effective number.
+    """
+    n, mean = len(problem_means), float(np.mean(problem_means))
+    padded = np.array([*problem_means, 0.0, 1.0], dtype=np.float64)
+    center = float(padded.mean())
+    trials = center * (1 - center) * (n + 2) / float(padded.var(ddof=1))
+    t = Z95 + (Z95**3 + Z95) / (4 * (n + 1))  # Abramowitz and Stegun 26.7.5
+    middle = (mean * trials + t**2 / 2) / (trials + t**2)
+    half = t * math.sqrt(middle * (1 - middle) / (trials + t**2))
+    return max(0.0, middle - half), min(1.0, middle + half)
 
 
 def summarize(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -86,6 +105,7 @@ def summarize(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         "dist_4g": dist_n(_column(records, "text"), 4),
         "mean_length": float(np.mean(_column(records, "length"))),
         "truncated_share": float(np.mean(_column(records, "truncated"))),
+        "no_answer_share": no_answer_share(_column(records, "answer")),
         "num_problems": len(records),
         "samples": num_samples,
     }

@@ -24,7 +24,9 @@ def evaluate_on_ranks(
     rows: Sequence[Mapping[str, Any]],
     settings: EvalSettings,
 ) -> dict[str, float]:
-    """`avg_at_k`, `ci95_…`, `best_at_k`, `mean_length` of `rows`, on every rank; all have to call it.
+    """`avg_at_k`, `ci95_…`, `best_at_k`, `mean_length` and `no_answer_share` of `rows`, on every rank.
+
+    All ranks have to call it.
 
     A rank draws its part of the responses, at most `settings.batch_size` at a time. All ranks generate
     equally often, since models that DeepSpeed partitions run on all of them together.
@@ -42,8 +44,8 @@ def evaluate_on_ranks(
                 batch, generate(model, tokenizer, prompts, settings.sampling, seeds), strict=True
             ):
                 record = graded(tokenizer, rollout, problems[response[0]].reference)
-                drawn.append((response, record["correct"], record["length"]))
-    found = {response: (correct, length) for response, correct, length in gather_object(drawn)}
+                drawn.append((response, (record["correct"], record["length"], record["answer"] is None)))
+    found = dict(gather_object(drawn))
     correct = [[found[i, sample][0] for sample in range(settings.samples)] for i in range(len(problems))]
     low, high = metrics.confidence_interval(metrics.problem_means(correct))
     return {
@@ -51,5 +53,6 @@ def evaluate_on_ranks(
         "ci95_low": low,
         "ci95_high": high,
         "best_at_k": metrics.best_at_k(correct),
-        "mean_length": float(np.mean([length for _, length in found.values()])),
+        "mean_length": float(np.mean([length for _, length, _ in found.values()])),
+        "no_answer_share": float(np.mean([unanswered for *_, unanswered in found.values()])),
     }

@@ -6,6 +6,7 @@ from transformers import OPTConfig, OPTForCausalLM, Qwen3NextConfig, Qwen3NextFo
 
 from oprd.batch import Batch, weigh_rows
 from oprd.errors import UserError
+from oprd.padding import heeds_padding
 from oprd.reading import Reading, Want, read_states
 from oprd.settings import ObjectiveSettings
 
@@ -112,6 +113,7 @@ def test_without_padding_the_gradient_is_that_of_padded_rollouts(tiny_model, fam
             model = model.double()
         if checkpointing:
             model.gradient_checkpointing_enable()
+        heeds_padding(model)  # tried before forwards are counted
         model.get_input_embeddings().register_forward_hook(lambda m, a, out: shapes.append(out.shape))
         wants = [Want((1, 3), mask), Want((2,), mask)]
         states = read_states(model, one_each(inputs), wants, padding_free)
@@ -129,6 +131,7 @@ def test_any_two_wants_are_served_by_one_forward(tiny_model, first, second):
     inputs = padded(PROMPTS, COMPLETIONS)
     mask = inputs["completion_mask"].bool()
     count = []
+    heeds_padding(model)  # tried before forwards are counted
     model.model.register_forward_pre_hook(lambda *_: count.append(1))
     with torch.no_grad():
         one, two = read_states(model, one_each(inputs), [Want(first, mask), Want(second, mask)])

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -59,6 +60,19 @@ def recipe(tmp_path):
     return write
 
 
+@pytest.fixture
+def far(tmp_path_factory):
+    """Keys of the tiny pair with positions for rollouts that need gigabytes."""
+    keys = {}
+    for key, name in (("model_name_or_path", "student"), ("teacher_model_name_or_path", "teacher")):
+        folder = tmp_path_factory.mktemp("far") / name
+        shutil.copytree(resolve_model(f"tiny:{name}"), folder)
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 4096}))
+        keys[key] = str(folder)
+    return keys
+
+
 def test_a_run_that_fits(capsys, recipe, tmp_path):
     assert cli.run(["doctor", recipe()]) == 0
     out = capsys.readouterr().out
@@ -99,8 +113,8 @@ def container(monkeypatch, tmp_path):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads what a container may take")
-def test_a_run_that_does_not_fit(capsys, recipe, container):
-    path = recipe(per_device_train_batch_size=64, max_completion_length=1000)  # 7 GB, and half of that
+def test_a_run_that_does_not_fit(capsys, recipe, container, far):
+    path = recipe(per_device_train_batch_size=64, max_completion_length=1000, **far)  # 7 GB, and half of that
     container(5_000_000_000)
     assert cli.run(["doctor", path, "--json"]) == 2
     out, error = capsys.readouterr()
@@ -226,6 +240,18 @@ def test_the_first_knob_is_the_cheapest_that_is_enough(recipe, changes, room, ke
     assert knob.keys == keys and knob.peak_mb < plan.peak_mb
 
 
+def test_lengths_beyond_the_positions_are_refused_as_by_the_run(capsys, recipe):
+    """Of tiny's 512 positions the longest prompt takes 8; another tokenizer's responses are not known yet."""
+    path = recipe()
+    assert cli.run(["doctor", path, "--max_completion_length", "505"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "max_completion_length is 505, but the student has 512 positions" in line
+    assert "lower it to 504" in line
+    run, config = parse_training_recipe(path, ["--max_completion_length", "16384"])
+    longest, _ = longest_rollout(run, config)
+    assert (len(longest.prompt_ids), longest.num_tokens) == (8, 512)
+
+
 def test_attention_that_is_kept_is_what_costs_least_to_turn(recipe):
     run, config = parse_training_recipe(recipe(gradient_checkpointing=True, keep_attention=True))
     turns = knobs._turns(config, longest_rollout(run, config)[0], Machine(torch.device("cpu"), 0, 0))
@@ -296,10 +322,10 @@ def test_an_optimiser_that_is_not_installed(capsys, recipe, tmp_path, command):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads what a container may take")
-def test_what_cannot_fit_is_not_tried(capsys, recipe, container):
+def test_what_cannot_fit_is_not_tried(capsys, recipe, container, far):
     container(100_000_000)
     few_knobs = {"gradient_checkpointing": True, "teacher_model_init_kwargs": {"dtype": "bfloat16"}}
-    path = recipe(per_device_train_batch_size=63, max_completion_length=1000, **few_knobs)
+    path = recipe(per_device_train_batch_size=63, max_completion_length=1000, **few_knobs, **far)
     assert cli.run(["train", path, "--dry_run"]) == 1
     last = capsys.readouterr().err.strip().splitlines()[-1]
     assert "out of memory at the longest rollout" in last and "first turn" in last
@@ -310,8 +336,8 @@ def test_what_cannot_fit_is_not_tried(capsys, recipe, container):
 @pytest.mark.parametrize(  # in the first update, and before the models are there
     "megabytes", [2000, pytest.param(800, marks=pytest.mark.drill)]
 )
-def test_running_out_of_memory_names_the_first_knob(recipe, megabytes):
-    path = recipe(per_device_train_batch_size=32, max_completion_length=2048)
+def test_running_out_of_memory_names_the_first_knob(recipe, megabytes, far):
+    path = recipe(per_device_train_batch_size=32, max_completion_length=2048, **far)
     room = f"import resource; resource.setrlimit(resource.RLIMIT_DATA, ({megabytes}_000_000,) * 2)"
     once = "from oprd.planning import memory_plan; memory_plan.HEAP_PASSES = 1"
     script = f"{room}; import sys; from oprd import cli; {once}; cli.main(sys.argv[1:])"
@@ -323,7 +349,7 @@ def test_running_out_of_memory_names_the_first_knob(recipe, megabytes):
     assert "first turn gradient_checkpointing: true" in last
 
 
-def test_no_room_for_a_plan_of_a_knob(capsys, recipe, monkeypatch, container):
+def test_no_room_for_a_plan_of_a_knob(capsys, recipe, monkeypatch, container, far):
     """What is left to say where planning runs out of memory, too."""
 
     def fill(*_):
@@ -331,7 +357,7 @@ def test_no_room_for_a_plan_of_a_knob(capsys, recipe, monkeypatch, container):
 
     container(100_000_000)
     monkeypatch.setattr(knobs, "plan_memory", fill)
-    path = recipe(per_device_train_batch_size=64, max_completion_length=1000)
+    path = recipe(per_device_train_batch_size=64, max_completion_length=1000, **far)
     assert cli.run(["train", path, "--dry_run"]) == 1
     last = capsys.readouterr().err.strip().splitlines()[-1]
     assert "first turn gradient_checkpointing: true, then halve the micro-batch" in last

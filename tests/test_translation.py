@@ -229,6 +229,16 @@ def test_responses_of_one_token_are_no_reason_to_refuse(ours, theirs, caplog):
     assert not caplog.records
 
 
+def test_responses_beyond_the_teachers_positions_are_read_up_to_them(ours, theirs):
+    """With room for 1, 23, 45 of 1, 23, 45, +, 6, 78, EOS."""
+    student = [encode(ours, text) for text in ("12345+678<|im_end|>", "45<|im_end|>")]
+    tensors, aligned = Translation(ours, theirs).responses(*pad(student, ours.pad_token_id), room=[3, 50])
+    assert tensors["teacher_rows"].tolist() == [[0, 1, -1, 2, *[-1] * 6], [0, -1, 1, *[-1] * 7]]
+    assert tensors["teacher_completion_mask"].sum(-1).tolist() == [3, 2]
+    assert tensors["ends_together"].tolist() == [False, True]
+    assert [response.coverage for response in aligned] == [0.3, 2 / 3]
+
+
 def test_responses_of_nothing_that_can_be_read(ours, theirs):
     """Invalid UTF-8 from the first byte on: no token for the teacher, and still a batch."""
     (first,) = encode(ours, "é")[:1]

@@ -1,7 +1,7 @@
 """Which positions of a student's and a teacher's response have read the same bytes, under two tokenizers."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import accumulate, product
 
@@ -89,6 +89,13 @@ class AlignedResponse:
     def collapsed(self) -> bool:
         """Whether pairing stopped well before the end: a tenth of the rows, and ten of them, come after."""
         return self.stop is not None and self.stop.rows >= max(LOST_ROWS, LOST_SHARE * self.num_rows)
+
+    def within(self, room: int) -> "AlignedResponse":
+        """What a teacher reads that has positions for `room` tokens, and the rows that have read the same."""
+        if len(self.teacher_ids) <= room:
+            return self
+        rows = [(i, j) for i, j in self.rows if j < room]
+        return replace(self, teacher_ids=self.teacher_ids[:room], rows=rows, ends_together=False)
 
 
 class Aligner:

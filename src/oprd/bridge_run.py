@@ -7,7 +7,7 @@ import json
 import logging
 import math
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,18 +27,20 @@ from oprd.bridge_recipe import BridgeArguments
 from oprd.capture import num_layers
 from oprd.engines.choose import choose_engine
 from oprd.errors import UserError
+from oprd.finite import check_loaded
 from oprd.folder.claims import OF_A_RUN, check_foreign
 from oprd.folder.lock import hold
 from oprd.folder.run import RESOLVED_FILE, check_folder, resolved_settings, write_resolved
 from oprd.folder.whole import write_whole
 from oprd.intake import usable_prompts
+from oprd.lengths import fitting_length, run_readers
 from oprd.models import load_model, load_tokenizer, resolve_model
 from oprd.progress import tokens_shown
 from oprd.prompts import load_prompts
 from oprd.ranks import Ranks, joined_ranks
 from oprd.reading import Want, read_states
 from oprd.rendering import Renderer
-from oprd.rollouts import Engine, Rollout, eos_token_ids, left_pad
+from oprd.rollouts import Engine, Rollout, Sampling, eos_token_ids, left_pad
 from oprd.selection import LayerMap, Positions
 from oprd.teacher import Teacher
 from oprd.translation import Translation
@@ -92,7 +94,8 @@ def _fit(args: BridgeArguments, ranks: Ranks) -> None:
     folder, settings = Path(args.output_dir), resolved_settings(args)
     pair = ModelPair.load(args, ranks.device)
     engine = pair.engine(args, ranks)
-    prompts = _prompts(args, pair, ranks)
+    prompts, longest = _prompts(args, pair, ranks)
+    args.sampling = _fitting_sampling(args, pair, longest)
     _check_rows(args, pair, len(prompts))
     fitter, layer_map = pair.fitter(args)
     counts = accumulate(fitter, pair, prompts, args, engine, ranks)
@@ -140,6 +143,8 @@ class ModelPair:
             args.teacher_template_kwargs,
             eos_token_ids(student, tokenizer),
         )
+        check_loaded(student, "the student")
+        check_loaded(teacher.model, "the teacher")
         if translation.feeds_foreign_ids:
             teacher.check_ids(student)
         return cls(student, tokenizer, teacher, translation)
@@ -233,7 +238,7 @@ def _check_rows(
     A rollout is taken to have `rows_per_rollout` paired rows, or else as many as the recipe lets it have.
     """
     longest = Positions.parse(args.positions).mask(
-        torch.ones(1, args.max_completion_length, dtype=torch.bool)
+        torch.ones(1, args.sampling.max_new_tokens, dtype=torch.bool)
     )
     each = float(longest.sum()) if rows_per_rollout is None else rows_per_rollout
     widest = max(pair.student.config.get_text_config().hidden_size, pair.teacher.width)
@@ -246,7 +251,8 @@ def _check_rows(
         )
 
 
-def _prompts(args: BridgeArguments, pair: ModelPair, ranks: Ranks) -> Dataset:
+def _prompts(args: BridgeArguments, pair: ModelPair, ranks: Ranks) -> tuple[Dataset, list[int]]:
+    """The prompts to roll out, and the longest that the dataset has for each reader."""
     drops = args.drop_unrenderable_prompts
     place = args.dataset_name, args.dataset_train_split, args.dataset_config
     prompts = load_prompts(*place, drops, answers=False)
@@ -257,7 +263,17 @@ def _prompts(args: BridgeArguments, pair: ModelPair, ranks: Ranks) -> Dataset:
     prompts = usable.dataset
     if len(prompts) < args.num_prompts:
         logger.warning("the dataset has %d prompts, fewer than num_prompts: all are used", len(prompts))
-    return prompts.shuffle(seed=args.seed).select(range(min(args.num_prompts, len(prompts))))
+    chosen = prompts.shuffle(seed=args.seed).select(range(min(args.num_prompts, len(prompts))))
+    return chosen, usable.lengths.max(axis=1).tolist()
+
+
+def _fitting_sampling(args: BridgeArguments, pair: ModelPair, longest: Sequence[int]) -> Sampling:
+    """The recipe's sampling, its default length lowered to what both models have positions for."""
+    configs = pair.student.config, pair.teacher.model.config
+    who = run_readers(*configs, longest, are_its_own=pair.translation.aligner is None)
+    asked = args.max_completion_length
+    length = fitting_length(who, asked, is_default=asked == BridgeArguments.max_completion_length)
+    return replace(args.sampling, max_new_tokens=length)
 
 
 def _batches(
@@ -319,7 +335,8 @@ def _inputs(
     }
     if not pair.translation.is_identity:
         inputs |= pair.translation.prompts(prompts)
-        read, aligned = pair.translation.responses(inputs["completion_ids"], inputs["completion_mask"])
+        room = pair.teacher.room(inputs["teacher_prompt_mask"])
+        read, aligned = pair.translation.responses(inputs["completion_ids"], inputs["completion_mask"], room)
         inputs |= read
         if aligned:
             counts["paired_rows"] = sum(len(response.rows) for response in aligned)

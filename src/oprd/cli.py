@@ -117,6 +117,7 @@ def _eval(args: argparse.Namespace, _: list[str]) -> None:
     from oprd.evaluation.problems import EvalSettings, response_room
     from oprd.evaluation.run import evaluate
     from oprd.evaluation.table import print_summary
+    from oprd.finite import check_loaded
     from oprd.models import load_model, load_tokenizer, resolve_model
     from oprd.prompts import load_prompts
     from oprd.rollouts import Sampling
@@ -128,6 +129,7 @@ def _eval(args: argparse.Namespace, _: list[str]) -> None:
     located = resolve_model(args.model, **source)
     tokenizer = load_tokenizer(located, **source)
     model = load_model(located, dtype=args.dtype, **source)
+    check_loaded(model, args.model)
     engine = choose_engine(
         args.engine, args.vllm_server_base_url, model, tokenizer, located, hub_kwargs=source
     )

@@ -1,7 +1,8 @@
 """`oprd doctor RECIPE`: what is found out about a run before it starts, from its recipe and this machine."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from transformers import AutoConfig, PreTrainedTokenizerBase
 from oprd.folder.run import resolved_settings
 from oprd.init_kwargs import hub_kwargs, student_kwargs, teacher_kwargs
 from oprd.intake import prompts_per_step, usable_prompts
+from oprd.lengths import Reader, fitting_length, run_readers
 from oprd.meters import MB
 from oprd.models import base_model, load_tokenizer, resolve_model
 from oprd.planning.checks import Finding, check_disk, check_engine, check_output, checked
@@ -103,23 +105,33 @@ def examine(
 def longest_rollout(run: RunArguments, config: OPRDConfig, ranks: int = 1) -> tuple[Longest, int]:
     """The longest rollout of a recipe, and how many prompts it can use.
 
-    Raises `UserError` for data or batches that a run on so many ranks would refuse.
+    Raises `UserError` for data, batches or lengths that a run on so many ranks would refuse.
     """
-    readers, drops = prompt_readers(run, config), config.drop_unrenderable_prompts
+    (readers, models), drops = prompt_readers(run, config), config.drop_unrenderable_prompts
     streamed = rows_streamed(run, config, ranks)
     place = run.dataset_name, run.dataset_train_split, run.dataset_config
     rows = load_prompts(*place, drops, streamed, answers=False)
     needed = prompts_per_step(config, ranks)
     prompts = usable_prompts(rows, readers, config.max_prompt_length, needed, drops)
-    return Longest.of(prompts, readers[0], config.max_completion_length), len(prompts.dataset)
+    length = config.max_completion_length
+    if length is not None:
+        who = models(prompts.lengths.max(axis=1).tolist())
+        length = fitting_length(who, length, length == OPRDConfig.max_completion_length)
+    return Longest.of(prompts, readers[0], length), len(prompts.dataset)
 
 
-def prompt_readers(run: RunArguments, config: OPRDConfig) -> list[Renderer]:
-    """How the student of a recipe reads prompts and, unless it reads the same ids, how its teacher does."""
-    tokenizer, vocabulary = _tokenizer(run.model_name_or_path, student_kwargs(config))
+def prompt_readers(
+    run: RunArguments, config: OPRDConfig
+) -> tuple[list[Renderer], Callable[[Sequence[int]], list[Reader]]]:
+    """How the student of a recipe reads prompts and, unless it reads the same ids, how its teacher does.
+
+    Also what makes readers with positions of the two, given the longest prompt for each.
+    """
+    tokenizer, ours = _tokenizer(run.model_name_or_path, student_kwargs(config))
+    vocabulary = ours.get_text_config().vocab_size
     student = Renderer(tokenizer, config.chat_template_kwargs or {}, vocabulary=vocabulary)
     assert config.teacher_model_name_or_path is not None  # or the recipe would have been refused
-    teacher, vocabulary = _tokenizer(config.teacher_model_name_or_path, teacher_kwargs(config))
+    teacher, theirs = _tokenizer(config.teacher_model_name_or_path, teacher_kwargs(config))
     translation = Translation(
         tokenizer,
         teacher,
@@ -127,15 +139,18 @@ def prompt_readers(run: RunArguments, config: OPRDConfig) -> list[Renderer]:
         config.teacher_tokenization,
         config.teacher_chat_template_kwargs,
     )
-    return [student] if translation.is_identity else [student, translation.renderer(vocabulary)]
+    models = partial(run_readers, ours, theirs, are_its_own=translation.aligner is None)
+    if translation.is_identity:
+        return [student], models
+    return [student, translation.renderer(theirs.get_text_config().vocab_size)], models
 
 
-def _tokenizer(name: str, given: dict[str, Any]) -> tuple[PreTrainedTokenizerBase, int]:
-    """The tokenizer of a model, and how many ids the model has embeddings for."""
+def _tokenizer(name: str, given: dict[str, Any]) -> tuple[PreTrainedTokenizerBase, Any]:
+    """The tokenizer and the config of a model."""
     shared = hub_kwargs(given)
     located = resolve_model(name, **shared)
     config = AutoConfig.from_pretrained(base_model(located), **shared)
-    return load_tokenizer(located, **shared), config.get_text_config().vocab_size
+    return load_tokenizer(located, **shared), config
 
 
 def _memory(plan: MemoryPlan, machine: Machine, knob: Knob | None) -> Finding:

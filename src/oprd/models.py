@@ -1,6 +1,8 @@
 """Models by name: the bundled `tiny:…` ones, folders and Hub names, with errors that speak to the user."""
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +87,18 @@ def weights_are_here(model: nn.Module) -> bool:
         return False
     awaited = weight.is_meta and not hasattr(model, "hf_device_map")
     return not awaited and not hasattr(weight, "ds_id")
+
+
+@contextmanager
+def eval_mode(model: nn.Module) -> Iterator[None]:
+    """Evaluate within the block; every module's own mode is restored."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
 
 
 def load_tokenizer(name: str, **kwargs: Any) -> PreTrainedTokenizerBase:

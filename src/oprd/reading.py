@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from oprd.capture import backbone, capture
 from oprd.checkpointing import uncheckpointed
 from oprd.errors import UserError
+from oprd.padding import heeds_padding
 
 # How transformers' stacks make their masks: a call, or arguments for several.
 MASK_CALL = re.compile(r"(?:create_causal_mask|mask_function)\(([^)]*)\)|mask_kwargs\s*=\s*\{([^}]*)\}")
@@ -50,6 +51,17 @@ class Reading:
         ids = torch.cat([prompt_ids[:, skipped:], completion_ids[:, : longest - 1]], dim=1)
         mask = torch.cat([prompt_mask[:, skipped:], completion_mask[:, : longest - 1]], dim=1)
         return cls(ids, mask, prompt_ids.shape[1] - skipped - 1, longest)
+
+    @property
+    def is_padded(self) -> bool:
+        """Whether any rollout has padding in front."""
+        return bool((self.attention_mask[:, 0] == 0).any())
+
+    def part(self, rollouts: Int[Tensor, " N"], padding: int) -> "Reading":
+        """Some of the rollouts, less the padding that is in front of all of them."""
+        ids = self.input_ids[rollouts.to(self.input_ids.device), padding:]
+        mask = self.attention_mask[rollouts, padding:]
+        return Reading(ids, mask, self.first_row - padding, self.num_rows)
 
     def rows(self, mask: Bool[Tensor, "B T"]) -> Bool[Tensor, "B S"]:
         """A mask over response rows as a mask over the sequence."""
@@ -93,8 +105,11 @@ def read_states(
 
     Returns, for every want, `{layer: [N, D]}`, transformed, with N the rows of its mask, row-major. With
     `padding_free` all rollouts are read as one sequence of their tokens, in which none sees another; None:
-    where the model's attention takes sequences of any lengths.
+    where the model's attention takes sequences of any lengths. A model that ignores padding (`heeds_padding`)
+    is run once for every length of prompt.
     """
+    if not padding_free and reading.is_padded and not heeds_padding(model, reading.input_ids.device):
+        return _read_by_padding(model, reading, wants)
     # Among equally deep wants the last one stops the forward, once the others' hooks have run.
     deepest = max(range(len(wants)), key=lambda i: (max(wants[i].layers), i))
     inputs, real = _inputs(model, reading, padding_free)
@@ -109,6 +124,30 @@ def read_states(
             states.append(captures.enter_context(captured))
         backbone(model)(**inputs, use_cache=False)
     return states
+
+
+def _read_by_padding(model: nn.Module, reading: Reading, wants: Sequence[Want]) -> list[dict[int, Tensor]]:
+    """`read_states` without any padding in front: rollouts that had equally much of it share a forward.
+
+    All states are kept until the last forward; only then are they transformed.
+    """
+    padding = (reading.attention_mask == 0).long().cumprod(-1).sum(-1).cpu()
+    groups = [(padding == width).nonzero()[:, 0] for width in padding.unique()]
+    parts = []
+    for group in groups:
+        cut = [replace(want, mask=want.mask.cpu()[group], transform=None) for want in wants]
+        parts.append(read_states(model, reading.part(group, int(padding[group[0]])), cut, padding_free=False))
+    rollouts = torch.cat(groups)  # as they were read
+    whole = []
+    for number, want in enumerate(wants):
+        counts = want.mask.sum(-1).cpu()[rollouts].tolist()
+        states = {}
+        for layer in want.layers:
+            read = torch.cat([part[number][layer] for part in parts]).split(counts)
+            rows = torch.cat([read[place] for place in rollouts.argsort().tolist()])
+            states[layer] = rows if want.transform is None else want.transform(layer, rows)
+        whole.append(states)
+    return whole
 
 
 def _inputs(

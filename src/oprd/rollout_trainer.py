@@ -1,5 +1,7 @@
 """A trainer's rollouts: drawn, read by the teacher's tokenizer, weighed, described, packed."""
 
+import logging
+import math
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -14,17 +16,24 @@ from oprd.checkpointing import checkpointing_restored, old_names_unheard
 from oprd.engines.staleness import FixedText, check_gap, check_moved_alone, log_prob_gaps
 from oprd.engines.student import StudentEngine
 from oprd.errors import UserError
+from oprd.finite import check_loaded, check_trained, finite_logits
 from oprd.folder.recorder import Recorder
+from oprd.generation_config import generation_config_aside, options_aside
 from oprd.intake import prompts_per_step, usable_prompts
+from oprd.lengths import fitting_length, run_readers
+from oprd.models import eval_mode
 from oprd.packing import repack
+from oprd.padding import check_sharded, generation_batches, in_batches
 from oprd.progress import tokens_shown
 from oprd.ranks import Ranks
 from oprd.rendering import Renderer
-from oprd.rollouts import eval_mode
 from oprd.sharding.fsdp import Sharding
+from oprd.supervision import SupervisionWatch
 from oprd.teacher import Teacher
 from oprd.translation import Translation
 from oprd.update import Update
+
+logger = logging.getLogger(__name__)
 
 PACKED = "micro_batches"  # where a buffered batch is a list of others
 
@@ -42,7 +51,9 @@ class RolloutTrainer(Trainer):
     engine: StudentEngine | None
     fixed_text: FixedText
     recorder: Recorder
+    supervision: SupervisionWatch
     _buffered_inputs: Any
+    _longest_prompts: list[int]
 
     @property
     def _prompts_per_step(self) -> int:
@@ -57,6 +68,7 @@ class RolloutTrainer(Trainer):
         if not self.translation.is_identity:
             kwargs = self._tool_kwargs(self.translation)
             readers.append(self.translation.renderer(self.teacher.vocabulary, **kwargs))
+        self._longest_prompts = [0] * len(readers)
         needed = self._prompts_per_step
         self.train_dataset = self._usable(self.train_dataset, readers, self.args.max_prompt_length, needed)
         held_out = self.eval_dataset
@@ -72,20 +84,70 @@ class RolloutTrainer(Trainer):
             return dataset
         args = self.args
         drops, ranks = args.drop_unrenderable_prompts, Ranks(args.process_index, args.world_size)
-        usable = usable_prompts(dataset, readers, longest, needed, drops, ranks).dataset
-        if self.tools and isinstance(usable[0]["prompt"], str):
+        usable = usable_prompts(dataset, readers, longest, needed, drops, ranks)
+        found = usable.lengths.max(axis=1).tolist()
+        self._longest_prompts = list(map(max, self._longest_prompts, found))
+        if self.tools and isinstance(usable.dataset[0]["prompt"], str):
             raise UserError("tools are called in chats, and the prompts are text: give them as messages")
-        return usable
+        return usable.dataset
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Train, and tell at the end how many steps supervised nothing."""
+        result = super().train(*args, **kwargs)
+        self.supervision.tell()
+        return result
+
+    def _check_models(self) -> None:
+        """Raise `UserError` for weights that are not finite, or a model that cannot be sharded."""
+        check_loaded(self.model, "the student")
+        check_loaded(self.teacher.model, "the teacher")
+        if self.sharding is not None:
+            check_sharded((self.model, self.teacher.model))
+
+    def _prepare_rollouts(self) -> None:
+        """Fit the default length of responses to both models' positions; say what rollouts set aside.
+
+        Raises `UserError` for lengths that do not fit.
+        """
+        configs = self.model.config, self.teacher.model.config
+        who = run_readers(*configs, self._longest_prompts, are_its_own=self.translation.aligner is None)
+        asked = self.generation_config.max_new_tokens
+        length = (
+            fitting_length(who, asked, asked == type(self.args).max_completion_length) if asked else asked
+        )
+        if length != asked:
+            self.args.max_completion_length = self.max_completion_length = length
+            self.generation_config.max_new_tokens = self.generation_kwargs["max_new_tokens"] = length
+            if self.use_vllm:
+                self.vllm_generation.max_completion_length = length
+        if aside := options_aside(self.model, self.generation_kwargs):
+            options = ", ".join(f"{name} {str(value)[:40]}" for name, value in aside.items())
+            logger.info(
+                "rollouts follow the recipe; set aside from the student's generation config: %s", options
+            )
 
     def _tokenize_prompts(self, prompts: list[Any]) -> Any:
         """The ids that were checked before the run; TRL would close an assistant's turn to be continued."""
         return self.renderer(prompts), None, {}
 
     def _generate_single_turn(self, prompt_ids: Any, *args: Any, **kwargs: Any) -> Any:
-        whole = nullcontext() if self.use_vllm else self.whole_student()
+        """TRL's responses, drawn from the student's own distribution in batches that it reads aright."""
+        turn = super()._generate_single_turn
         shown = tokens_shown(self.recorder.bar, "rollouts", self.model, self.max_completion_length)
-        with checkpointing_restored(self.model), whole, shown, old_names_unheard():
-            return super()._generate_single_turn(prompt_ids, *args, **kwargs)
+        with checkpointing_restored(self.model), shown, old_names_unheard():
+            if self.use_vllm:
+                return turn(prompt_ids, *args, **kwargs)
+            batches = generation_batches(self.model, prompt_ids)
+            if self.args.pad_to_multiple_of and len(generation_batches(self.model, [[0], [0, 0]])) > 1:
+                self.pad_to_multiple_of = None  # such a model is given no padding at all
+            with (
+                self.whole_student(),
+                generation_config_aside(self.model),
+                finite_logits(self.model, f"step {self.state.global_step + 1}: the student"),
+            ):
+                return in_batches(
+                    batches, lambda batch: turn([prompt_ids[i] for i in batch], *args, **kwargs)
+                )
 
     def whole_student(self) -> AbstractContextManager[None]:
         """Within it the student generates with weights of its own on every rank, at its own pace."""
@@ -103,7 +165,9 @@ class RolloutTrainer(Trainer):
             read = self.translation.prompts(prompts, **self._tool_kwargs(self.translation))
             ids = {"teacher_prompt_ids": read["teacher_prompt_ids"].to(self.accelerator.device)}
             batch |= read | ids
-            read, aligned = self.translation.responses(batch["completion_ids"], batch["completion_mask"])
+            room = self.teacher.room(read["teacher_prompt_mask"])
+            completions = batch["completion_ids"], batch["completion_mask"]
+            read, aligned = self.translation.responses(*completions, room)
             batch |= read
         batch |= self._row_weights(batch)
         if self.model.training:
@@ -121,6 +185,8 @@ class RolloutTrainer(Trainer):
             self.update.averages.add("rollout/logprob_gap", gaps.sum(), len(gaps))
             found = torch.stack([gaps.mean(), gaps.new_tensor(moved)])[None]
             gap, moved = self.accelerator.gather(found).amax(0).tolist()  # every rank stops, or none
+            if math.isnan(gap):
+                check_trained(self.model, self.state.global_step)
             dtypes = (engine.dtype, self.model.dtype, _computed_in(self.args))
             check_gap(gap, dtypes, self.state.global_step + 1)
             check_moved_alone(moved, dtypes, self.state.global_step + 1)

@@ -24,6 +24,10 @@ from transformers.generation import (
 )
 
 from oprd.errors import UserError
+from oprd.finite import finite_logits
+from oprd.generation_config import generation_config_aside
+from oprd.models import eval_mode
+from oprd.padding import generation_batches, in_batches
 from oprd.spelling import end_of_turn
 
 
@@ -140,29 +144,42 @@ def generate(
     sampling: Sampling,
     seed: int | Sequence[int],
 ) -> list[Rollout]:
-    """One response per prompt, drawn in one left-padded batch with HF `generate`.
+    """One response per prompt, drawn with HF `generate` in one left-padded batch.
+
+    A model whose rollouts a batch would change gets several (`generation_batches`).
 
     Nothing but the model, the batch, `sampling` and `seed` decides the result: the sampling options in
     the model's own generation config are set aside, and the global random state is neither read nor
     changed. With a seed per prompt the batch, too, decides no more than rounding. The model's train/eval
-    modes are restored. Raises `UserError` without an EOS token.
+    modes are restored. Raises `UserError` without an EOS token, and `RuntimeError` for logits that are not
+    finite.
     """
     eos = eos_token_ids(model, tokenizer)
     pad = eos[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    ids, mask = left_pad(prompt_ids, pad)
-    draws = LogitsProcessorList()
-    if not isinstance(seed, int) and sampling.temperature:
-        draws.append(OwnDraws(sampling, seed, model.device))
-        sampling = replace(sampling, temperature=0)  # of what was drawn, `generate` takes the likeliest
-    with _seeded(seed if isinstance(seed, int) else 0), eval_mode(model), _blank_generation_config(model):
+    seeds = None if isinstance(seed, int) or not sampling.temperature else list(seed)
+    # Of what was drawn from seeds of their own, `generate` takes the likeliest.
+    options = _generation_config(sampling if seeds is None else replace(sampling, temperature=0), eos, pad)
+
+    def draw(batch: Sequence[int]) -> list[Rollout]:
+        prompts = [prompt_ids[i] for i in batch]
+        ids, mask = left_pad(prompts, pad)
+        own = [OwnDraws(sampling, [seeds[i] for i in batch], model.device)] if seeds else []
         output = model.generate(
             ids.to(model.device),
             attention_mask=mask.to(model.device),
-            generation_config=_generation_config(sampling, eos, pad),
-            logits_processor=draws,
+            generation_config=options,
+            logits_processor=LogitsProcessorList(own),
         )
-    responses = output[:, ids.shape[1] :].tolist()
-    return [cut_at_eos(p, r, eos) for p, r in zip(prompt_ids, responses, strict=True)]
+        responses = output[:, ids.shape[1] :].tolist()
+        return [cut_at_eos(p, r, eos) for p, r in zip(prompts, responses, strict=True)]
+
+    with (
+        _seeded(seed if isinstance(seed, int) else 0),
+        eval_mode(model),
+        generation_config_aside(model),
+        finite_logits(model, "the model"),
+    ):
+        return in_batches(generation_batches(model, prompt_ids), draw)
 
 
 def _generation_config(sampling: Sampling, eos: list[int], pad: int) -> GenerationConfig:
@@ -218,27 +235,3 @@ def _seeded(seed: int) -> Iterator[None]:
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
         torch.manual_seed(seed)
         yield
-
-
-@contextmanager
-def eval_mode(model: PreTrainedModel) -> Iterator[None]:
-    """Evaluate within the block; every module's own mode is restored."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
-
-
-@contextmanager
-def _blank_generation_config(model: PreTrainedModel) -> Iterator[None]:
-    """HF fills every unset option from the model's generation config, so that one is swapped out."""
-    owner = getattr(model, "get_base_model", lambda: model)()
-    kept = owner.generation_config
-    owner.generation_config = GenerationConfig()
-    try:
-        yield
-    finally:
-        owner.generation_config = kept

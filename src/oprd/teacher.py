@@ -16,6 +16,7 @@ from oprd.capture import num_layers
 from oprd.errors import UserError
 from oprd.init_kwargs import hub_kwargs
 from oprd.models import base_model, load_model, load_tokenizer, resolve_model
+from oprd.positions import num_positions
 from oprd.precision import Precision, store_products_in
 from oprd.reading import Reading, StateReader, Want
 from oprd.rollouts import listed_eos_ids
@@ -96,6 +97,11 @@ class Teacher:
     def vocabulary(self) -> int:
         """Rows of the input embedding, padding included."""
         return self.model.get_input_embeddings().num_embeddings
+
+    def room(self, prompt_mask: Tensor) -> list[int] | None:
+        """Positions left for a response to each of the prompts; None without a limit."""
+        limit = num_positions(self.model.config)
+        return None if limit is None else (limit - prompt_mask.sum(-1)).tolist()
 
     def check_ids(self, student: PreTrainedModel) -> None:
         """Raise `UserError` if the student may sample ids that this teacher has no embedding for."""

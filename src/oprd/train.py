@@ -113,6 +113,7 @@ def _train(run: RunArguments, config: OPRDConfig, label: str, settings: dict[str
         write_resolved(folder, settings)
     trainer.resolved = settings
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    trainer.supervision.check()
     trainer.create_model_card(model_name=folder.name, dataset_name=run.dataset_name)
     _save_final(trainer, folder)
 

@@ -3,7 +3,6 @@
 The only module that imports trl.
 """
 
-import copy
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
@@ -40,17 +39,20 @@ from oprd.folder.card import model_card
 from oprd.folder.recorder import Recorder
 from oprd.folder.run import resolved_settings, write_resolved
 from oprd.folder.saving import ResumableTrainer
+from oprd.freezing import apart_from
 from oprd.init_kwargs import hub_kwargs, student_kwargs, teacher_kwargs
 from oprd.intake import look_ahead, stream_length
 from oprd.meters import MemoryMeter
 from oprd.models import holds_adapters, resolve_model
 from oprd.origin import warn_of_another_origin
+from oprd.padding import heeds_padding
 from oprd.precision import Precision
 from oprd.rollouts import eos_token_ids
 from oprd.settings import ObjectiveSettings, at_least
 from oprd.sharding.fsdp import Sharding
 from oprd.sharding.zero import check_zero3
 from oprd.start_line import start_line
+from oprd.supervision import SupervisionWatch
 from oprd.teacher import Teacher, quantization
 from oprd.translation import Translation
 from oprd.update import Update
@@ -172,8 +174,7 @@ class OPRDTrainer(ResumableTrainer, UpdateTrainer, DistillationTrainer):
             raise UserError(f"train_dataset must be a datasets.Dataset, got {type(train_dataset).__name__}")
         if isinstance(model, str) and holds_adapters(model):
             raise UserError(f"{model} holds adapters, which are not trained further: name its folder merged")
-        if teacher_model is model and not isinstance(model, str):
-            teacher_model = copy.deepcopy(model)  # the teacher is frozen, the student is not
+        teacher_model = apart_from(model, teacher_model)
         if any(term.ever_active and not term.always_active for term in args.schedules.values()):
             # What only one term reaches goes unused while that term is off, and DDP has to look for it.
             args.ddp_find_unused_parameters = True
@@ -201,13 +202,17 @@ class OPRDTrainer(ResumableTrainer, UpdateTrainer, DistillationTrainer):
         if self.sharding is not None:  # gradients of a window would be summed whole, on every rank
             self.accelerator.gradient_state.plugin_kwargs["sync_each_batch"] = True
         self.teacher = self._load_teacher(teacher_model, args)
+        self._check_models()
         self.translation = self._translate(args)
         self._check_prompts()
+        self._prepare_rollouts()
         self.update = Update.bind(args, self.model, self._tokenizer, self.teacher, self.accelerator.device)
         if is_deepspeed_zero3_enabled():
             self.teacher.reader = prepare_deepspeed(self.teacher.reader, self.accelerator)
         else:
             self.update.place(self.accelerator.device, self.sharding)
+        heeds_padding(self.model)  # tried here, so that no step's meters count it
+        heeds_padding(self.teacher.model, self.accelerator.device)
         self.engine, self.fixed_text = self._take_over_engine(), FixedText()
         self._add_recorder()
 
@@ -266,6 +271,9 @@ class OPRDTrainer(ResumableTrainer, UpdateTrainer, DistillationTrainer):
         for printer in (ProgressCallback, PrinterCallback):
             self.remove_callback(printer)
         self.add_callback(self.recorder)
+        self.supervision = SupervisionWatch(self.args)
+        self.recorder.observers.append(self.supervision.observe)
+        self.recorder.resumers.append(self.supervision.resume)
         comparison = self.update.comparison
         if comparison.bridge is None:
             self.recorder.observers.append(warn_of_another_origin)

@@ -70,17 +70,20 @@ class Translation:
         )
 
     def responses(
-        self, ids: Int[Tensor, "B T"], mask: Int[Tensor, "B T"]
+        self, ids: Int[Tensor, "B T"], mask: Int[Tensor, "B T"], room: Sequence[int] | None = None
     ) -> tuple[dict[str, Tensor], list[AlignedResponse]]:
         """`teacher_completion_ids`, mask, `teacher_rows`, `ends_together`; nothing if they are the student's.
 
         All but the ids is on the host. `teacher_rows[b, t]` is the teacher's row that has read what the
         student's row t has, −1 without one; `ends_together[b]`, whether both end with all read in common.
+        Of a response that is longer in the teacher's tokens than its `room`, the rows beyond have no partner.
         """
         if self.aligner is None:
             return {}, []
         lengths = mask.sum(-1).tolist()
         aligned = [self.aligner.align(row[:n]) for row, n in zip(ids.tolist(), lengths, strict=True)]
+        if room is not None:
+            aligned = [response.within(most) for response, most in zip(aligned, room, strict=True)]
         teacher_rows = torch.full(ids.shape, -1)
         for i, response in enumerate(aligned):
             if response.rows:

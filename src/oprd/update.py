@@ -21,7 +21,7 @@ from oprd.comparison import Comparison, States
 from oprd.custom_loss import CustomLoss, row_loss
 from oprd.diagnostics import add_representation_cosine
 from oprd.finite import FiniteWatch
-from oprd.freezing import freeze_unreached
+from oprd.freezing import check_trainable, freeze_unreached
 from oprd.head import check_head
 from oprd.meters import Averages, Stopwatch
 from oprd.objective import weighted_loss
@@ -76,10 +76,6 @@ class Update:
             anchor = Anchor.of(student, comparison.bridge, comparison.layer_map.student_layers)
         meters = Averages(), Stopwatch(device), FiniteWatch()
         update = cls(settings, comparison, student, teacher, output, anchor, *meters)
-        if not settings.output_schedule.ever_active and (
-            student.get_output_embeddings().weight is student.get_input_embeddings().weight
-        ):
-            logger.warning("the student's LM head is tied to its input embedding, so it moves along with it")
         if comparison.bridge is not None and output.vocabulary is None and anchor is None:
             logger.warning(
                 "across tokenizers many rows have no counterpart, and a bridge without an anchor lets the "
@@ -87,6 +83,7 @@ class Update:
             )
         if frozen := freeze_unreached(student, settings, comparison.layer_map):
             logger.info("frozen, since no loss reaches it: %s", ", ".join(frozen))
+        check_trainable(student)
         return update
 
     def place(self, device: torch.device, sharding: Sharding | None) -> None:

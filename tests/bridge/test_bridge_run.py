@@ -22,8 +22,8 @@ from oprd.alignment import align_tokens, row_pairs
 from oprd.bridge import Bridge
 from oprd.bridge.identity import identity
 from oprd.bridge.report import _ranks
-from oprd.bridge_recipe import parse_bridge_recipe
-from oprd.bridge_run import ModelPair
+from oprd.bridge_recipe import BridgeArguments, parse_bridge_recipe
+from oprd.bridge_run import ModelPair, _fitting_sampling
 from oprd.errors import UserError
 from oprd.folder.lock import LOCK_FILE, Holder
 from oprd.models import TINY_MODELS
@@ -74,6 +74,17 @@ def translated(run, tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs") / "translated"
     assert run(folder, teacher_model_name_or_path="tiny:tokenizer-teacher", all_pairs_gib=0) == 0
     return folder
+
+
+def test_lengths_are_fitted_to_the_positions(run, tmp_path, capsys):
+    assert run(tmp_path / "asked", "--max_completion_length", "512") == 2
+    assert "max_completion_length is 512, but the student has 512 positions" in capsys.readouterr().err
+    assert not (tmp_path / "asked").exists()
+    names = {name: value for name, value in RECIPE.items() if name != "max_completion_length"}
+    arguments = BridgeArguments(**names | {"rank": "4", "output_dir": str(tmp_path)})
+    pair = ModelPair.load(arguments, torch.device("cpu"))
+    assert _fitting_sampling(arguments, pair, [100]).max_new_tokens == 412
+    assert _fitting_sampling(arguments, pair, [100, 200]).max_new_tokens == 312
 
 
 def report(folder):

@@ -114,6 +114,60 @@ def test_adapters_of_a_tied_embedding_are_refused(recipe, tmp_path, make_folder)
         train(*recipe(tmp_path / "run", *flags, "--lora_target_modules", "q_proj", "embed_tokens"))
 
 
+@pytest.fixture
+def model(student):
+    return AutoModelForCausalLM.from_pretrained(student, dtype=torch.float32)
+
+
+def weights_of(model):
+    return {name: value.detach().clone() for name, value in model.state_dict().items()}
+
+
+def test_a_teacher_that_the_students_adapters_were_put_into(make_trainer, model):
+    """The student starts away from it, is trained, and the teacher is the model without adapters."""
+    before = weights_of(model)
+    adapted = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"))
+    with torch.no_grad():
+        for name, weight in adapted.named_parameters():
+            if "lora_B" in name:
+                weight.normal_(std=0.1)
+    start = weights_of(adapted)
+    trainer = make_trainer(student=adapted, teacher=model, max_steps=3)
+    trainer.train()
+    losses = [entry["loss/total"] for entry in trainer.state.log_history if "loss/total" in entry]
+    assert losses[0] > 1e-4 and losses[-1] < losses[0]
+    assert trainer.teacher.model.state_dict().keys() == before.keys()
+    assert all(torch.equal(value, before[name]) for name, value in trainer.teacher.model.state_dict().items())
+    moved = {name for name, value in adapted.state_dict().items() if not torch.equal(value, start[name])}
+    assert moved and all(".lora_" in name for name in moved)
+    assert all(weight.requires_grad for name, weight in adapted.named_parameters() if ".lora_" in name)
+
+
+@pytest.mark.parametrize("shares", ["all", "one", "memory"])
+def test_a_teacher_that_shares_parameters_with_the_student_is_copied(make_trainer, model, student, shares):
+    teacher = model if shares == "all" else AutoModelForCausalLM.from_pretrained(student, dtype=torch.float32)
+    if shares == "one":
+        teacher.model.layers[0].mlp = model.model.layers[0].mlp
+    elif shares == "memory":
+        teacher.model.norm.weight.data = model.model.norm.weight.data
+    trainer = make_trainer(student=model, teacher=teacher, output_loss="sampled_token", max_steps=1)
+    assert all(weight.requires_grad for weight in trainer.model.parameters())
+    assert not any(weight.requires_grad for weight in trainer.teacher.model.parameters())
+    theirs, before = trainer.teacher.model.state_dict(), weights_of(teacher)
+    with torch.no_grad():
+        for weight in trainer.model.parameters():
+            weight.add_(1)
+    assert all(torch.equal(value, before[name]) for name, value in theirs.items())
+
+
+def test_a_student_of_which_nothing_is_trained_is_refused(make_trainer, model):
+    with pytest.raises(UserError, match="the student has no parameter to train"):
+        make_trainer(student=model.requires_grad_(False))
+    adapted = get_peft_model(model, LoraConfig(target_modules=["q_proj"], layers_to_transform=[1]))
+    with pytest.raises(UserError, match="the student has no parameter to train"):
+        make_trainer(student=adapted, layers="1")
+
+
 def test_adapters_are_no_student_but_a_teacher(run, recipe, tmp_path):
     folder, _ = run
     with pytest.raises(UserError, match="name its folder merged"):

@@ -2,7 +2,9 @@
 
 import pytest
 import torch
+from peft import LoraConfig
 from torch import nn
+from transformers import AutoModelForCausalLM
 
 UPDATE = {"max_steps": 2, "optim": "adamw_torch", "weight_decay": 0.1}
 
@@ -94,6 +96,16 @@ def test_tied_head_is_said_and_trained(make_trainer, make_folder, caplog):
     trainer.train()
     assert trainer.model.lm_head.weight is trainer.model.model.embed_tokens.weight
     assert not torch.equal(trainer.model.lm_head.weight, before)
+
+
+def test_a_tied_head_that_stays_is_not_said_to_move(make_trainer, make_folder, caplog):
+    tied = make_folder(1, tie_word_embeddings=True)
+    lora = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
+    make_trainer(student=tied, teacher=make_folder(2, tie_word_embeddings=True), extra={"peft_config": lora})
+    student = AutoModelForCausalLM.from_pretrained(tied)
+    student.get_input_embeddings().requires_grad_(False)
+    make_trainer(student=student)
+    assert "tied" not in caplog.text
 
 
 def test_untied_head_is_not_said_to_be_tied(make_trainer, caplog):

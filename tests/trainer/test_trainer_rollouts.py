@@ -2,6 +2,7 @@
 
 import copy
 import json
+import shutil
 import zlib
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import trl
 from datasets import Dataset
 from tiny_pair import prompt_texts
 from tokenizers.processors import TemplateProcessing
+from transformers import GenerationConfig
 
 from oprd.batch import truncated_rollouts
 from oprd.errors import UserError
@@ -77,6 +79,60 @@ def test_truncated_rollouts_by_their_last_token():
     mask = torch.tensor([[1, 1, 1, 0], [1, 1, 1, 1], [1, 1, 1, 0], [1, 0, 0, 0], [1, 1, 0, 0]])
     inputs = {"completion_ids": ids, "completion_mask": mask}
     assert truncated_rollouts(inputs, [2, 4]).tolist() == [False, True, True, False, False]
+
+
+OPTIONS = {
+    "min_new_tokens": 8,
+    "no_repeat_ngram_size": 1,
+    "suppress_tokens": list(range(3, 200)),
+    "min_p": 0.9,
+    "sequence_bias": [[[5], 20.0]],
+    "exponential_decay_length_penalty": (1, 4.0),
+    "repetition_penalty": 3.0,
+    "temperature": 0.1,
+    "num_beams": 2,
+}
+
+
+def test_rollouts_are_of_the_policy_whatever_its_generation_config_says(
+    make_trainer, roll_out, student, tmp_path, caplog
+):
+    advised = shutil.copytree(student, tmp_path / "advised")
+    config = GenerationConfig.from_pretrained(student)
+    config.update(**OPTIONS)
+    (advised / "generation_config.json").write_text(config.to_json_string())
+    plain = roll_out(make_trainer(repetition_penalty=1.1))
+    caplog.set_level("INFO")
+    trainer = make_trainer(student=str(advised), repetition_penalty=1.1)
+    assert torch.equal(roll_out(trainer)["completion_ids"], plain["completion_ids"])
+    (told,) = [text for text in caplog.messages if "set aside from the student's generation config" in text]
+    named = {part.split(" ")[0] for part in told.partition("config: ")[2].split(", ")}
+    assert OPTIONS.keys() <= named and "eos_token_id" not in named
+    trainer.save_model(str(tmp_path / "saved"))
+    saved = GenerationConfig.from_pretrained(tmp_path / "saved")
+    assert saved.min_new_tokens == 8 and saved.sequence_bias == config.sequence_bias
+
+
+def test_what_the_recipe_asks_of_generation_is_honoured(make_trainer, roll_out, caplog):
+    caplog.set_level("INFO")
+    trainer = make_trainer(generation_kwargs={"min_new_tokens": 8})
+    assert roll_out(trainer)["completion_mask"].all()
+    assert "set aside" not in caplog.text
+
+
+def test_lengths_are_fitted_to_the_positions_of_both_models(make_trainer, make_folder, roll_out, caplog):
+    short = make_folder(2, max_position_embeddings=64)
+    caplog.set_level("INFO")
+    trainer = make_trainer(teacher=short, max_completion_length=16384)
+    longest = max(map(len, trainer.renderer(trainer.train_dataset["prompt"])))
+    assert f"max_completion_length is {64 - longest}: the teacher has 64 positions" in caplog.text
+    assert roll_out(trainer)["completion_mask"].sum(-1).max() <= 64 - longest
+    assert trainer.args.max_completion_length == trainer.generation_config.max_new_tokens == 64 - longest
+    make_trainer(teacher=short, max_completion_length=64 - longest)
+    with pytest.raises(UserError, match=rf"max_completion_length is 63, .*lower it to {64 - longest}"):
+        make_trainer(teacher=short, max_completion_length=63)
+    with pytest.raises(UserError, match="none is left for a response"):
+        make_trainer(student=make_folder(1, max_position_embeddings=longest))
 
 
 def test_left_pad():

@@ -306,9 +306,39 @@ def test_a_poisoned_teacher_folder_stops_oprd_train(tmp_path, recipe, teacher):
     weights = load_file(folder / "model.safetensors")
     weights["model.layers.1.mlp.down_proj.weight"][0, 0] = float("nan")
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(RuntimeError, match=r"step 1: .*layers \[2\]"):
+    broken = r"the weights of the teacher are not finite: model\.layers\.1\.mlp\.down_proj\.weight"
+    with pytest.raises(UserError, match=broken):
         train(*recipe(tmp_path / "run", "--teacher_model_name_or_path", str(folder)))
-    assert not (tmp_path / "run" / "model.safetensors").exists()
+    assert not (tmp_path / "run").exists()
+
+
+def poison(trainer, at_step):
+    """Let the update of a step leave infinity in the student's second block."""
+
+    def observe(step, _):
+        if step == at_step:
+            trainer.model.model.layers[1].mlp.up_proj.weight.data[2, 3] = math.inf
+        return {}
+
+    trainer.recorder.observers.append(observe)
+
+
+def test_weights_that_are_not_finite_are_not_saved(make_trainer, tmp_path):
+    trainer = make_trainer(save_strategy="steps", save_steps=1)
+    poison(trainer, at_step=2)
+    with pytest.raises(RuntimeError, match=r"step 2: .*not finite \(model\.layers\.1\.mlp\.up_proj\.weight"):
+        trainer.train()
+    assert last_whole_checkpoint(tmp_path / "run") == tmp_path / "run" / "checkpoint-1"
+    with pytest.raises(RuntimeError, match="step 2: the student's weights are not finite"):
+        trainer.save_model(str(tmp_path / "model"))
+    assert not (tmp_path / "model").exists()
+
+
+def test_a_student_that_broke_is_told_by_its_next_rollouts(make_trainer):
+    trainer = make_trainer()
+    poison(trainer, at_step=1)
+    with pytest.raises(RuntimeError, match=r"step 2: the student's logits.*layers\.1\.mlp\.up_proj\.weight"):
+        trainer.train()
 
 
 def test_a_gradient_that_is_not_finite_stops_the_run_unapplied(make_trainer):

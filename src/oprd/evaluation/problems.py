@@ -9,6 +9,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from oprd.answers import answer_text
 from oprd.errors import UserError
 from oprd.messages import Prompt, checked_prompt, excerpt
+from oprd.positions import num_positions
 from oprd.rendering import Refusal, Renderer
 from oprd.rollouts import Sampling
 
@@ -91,7 +92,7 @@ def _prompt(index: int, row: Mapping[str, Any], suffix: str) -> Prompt:
 
 def check_context(model: PreTrainedModel, problems: list[Problem], max_new_tokens: int) -> None:
     """Raise `UserError` for a prompt that leaves the model no positions for `max_new_tokens`."""
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    limit = num_positions(model.config)
     longest = max(range(len(problems)), key=lambda i: len(problems[i].prompt_ids))
     length = len(problems[longest].prompt_ids)
     if limit is not None and length + max_new_tokens > limit:
@@ -108,6 +109,6 @@ def response_room(
     settings: EvalSettings,
 ) -> int | None:
     """Tokens that the model's positions leave for a response to the longest prompt; None if unbounded."""
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    limit = num_positions(model.config)
     problems = read_problems(model, tokenizer, rows, settings)
     return limit and limit - max(len(problem.prompt_ids) for problem in problems)

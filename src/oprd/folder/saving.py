@@ -11,6 +11,7 @@ from transformers import Trainer
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 
 from oprd.errors import UserError, is_out_of_memory
+from oprd.finite import check_trained
 from oprd.folder.checkpoints import last_whole_checkpoint, rotate, written_whole
 from oprd.sharding.fsdp import Sharding
 from oprd.sharding.state import load_optimizer_state, load_weights, whole_optimizer_state, whole_weights
@@ -52,7 +53,8 @@ class ResumableTrainer(Trainer):
         super()._run_epoch(*args, **kwargs)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """The model in one process's files, however many ranks hold it."""
+        """The model in one process's files, however many ranks hold it, if its weights are finite."""
+        check_trained(self.model, self.state.global_step)
         if self.sharding is None:
             return super().save_model(output_dir, _internal_call)
         self._save(output_dir, state_dict=whole_weights(self.model, keep=self.args.should_save))

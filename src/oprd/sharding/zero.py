@@ -1,5 +1,6 @@
 """DeepSpeed's ZeRO: what its partitioned weights rule out, and models that are to be loaded without it."""
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -7,8 +8,11 @@ from typing import Any
 from torch import nn
 from transformers.integrations import deepspeed
 
+from oprd.capture import backbone
 from oprd.errors import UserError
 from oprd.settings import ObjectiveSettings
+
+logger = logging.getLogger(__name__)
 
 
 @contextmanager
@@ -25,6 +29,11 @@ def loaded_whole() -> Iterator[None]:
 def check_zero3(student: nn.Module, settings: ObjectiveSettings) -> None:
     """Raise `UserError` for what DeepSpeed's partitioning rules out: only a module that runs has weights."""
     causal: Any = student
+    if getattr(backbone(student), "_is_stateful", False):
+        logger.warning(
+            "under ZeRO-3 it is not tried whether the student's recurrent layers mask padding: where they do "
+            "not, micro-batches change the result"
+        )
     if settings.output_schedule.ever_active or settings.diagnostics_steps:
         raise UserError(
             "output losses and diagnostics_steps use the LM heads outside the models, where ZeRO-3 has no "

@@ -103,3 +103,19 @@ def test_importing_the_package_and_its_leaves_does_not_import_trl():
     script = f"import sys, {modules}; print([m for m in sys.modules if m.split('.')[0] == 'trl'])"
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "[]"
+
+
+def is_text(call: ast.Call) -> bool:
+    """Whether a call reads or writes a text file."""
+    name = ast.unparse(call.func)
+    name = name if name == "os.open" else name.rpartition(".")[2]
+    modes = [arg.value for arg in call.args if isinstance(arg, ast.Constant)]
+    return name in ("read_text", "write_text") or (name == "open" and not any("b" in str(m) for m in modes))
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_text_files_have_an_encoding_whatever_the_locale(name):
+    tree = ast.parse(MODULES[name].read_text(encoding="utf-8"))
+    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call) and is_text(node)]
+    for call in calls:
+        assert "encoding" in {keyword.arg for keyword in call.keywords}, f"{name}, line {call.lineno}"

@@ -32,7 +32,7 @@ from oprd.folder.lock import hold
 from oprd.folder.run import RESOLVED_FILE, check_folder, resolved_settings, write_resolved
 from oprd.folder.whole import write_whole
 from oprd.intake import usable_prompts
-from oprd.models import load_model, load_tokenizer, resolve_model
+from oprd.models import load_with_tokenizer, resolve_model
 from oprd.prompts import load_prompts
 from oprd.ranks import Ranks, joined_ranks
 from oprd.reading import Want, read_states
@@ -41,6 +41,7 @@ from oprd.rollouts import Engine, Rollout, left_pad
 from oprd.selection import LayerMap, Positions
 from oprd.teacher import Teacher
 from oprd.translation import Translation
+from oprd.trial import try_states
 
 logger = logging.getLogger(__name__)
 
@@ -94,6 +95,8 @@ def _fit(args: BridgeArguments, ranks: Ranks) -> None:
     prompts = _prompts(args, pair, ranks)
     _check_rows(args, pair, len(prompts))
     fitter, layer_map = pair.fitter(args)
+    try_states("student", pair.student, fitter.student_layers, args.final_norm)
+    pair.teacher.try_states(fitter.teacher_layers, args.final_norm, pair.student.device)
     counts = accumulate(fitter, pair, prompts, args, engine, ranks)
     if not ranks.is_first:
         return
@@ -127,7 +130,7 @@ class ModelPair:
         """The models that a recipe names."""
         shared = {"trust_remote_code": args.trust_remote_code}
         located = resolve_model(args.model_name_or_path, **shared)
-        tokenizer = load_tokenizer(located, **shared)
+        student, tokenizer = load_with_tokenizer(located, dtype=args.dtype, **shared)
         teacher = Teacher.load(args.teacher_model_name_or_path, {"dtype": args.dtype} | shared)
         teacher.place(device)
         translation = Translation(
@@ -137,10 +140,9 @@ class ModelPair:
             args.teacher_tokenization,
             args.teacher_template_kwargs,
         )
-        student = load_model(located, dtype=args.dtype, **shared).to(device)
         if translation.feeds_foreign_ids:
             teacher.check_ids(student)
-        return cls(student, tokenizer, teacher, translation)
+        return cls(student.to(device), tokenizer, teacher, translation)
 
     def engine(self, args: BridgeArguments, ranks: Ranks) -> Engine:
         """What draws the student's rollouts; a vLLM in this process does not share a launcher with others."""

@@ -2,8 +2,8 @@
 
 import difflib
 import json
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, NoReturn
@@ -24,6 +24,16 @@ class RecipeParser(HfArgumentParser):
         raise UserError(message)
 
 
+@contextmanager
+def _depth_told() -> Iterator[None]:
+    """Within it what is nested deeper than Python reads is the user's to mend."""
+    try:
+        yield
+    except RecursionError as error:
+        raise UserError("a recipe, or a value after a flag, is nested too deeply to be read") from error
+
+
+@_depth_told()
 def parse_recipe(path: str | Path, flags: Sequence[str], dataclass_types: Sequence[type]) -> tuple[Any, ...]:
     """Instances of `dataclass_types` from the YAML file at `path` and then `flags`.
 
@@ -48,10 +58,10 @@ def parse_recipe(path: str | Path, flags: Sequence[str], dataclass_types: Sequen
 def read_recipe(path: str | Path) -> dict[str, Any]:
     """The mapping in a YAML file; raises `UserError` if there is none."""
     try:
-        recipe = yaml.load(Path(path).read_text(), _UniqueKeyLoader)
+        recipe = yaml.load(Path(path).read_text(encoding="utf-8"), _UniqueKeyLoader)
     except FileNotFoundError:
         raise UserError(f"there is no recipe file {path}") from None
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise UserError(f"cannot read the recipe {path}: {error}") from error
     except yaml.YAMLError as error:
         where = getattr(error, "problem_mark", None)

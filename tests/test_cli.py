@@ -1,5 +1,6 @@
 """The command line as users meet it: exit codes, one clear last line, nothing half-written."""
 
+import gc
 import json
 import re
 import subprocess
@@ -10,10 +11,12 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from tqdm import tqdm
 
 from oprd import cli
 from oprd.bridge_recipe import BridgeArguments
 from oprd.engines.vllm import is_installed
+from oprd.errors import UserError
 from oprd.settings import ObjectiveSettings
 from oprd.train import RunArguments
 from oprd.trainer import OPRDConfig
@@ -415,3 +418,26 @@ def test_a_prompt_that_the_template_refuses_is_one_line(recipe, tmp_path, capsys
     )
     assert said.endswith("drop_unrenderable_prompts: true") is (command != "eval")
     assert not output.exists()
+
+
+def test_a_full_disk_is_one_line_that_names_the_file(tmp_path, capsys):
+    (tmp_path / "settings.json.tmp").symlink_to("/dev/full")
+    evaluation = [*EVALUATION[:-1], str(tmp_path), "--limit", "1", "--samples", "1", "--max_new_tokens", "2"]
+    assert cli.run([*evaluation, "--engine", "hf"]) == 1
+    error = capsys.readouterr().err
+    assert "Traceback" not in error
+    line = f"oprd: the run failed: [Errno 28] No space left on device: '{tmp_path}/settings.json'"
+    assert error.strip().splitlines()[-1] == line
+
+
+def test_an_open_progress_bar_does_not_hide_the_error(capsys, monkeypatch):
+    def fail(*_):
+        bar = tqdm(total=9, desc="rollouts", file=sys.stderr)
+        bar.update(3)
+        raise UserError("what is wrong")
+
+    monkeypatch.setattr(cli, "_tiny", fail)
+    assert cli.run(["tiny", "build"]) == 2
+    gc.collect()
+    error = capsys.readouterr().err
+    assert "rollouts" in error and error.endswith("\noprd: what is wrong\n")

@@ -124,3 +124,19 @@ def test_threads_that_wait_do_not_spin_unless_asked_to(given, is_set):
     command = [sys.executable, "-c", THREADS]
     result = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
     assert result.stdout.split() == [is_set]
+
+
+def is_text(call: ast.Call) -> bool:
+    """Whether a call reads or writes a text file."""
+    name = ast.unparse(call.func)
+    name = name if name == "os.open" else name.rpartition(".")[2]
+    modes = [arg.value for arg in call.args if isinstance(arg, ast.Constant)]
+    return name in ("read_text", "write_text") or (name == "open" and not any("b" in str(m) for m in modes))
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_text_files_have_an_encoding_whatever_the_locale(name):
+    tree = ast.parse(MODULES[name].read_text(encoding="utf-8"))
+    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call) and is_text(node)]
+    for call in calls:
+        assert "encoding" in {keyword.arg for keyword in call.keywords}, f"{name}, line {call.lineno}"

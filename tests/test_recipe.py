@@ -215,3 +215,23 @@ def test_modules_that_are_adapted(tmp_path, asked, adapted):
     path.write_text(yaml.safe_dump(keys | asked))
     run, _ = parse_training_recipe(path)
     assert run.lora.target_modules == adapted
+
+
+@pytest.mark.parametrize(
+    ("content", "flags"),
+    [
+        ("layers: " + "[" * 5000, []),
+        ("model_init_kwargs: " + "{a: " * 5000 + "1" + "}" * 5000, []),
+        ("", ["--model_init_kwargs", '{"a": ' * 5000 + "1" + "}" * 5000]),
+    ],
+    ids=["a list", "a mapping", "a flag"],
+)
+def test_what_is_nested_too_deeply_is_refused(parse, content, flags):
+    with pytest.raises(UserError, match="nested too deeply"):
+        parse(content, flags)
+
+
+@pytest.mark.parametrize("name", ["x" * 300, "a\0b", "missing"])
+def test_recipes_of_names_that_no_file_has(tmp_path, name):
+    with pytest.raises(UserError, match="recipe"):
+        parse_training_recipe(tmp_path / name)

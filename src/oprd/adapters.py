@@ -7,7 +7,7 @@ from typing import Any
 from peft import LoraConfig, PeftModel
 from transformers import PreTrainedTokenizerBase
 
-from oprd.errors import UserError
+from oprd.errors import UserError, writing
 from oprd.models import commit_of, load_model
 
 MERGED_FOLDER = "merged"
@@ -64,5 +64,6 @@ def note_commit(model: PeftModel, revision: str | None) -> None:
 def save_merged(folder: Path, tokenizer: PreTrainedTokenizerBase, trust_remote_code: bool = False) -> None:
     """Save what the adapters in `folder` make of their model in `folder/merged`, in float32."""
     merged = load_model(str(folder), trust_remote_code=trust_remote_code)
-    merged.save_pretrained(folder / MERGED_FOLDER)
-    tokenizer.save_pretrained(folder / MERGED_FOLDER)
+    with writing(folder / MERGED_FOLDER):
+        merged.save_pretrained(folder / MERGED_FOLDER)
+        tokenizer.save_pretrained(folder / MERGED_FOLDER)

@@ -34,7 +34,7 @@ from oprd.folder.run import RESOLVED_FILE, check_folder, resolved_settings, writ
 from oprd.folder.whole import write_whole
 from oprd.intake import usable_prompts
 from oprd.lengths import fitting_length, run_readers
-from oprd.models import load_model, load_tokenizer, resolve_model
+from oprd.models import load_with_tokenizer, resolve_model
 from oprd.progress import tokens_shown
 from oprd.prompts import load_prompts
 from oprd.ranks import Ranks, joined_ranks
@@ -44,6 +44,7 @@ from oprd.rollouts import Engine, Rollout, Sampling, eos_token_ids, left_pad
 from oprd.selection import LayerMap, Positions
 from oprd.teacher import Teacher
 from oprd.translation import Translation
+from oprd.trial import try_states
 
 logger = logging.getLogger(__name__)
 
@@ -98,6 +99,8 @@ def _fit(args: BridgeArguments, ranks: Ranks) -> None:
     args.sampling = _fitting_sampling(args, pair, longest)
     _check_rows(args, pair, len(prompts))
     fitter, layer_map = pair.fitter(args)
+    try_states("student", pair.student, fitter.student_layers, args.final_norm)
+    pair.teacher.try_states(fitter.teacher_layers, args.final_norm, pair.student.device)
     counts = accumulate(fitter, pair, prompts, args, engine, ranks)
     if not ranks.is_first:
         return
@@ -131,10 +134,10 @@ class ModelPair:
         """The models that a recipe names."""
         shared = {"trust_remote_code": args.trust_remote_code}
         located = resolve_model(args.model_name_or_path, **shared)
-        tokenizer = load_tokenizer(located, **shared)
+        student, tokenizer = load_with_tokenizer(located, dtype=args.dtype, **shared)
+        student = student.to(device)
         teacher = Teacher.load(args.teacher_model_name_or_path, {"dtype": args.dtype} | shared)
         teacher.place(device)
-        student = load_model(located, dtype=args.dtype, **shared).to(device)
         translation = Translation(
             tokenizer,
             teacher.tokenizer,

@@ -25,20 +25,27 @@ def backbone(model: nn.Module) -> Any:
         inner = inner.module
     if hasattr(inner, "get_base_model"):
         inner = inner.get_base_model()
-    return inner.get_decoder() if hasattr(inner, "get_decoder") else inner
+    stacks = [inner.get_decoder()] if hasattr(inner, "get_decoder") else []
+    # Some name their LM head decoder (ModernBERT), or nothing (Llama 4).
+    stacks += [stack for name in ("base_model", "model") if (stack := getattr(inner, name, None)) is not None]
+    return next((stack for stack in stacks if _module_lists(stack)), (stacks or [inner])[0])
 
 
 def blocks(model: nn.Module) -> nn.ModuleList:
     """The blocks of a causal language model, in order; raises `UserError` where they cannot be told."""
     stack = backbone(model)
     depth = stack.config.get_text_config().num_hidden_layers
-    lists = [m for m in stack.children() if isinstance(m, nn.ModuleList) and len(m) == depth]
+    lists = [layers for layers in _module_lists(stack) if len(layers) == depth]
     if len(lists) != 1:
         raise UserError(
             f"cannot find the {depth} blocks of {type(stack).__name__}: it has {len(lists)} module lists of "
             "that length; use a decoder-only causal language model"
         )
     return lists[0]
+
+
+def _module_lists(stack: nn.Module) -> list[nn.ModuleList]:
+    return [child for child in stack.children() if isinstance(child, nn.ModuleList)]
 
 
 def num_layers(model: nn.Module) -> int:
@@ -183,7 +190,7 @@ def _tensor(output: object) -> Tensor:
     """The hidden states in what a block or a backbone returns."""
     state = getattr(output, "last_hidden_state", None)
     if state is None:
-        state = output[0] if isinstance(output, tuple) else output
+        state = output[0] if isinstance(output, tuple | list) else output
     assert isinstance(state, Tensor)
     return state
 

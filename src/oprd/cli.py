@@ -1,6 +1,7 @@
 """The `oprd` command: thin fronts of the library. Exit codes: 0; 2 for the user's mistakes; 1 for faults."""
 
 import argparse
+import io
 import json
 import logging
 import os
@@ -13,6 +14,8 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
+from tqdm import tqdm
+
 from oprd import key_help
 from oprd.arguments import WHOLE, parse_command, recipe_and_flags
 from oprd.errors import UserError, refusals_told
@@ -23,6 +26,9 @@ PATIENCE_SECONDS = 10
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run one command and exit with its code."""
+    for stream in (sys.stdout, sys.stderr):  # a locale without … and ² ends no run
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     sys.exit(run(sys.argv[1:] if argv is None else argv))
 
 
@@ -43,7 +49,9 @@ def run(argv: Sequence[str]) -> int:
         print(f"oprd: stopped; the same command {again}", file=sys.stderr)
         return 130
     except Exception as error:
-        traceback.print_exc()
+        _close_bars()
+        if getattr(error, "filename", None) is None:  # else it says which file, and what of it
+            traceback.print_exc()
         print(f"oprd: the run failed: {str(error) or type(error).__name__}", file=sys.stderr)
         return 1
     return 0
@@ -118,7 +126,7 @@ def _eval(args: argparse.Namespace, _: list[str]) -> None:
     from oprd.evaluation.run import evaluate
     from oprd.evaluation.table import print_summary
     from oprd.finite import check_loaded
-    from oprd.models import load_model, load_tokenizer, resolve_model
+    from oprd.models import load_with_tokenizer, resolve_model
     from oprd.prompts import load_prompts
     from oprd.rollouts import Sampling
 
@@ -127,8 +135,7 @@ def _eval(args: argparse.Namespace, _: list[str]) -> None:
     source: dict[str, Any] = {"trust_remote_code": args.trust_remote_code}
     source |= {} if args.revision is None else {"revision": args.revision}
     located = resolve_model(args.model, **source)
-    tokenizer = load_tokenizer(located, **source)
-    model = load_model(located, dtype=args.dtype, **source)
+    model, tokenizer = load_with_tokenizer(located, dtype=args.dtype, **source)
     check_loaded(model, args.model)
     engine = choose_engine(
         args.engine, args.vllm_server_base_url, model, tokenizer, located, hub_kwargs=source
@@ -216,7 +223,14 @@ def _complain(error: UserError) -> None:
     if os.environ.get("LOCAL_RANK", "0") != "0":
         time.sleep(PATIENCE_SECONDS)  # if the first one makes the same mistake, the launcher ends this one
     where = "" if _is_first() else f"[rank {os.environ['RANK']}] "
+    _close_bars()
     print(f"{where}oprd: {' '.join(str(error).split())}", file=sys.stderr)
+
+
+def _close_bars() -> None:
+    """End the progress bars that an error left open, so that nothing is drawn after what it says."""
+    for bar in list(getattr(tqdm, "_instances", ())):
+        bar.close()
 
 
 def _quiet() -> None:

@@ -186,7 +186,7 @@ def _claim(output: Path, settings: dict[str, Any]) -> None:
     check_foreign(output, SETTINGS_FILE, ())
     file = output / SETTINGS_FILE
     try:
-        is_other = file.exists() and json.loads(file.read_text()) != settings
+        is_other = file.exists() and json.loads(file.read_text(encoding="utf-8")) != settings
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{file} is damaged ({error}): choose another --output or delete it") from error
     if is_other:

@@ -1,7 +1,10 @@
-"""The one exception for mistakes that the user can mend, and what others tell of memory."""
+"""The one exception for mistakes that the user can mend, and what others tell of the machine."""
 
+import errno
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 OUT_OF_MEMORY = (
     "out of memory",
@@ -11,6 +14,9 @@ OUT_OF_MEMORY = (
     "CPUAllocator",
     "start new thread",
 )
+DEVICE_FAILED = ("CUDA error", "NCCL", "device-side assert")
+OF_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
+LONGEST_REASON = 400
 
 
 class UserError(ValueError):
@@ -26,6 +32,47 @@ def refusals_told() -> Iterator[None]:
         raise
     except (ValueError, ImportError) as error:
         raise UserError(str(error)) from error
+
+
+def reason(error: BaseException) -> str:
+    """What an error says, on one line; the name of its class too where it says little without."""
+    first, _, others = str(error).strip().partition("\n")
+    if first.endswith(":"):  # the list that follows is what it says
+        first = f"{first} {others}"
+    text = " ".join(first.split())
+    if len(text) > LONGEST_REASON:
+        text = f"{text[:LONGEST_REASON]} …"
+    if isinstance(error, OSError) and error.strerror and error.filename is None:
+        text = error.strerror
+    says_enough = isinstance(error, OSError | ValueError | ImportError | RuntimeError) and text
+    return text if says_enough else f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
+def is_fault(error: BaseException) -> bool:
+    """Whether an error is the machine's: memory ran out, a device failed, a disk is full."""
+    failed = any(words in str(error) for words in DEVICE_FAILED)
+    return failed or is_out_of_memory(error) or is_of_the_disk(error)
+
+
+def is_of_the_disk(error: BaseException) -> bool:
+    """Whether an error is that a disk, a quota or a limit on files is full, or a disk fails."""
+    return isinstance(error, OSError) and error.errno in OF_THE_DISK
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Within it what a disk refuses is an `OSError` that names a file, `path` where libraries name none."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None:
+            error.filename = str(path)
+        raise
+    except Exception as error:  # safetensors and torch have their own for a full disk
+        number = next((n for n in OF_THE_DISK if os.strerror(n) in str(error)), None)
+        if number is None:
+            raise
+        raise OSError(number, os.strerror(number), str(path)) from error
 
 
 def is_out_of_memory(error: BaseException | None) -> bool:

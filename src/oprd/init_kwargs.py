@@ -2,6 +2,14 @@
 
 from typing import Any
 
+from oprd.errors import UserError
+
+OF_LOADING = {
+    "teacher_model_init_kwargs": None,
+    "teacher_model_revision": None,
+    "teacher_quantization": "none",
+}
+
 
 def student_kwargs(settings: Any) -> dict[str, Any]:
     """Arguments of the student's `from_pretrained`, from an `OPRDConfig`."""
@@ -15,6 +23,16 @@ def teacher_kwargs(settings: Any) -> dict[str, Any]:
         given.setdefault("revision", settings.teacher_model_revision)
     given.setdefault("trust_remote_code", settings.trust_remote_code)
     return given
+
+
+def check_loaded_teacher(settings: Any) -> None:
+    """Raise `UserError` for keys that say how to load a teacher, where it is given as a model object."""
+    for key, default in OF_LOADING.items():
+        if getattr(settings, key) not in (default, {}):
+            raise UserError(
+                f"{key} says how the teacher is loaded, and teacher_model is a model that was loaded "
+                f"already: leave {key} out, or give the teacher as a name"
+            )
 
 
 def hub_kwargs(given: dict[str, Any]) -> dict[str, Any]:

@@ -123,7 +123,7 @@ class MemoryMeter:
         elif sys.platform == "linux":
             with suppress(OSError, AttributeError):  # a sandbox without /proc, a C library without trimming
                 ctypes.CDLL(None).malloc_trim(0)
-                Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
+                Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # resets VmHWM
                 self._baseline = resident_mb("VmRSS")
 
     def read(self) -> dict[str, float]:
@@ -149,7 +149,7 @@ class MemoryMeter:
 
 def resident_mb(field: str) -> float:
     """A field of this process's /proc status, such as VmRSS, in 10⁶ bytes."""
-    for line in Path("/proc/self/status").read_text().splitlines():
+    for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
         if line.startswith(field):
             return int(line.split()[1]) * 1024 / MB
     raise RuntimeError(f"/proc/self/status has no {field}")

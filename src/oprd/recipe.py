@@ -2,8 +2,8 @@
 
 import difflib
 import json
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, NoReturn
@@ -40,6 +40,16 @@ class UnknownKey(UserError):
         self.where, self.key = where, key
 
 
+@contextmanager
+def _depth_told() -> Iterator[None]:
+    """Within it what is nested deeper than Python reads is the user's to mend."""
+    try:
+        yield
+    except RecursionError as error:
+        raise UserError("a recipe, or a value after a flag, is nested too deeply to be read") from error
+
+
+@_depth_told()
 def parse_recipe(
     path: str | Path | None, flags: Sequence[str], dataclass_types: Sequence[type]
 ) -> tuple[Any, ...]:
@@ -73,7 +83,7 @@ def read_recipe(path: str | Path) -> dict[str, Any]:
         raise UserError(f"there is no recipe file {path}{_instead_of(path)}") from None
     except IsADirectoryError:
         raise UserError(f"cannot read the recipe {path}: it is a folder{_within(path)}") from None
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise UserError(f"cannot read the recipe {path}: {error}") from error
     except yaml.YAMLError as error:
         where = getattr(error, "problem_mark", None)

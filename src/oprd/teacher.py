@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any
 
@@ -15,12 +16,13 @@ from oprd.alignment import same_vocabulary
 from oprd.capture import num_layers
 from oprd.errors import UserError
 from oprd.init_kwargs import hub_kwargs
-from oprd.models import base_model, load_model, load_tokenizer, resolve_model
+from oprd.models import base_model, load_tokenizer, load_with_tokenizer, resolve_model
 from oprd.positions import num_positions
 from oprd.precision import Precision, store_products_in
 from oprd.reading import Reading, StateReader, Want
 from oprd.rollouts import listed_eos_ids
 from oprd.sharding.fsdp import Sharding
+from oprd.trial import try_states
 
 logger = logging.getLogger(__name__)
 
@@ -43,14 +45,13 @@ class Teacher:
         shared = hub_kwargs(init_kwargs)
         located = resolve_model(name, **shared)
         if precision is None or "dtype" in init_kwargs:
-            model = load_model(located, **init_kwargs)
-        else:
-            config = AutoConfig.from_pretrained(base_model(located), **shared)
-            dtype = precision.of_teacher(config, "quantization_config" in init_kwargs)
-            model = load_model(located, **init_kwargs, dtype=dtype)
-            if precision.autocast:
-                store_products_in(config.dtype, model)
-        return cls(model, load_tokenizer(located, **shared))
+            return cls(*load_with_tokenizer(located, **init_kwargs))
+        config = AutoConfig.from_pretrained(base_model(located), **shared)
+        dtype = precision.of_teacher(config, "quantization_config" in init_kwargs)
+        model, tokenizer = load_with_tokenizer(located, **init_kwargs, dtype=dtype)
+        if precision.autocast:
+            store_products_in(config.dtype, model)
+        return cls(model, tokenizer)
 
     @classmethod
     def of(cls, model: PreTrainedModel) -> "Teacher":
@@ -120,17 +121,29 @@ class Teacher:
 
         A teacher in bfloat16 throughout computes as it is in a float16 run: autocast does not mix the two.
         """
-        table = self.model.get_input_embeddings().weight
-        device = self._device or table.device
-        if device.type == "meta":  # offloaded: accelerate's hooks bring weights and inputs together
-            device = reading.input_ids.device
+        device = self._device_for(reading.input_ids.device)
         # No supervised row reads an id that only the student's padded embedding has.
         ids = reading.input_ids.clamp(max=self.vocabulary - 1)
         reading = replace(reading, input_ids=ids)
-        students = reading.input_ids.device.type
-        half, is_on = torch.get_autocast_dtype(students), torch.is_autocast_enabled(students)
-        with torch.autocast(device.type, half, enabled=is_on and table.dtype in (torch.float32, half)):
+        with self._autocast(reading.input_ids.device):
             return self.reader(reading.to(device), wants, padding_free)
+
+    def try_states(self, layers: Sequence[int], final_norm: bool, device: torch.device) -> None:
+        """`trial.try_states` as `read` computes them for a student on `device`; raises `UserError`."""
+        with self._autocast(device):
+            try_states("teacher", self.model, layers, final_norm)
+
+    def _device_for(self, students: torch.device) -> torch.device:
+        """Where it reads what a student on that device wrote."""
+        device = self._device or self.model.get_input_embeddings().weight.device
+        # Of an offloaded one accelerate's hooks bring weights and inputs together.
+        return students if device.type == "meta" else device
+
+    def _autocast(self, students: torch.device) -> AbstractContextManager:
+        kind, dtype = students.type, self.model.get_input_embeddings().weight.dtype
+        half, is_on = torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind)
+        is_on = is_on and dtype in (torch.float32, half)
+        return torch.autocast(self._device_for(students).type, half, enabled=is_on)
 
 
 def quantization(kind: str) -> BitsAndBytesConfig:

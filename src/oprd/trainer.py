@@ -5,7 +5,7 @@ The only module that imports trl.
 
 import logging
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -29,6 +29,7 @@ from trl.models import prepare_deepspeed
 from trl.trainer.utils import RepeatSampler
 
 from oprd.bridge.drift import DriftMonitor
+from oprd.capture import blocks
 from oprd.checkpointing import check_attention_kept
 from oprd.engines.importance import check_correction
 from oprd.engines.staleness import FixedText
@@ -39,11 +40,13 @@ from oprd.folder.card import model_card
 from oprd.folder.recorder import Recorder
 from oprd.folder.run import resolved_settings, write_resolved
 from oprd.folder.saving import ResumableTrainer
+from oprd.folder.whole import write_whole
 from oprd.freezing import apart_from
-from oprd.init_kwargs import hub_kwargs, student_kwargs, teacher_kwargs
+from oprd.init_kwargs import check_loaded_teacher, teacher_kwargs
+from oprd.installed import check_installed
 from oprd.intake import look_ahead, stream_length
 from oprd.meters import MemoryMeter
-from oprd.models import holds_adapters, resolve_model
+from oprd.model_checks import check_tokenizer
 from oprd.origin import warn_of_another_origin
 from oprd.padding import heeds_padding
 from oprd.precision import Precision
@@ -52,9 +55,11 @@ from oprd.settings import ObjectiveSettings, at_least
 from oprd.sharding.fsdp import Sharding
 from oprd.sharding.zero import check_zero3
 from oprd.start_line import start_line
+from oprd.student_model import load_student, taken_as_loaded
 from oprd.supervision import SupervisionWatch
 from oprd.teacher import Teacher, quantization
 from oprd.translation import Translation
+from oprd.trial import told_of_architecture, try_rollout, try_states
 from oprd.update import Update
 from oprd.update_trainer import UpdateTrainer
 
@@ -172,17 +177,22 @@ class OPRDTrainer(ResumableTrainer, UpdateTrainer, DistillationTrainer):
             train_dataset = look_ahead(train_dataset, stream_length(args, args.world_size))
         if not isinstance(train_dataset, Dataset):
             raise UserError(f"train_dataset must be a datasets.Dataset, got {type(train_dataset).__name__}")
-        if isinstance(model, str) and holds_adapters(model):
-            raise UserError(f"{model} holds adapters, which are not trained further: name its folder merged")
+        check_installed(args)
+        if not isinstance(teacher_model, str):
+            check_loaded_teacher(args)
         teacher_model = apart_from(model, teacher_model)
         if any(term.ever_active and not term.always_active for term in args.schedules.values()):
             # What only one term reaches goes unused while that term is off, and DDP has to look for it.
             args.ddp_find_unused_parameters = True
-        located_by = hub_kwargs(student_kwargs(args))
         set_seed(args.seed)  # of new adapters, which are drawn before the base class sets it
-        with training_engines(vllm_generation) if args.use_vllm else nullcontext():
+        is_loaded: AbstractContextManager[None] = nullcontext()
+        if isinstance(model, str):
+            given = kwargs.get("processing_class"), kwargs.pop("quantization_config", None)
+            model, kwargs["processing_class"] = load_student(model, args, *given)
+            is_loaded = taken_as_loaded(args)
+        with is_loaded, training_engines(vllm_generation) if args.use_vllm else nullcontext():
             super().__init__(
-                model=resolve_model(model, **located_by) if isinstance(model, str) else model,
+                model=model,
                 args=args,
                 train_dataset=train_dataset,
                 callbacks=callbacks,
@@ -190,6 +200,11 @@ class OPRDTrainer(ResumableTrainer, UpdateTrainer, DistillationTrainer):
             )
         self._end_turns()
         self.get_optimizer_cls_and_kwargs(args, self.model)  # what it lacks is told now, not after rollouts
+        if self._tokenizer.eos_token_id is None:
+            raise UserError(
+                "the student's tokenizer has no EOS token, so no rollout would end: set eos_token"
+            )
+        check_tokenizer(self._names["student"] or "the student", self.model, self._tokenizer)
         if self._is_vlm:
             raise UserError("the student is a vision-language model; oprd distils text-only models so far")
         if args.keep_attention:
@@ -206,11 +221,18 @@ class OPRDTrainer(ResumableTrainer, UpdateTrainer, DistillationTrainer):
         self.translation = self._translate(args)
         self._check_prompts()
         self._prepare_rollouts()
-        self.update = Update.bind(args, self.model, self._tokenizer, self.teacher, self.accelerator.device)
+        for role, read in (("student", self.model), ("teacher", self.teacher.model)):
+            with told_of_architecture(role, read):
+                blocks(read)
+        with told_of_architecture("student", self.model):
+            self.update = Update.bind(
+                args, self.model, self._tokenizer, self.teacher, self.accelerator.device
+            )
         if is_deepspeed_zero3_enabled():
             self.teacher.reader = prepare_deepspeed(self.teacher.reader, self.accelerator)
         else:
             self.update.place(self.accelerator.device, self.sharding)
+            self._try_models()
         heeds_padding(self.model)  # tried here, so that no step's meters count it
         heeds_padding(self.teacher.model, self.accelerator.device)
         self.engine, self.fixed_text = self._take_over_engine(), FixedText()
@@ -222,6 +244,17 @@ class OPRDTrainer(ResumableTrainer, UpdateTrainer, DistillationTrainer):
         """Let rollouts end at the ids that end a response elsewhere: TRL lacks the template's end of turn."""
         self.eos_token_ids = eos_token_ids(self.model, self._tokenizer, self.generation_config)
         self.generation_config.eos_token_id = self.generation_kwargs["eos_token_id"] = self.eos_token_ids
+
+    def _try_models(self) -> None:
+        """Read a few tokens as updates will; models in shards are only read together, later."""
+        if self.sharding is not None:
+            return
+        ours, theirs = self.update.layers_read
+        with self.accelerator.autocast():
+            try_states("student", self.model, ours, self.args.final_norm)
+            if not self.use_vllm:
+                try_rollout(self.model, self._tokenizer)
+            self.teacher.try_states(theirs, self.args.final_norm, self.accelerator.device)
 
     def _load_teacher(self, teacher: str | PreTrainedModel, args: OPRDConfig) -> Teacher:
         init_kwargs = teacher_kwargs(args)
@@ -325,9 +358,8 @@ class OPRDTrainer(ResumableTrainer, UpdateTrainer, DistillationTrainer):
         plain, others = resolved_settings(self.args), ("max_steps", "learning_rate", "temperature")
         settings = {name: plain[name] for name in (*ObjectiveSettings.__dataclass_fields__, *others)}
         folder = Path(self.args.output_dir)
-        (folder / "README.md").write_text(
-            model_card(folder, **self._names, dataset=dataset_name, settings=settings)
-        )
+        card = model_card(folder, **self._names, dataset=dataset_name, settings=settings)
+        write_whole(folder / "README.md", card)
 
 
 def _has_dropout(model: torch.nn.Module) -> bool:

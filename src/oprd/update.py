@@ -132,6 +132,20 @@ class Update:
                 add_representation_cosine(self.averages, layer, here, there, weights)
 
     @property
+    def layers_read(self) -> tuple[list[int], list[int]]:
+        """The student's layers, and the teacher's, that any step of the run reads."""
+        ours: set[int] = set()
+        theirs: set[int] = set()
+        compared = self.settings.representation_schedule, self.settings.anchor_schedule
+        if self.settings.diagnostics_steps or any(schedule.ever_active for schedule in compared):
+            ours.update(self.layer_map.student_layers)
+            theirs.update(self.layer_map.teacher_layers)
+        if self.settings.output_schedule.ever_active:
+            ours.add(num_layers(self.student))
+            theirs.add(self.teacher.num_layers)
+        return sorted(ours), sorted(theirs)
+
+    @property
     def layer_map(self) -> LayerMap:
         """The pairs of layers that are compared."""
         return self.comparison.layer_map

@@ -30,6 +30,8 @@ from oprd.models import TINY_MODELS
 from oprd.prompts import load_prompts
 from oprd.ranks import Ranks
 from oprd.rollouts import HFEngine, Sampling, generate
+from oprd.tiny import tokenizer as designs
+from oprd.tiny.tokenizer import train_tokenizer
 
 RECIPE = {
     "model_name_or_path": "tiny:student",
@@ -467,7 +469,9 @@ def test_mistakes_in_a_dataset(refused, tmp_path, name, content, says):
 def test_ids_outside_the_teachers_vocabulary(refused, tmp_path):
     """The student's ids can only be fed to a teacher that has as many."""
     folder = shutil.copytree(TINY_MODELS / "tokenizer-teacher", tmp_path / "teacher")
-    config = Qwen3Config.from_pretrained(folder, vocab_size=20)
+    small = train_tokenizer(["a"], vocab_size=262, design=designs.PAIRS)
+    small.save_pretrained(folder)
+    config = Qwen3Config.from_pretrained(folder, vocab_size=len(small))
     Qwen3ForCausalLM(config).save_pretrained(folder)
     line = refused("--teacher_tokenization", "student", teacher_model_name_or_path=str(folder))
     assert "vocabulary" in line

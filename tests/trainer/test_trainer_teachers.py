@@ -1,12 +1,17 @@
 """What the teacher reads, where it comes from, and which pairs and settings are refused before a run."""
 
+import importlib.util
+import shutil
+from pathlib import Path
+
 import by_hand
 import pytest
 import torch
 from datasets import Dataset
+from safetensors.torch import load_file, save_file
 from tiny_pair import prompt_texts
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
-from transformers.utils import is_bitsandbytes_available
+from transformers.utils import is_bitsandbytes_available, is_liger_kernel_available
 
 from oprd.errors import UserError
 from oprd.tiny.tokenizer import train_tokenizer
@@ -113,6 +118,29 @@ def test_one_object_for_both(make_trainer, roll_out, gradient, student, terms):
     assert all(torch.equal(a, b) for a, b in zip(trainer.teacher.model.parameters(), frozen, strict=True))
 
 
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("teacher_model_init_kwargs", {"dtype": "bfloat16"}),
+        ("teacher_model_revision", "v2"),
+        ("teacher_quantization", "8bit"),
+    ],
+)
+def test_a_teacher_object_was_loaded_already(make_trainer, teacher, key, value):
+    model = AutoModelForCausalLM.from_pretrained(teacher)
+    with pytest.raises(UserError, match=f"{key} says how the teacher is loaded.*give the teacher as a name"):
+        make_trainer(teacher=model, **{key: value})
+
+
+def test_how_the_student_is_loaded(make_trainer, teacher):
+    """In float32 unless told, and the config keeps what it was told."""
+    assert make_trainer().model.dtype is torch.float32
+    trainer = make_trainer(model_init_kwargs={"dtype": "bfloat16"})
+    assert trainer.model.dtype is torch.bfloat16
+    assert trainer.args.model_init_kwargs == {"dtype": "bfloat16"}
+    assert trainer.processing_class.truncation_side == trainer.processing_class.padding_side == "left"
+
+
 def test_bundled_names(make_trainer):
     trainer = make_trainer(student="tiny:student", teacher="tiny:teacher")
     assert trainer.teacher.num_layers == len(trainer.model.model.layers)
@@ -174,7 +202,7 @@ def test_ids_that_only_the_students_padding_has(make_trainer, make_folder, roll_
 def other_vocabulary(teacher, tmp_path):
     folder = tmp_path / "other_vocabulary"
     AutoModelForCausalLM.from_pretrained(teacher).save_pretrained(folder)
-    train_tokenizer(["entirely different words for every merge"] * 9, vocab_size=290).save_pretrained(folder)
+    train_tokenizer(["entirely different words for every merge"] * 9, vocab_size=270).save_pretrained(folder)
     return str(folder)
 
 
@@ -290,6 +318,48 @@ def test_a_missing_tokenizer(make_trainer, student, tmp_path):
         make_trainer(student=str(folder))
     with pytest.raises(UserError, match="tokenizer"):
         make_trainer(teacher=str(folder))
+
+
+def without_weights(folder, tmp_path, prefix):
+    """A folder of the same model whose weights carry a prefix."""
+    prefixed = Path(shutil.copytree(folder, tmp_path / "prefixed"))
+    stored = load_file(prefixed / "model.safetensors")
+    save_file({prefix + name: w for name, w in stored.items()}, prefixed / "model.safetensors")
+    return str(prefixed)
+
+
+@pytest.mark.parametrize("role", ["student", "teacher"])
+def test_weights_that_are_not_there(make_trainer, student, tmp_path, role):
+    folder = without_weights(student, tmp_path, "policy.")
+    with pytest.raises(UserError, match=r"prefixed lacks 25 of the model's 25 .*the prefix 'policy\.'"):
+        make_trainer(**{role: folder})
+
+
+def test_a_student_without_an_eos(make_trainer, student, tmp_path):
+    folder = Path(shutil.copytree(student, tmp_path / "endless"))
+    tokenizer = AutoTokenizer.from_pretrained(student)
+    tokenizer.eos_token = None
+    tokenizer.save_pretrained(folder)
+    with pytest.raises(UserError, match="no EOS token"):
+        make_trainer(student=str(folder))
+
+
+@pytest.mark.parametrize("name", ["wandb", "trackio", "nonsense"])
+def test_a_tracker_that_is_not_there(make_trainer, name):
+    if importlib.util.find_spec(name) is not None:
+        pytest.skip(f"{name} is installed")
+    with pytest.raises(UserError, match=f"report_to: {name}: .*{name}.*; or set report_to: none"):
+        make_trainer(report_to=[name], student="./nowhere")
+
+
+def test_what_a_run_asks_for_beside_its_models(make_trainer, monkeypatch):
+    """Told before the models are looked for."""
+    if not is_liger_kernel_available():
+        with pytest.raises(UserError, match="use_liger_kernel: true needs Liger: pip install liger-kernel"):
+            make_trainer(use_liger_kernel=True, student="./nowhere")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(UserError, match=r"push_to_hub: true, and the Hub cannot be reached .*hf auth login"):
+        make_trainer(push_to_hub=True, student="./nowhere")
 
 
 def test_plain_use_of_the_class(student, teacher, dataset, tmp_path):

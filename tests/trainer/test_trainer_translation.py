@@ -441,8 +441,10 @@ def test_evaluation(make, spell, bridge):
 # Refused
 
 
-def test_ids_outside_the_teachers_vocabulary(make, make_bridge, make_teacher, teacher_tokenizer, tokenizer):
-    teacher = make_teacher(teacher_tokenizer, vocab_size=len(tokenizer) - 9)
+def test_ids_outside_the_teachers_vocabulary(make, make_bridge, make_teacher, tokenizer):
+    small = train_tokenizer(["a"], vocab_size=262, design=designs.PAIRS)
+    assert len(small) < len(tokenizer)
+    teacher = make_teacher(small)
     path = make_bridge(teacher, teacher_tokenization="student")
     with pytest.raises(UserError, match="vocabulary"):
         make(teacher=teacher, bridge=path, teacher_tokenization="student")

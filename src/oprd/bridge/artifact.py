@@ -1,6 +1,7 @@
 """The bridge: frozen projections of student and teacher states into one small space per layer (Eq. 12–14)."""
 
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -9,15 +10,16 @@ from typing import Any
 import torch
 import xxhash
 from jaxtyping import Float
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from oprd.errors import UserError
+from oprd.errors import UserError, is_fault, reason, writing
 from oprd.selection import LayerMap
 
 BRIDGE_FILE = "bridge.safetensors"
 FORMAT = "oprd-bridge-1"
+MAPPINGS = ("reading", "student", "teacher", "layers")  # of the metadata; the last, of mappings
 
 
 @dataclass(frozen=True)
@@ -137,7 +139,8 @@ class Bridge:
         header["checksum"] = _checksum(header, tensors)
         partial = file.with_name(f"{file.name}.partial")
         try:
-            partial.write_bytes(save(tensors, metadata=header))
+            with writing(file):
+                partial.write_bytes(save(tensors, metadata=header))
             partial.replace(file)
         finally:
             partial.unlink(missing_ok=True)
@@ -151,30 +154,37 @@ class Bridge:
         a rank above the stored one. Nothing is ever filled in.
         """
         file = _file(path)
-        if not file.is_file():
+        if not os.path.isfile(file):  # nor is there one of a name that no file can have
             raise UserError(f"there is no bridge at {path}: fit one with oprd bridge")
         try:
-            with safe_open(file, framework="pt") as stored:
-                header = stored.metadata() or {}
-                if header.get("format") != FORMAT:
-                    raise UserError(f"{file} is not a bridge of oprd: fit one with oprd bridge")
-                pairs, metadata = json.loads(header["layer_map"]), json.loads(header["oprd"])
-                if not isinstance(pairs, dict) or not pairs:
-                    raise KeyError("its layer map names no layers")
-                projectors = {
-                    int(s): Projector(int(t), *(stored.get_tensor(f"{name}.{s}") for name in TENSORS))
-                    for s, t in pairs.items()
-                }
-                if header.get("checksum") not in (None, _checksum(header, _tensors(projectors))):
-                    raise ValueError("it was changed after it was written")
-        except (SafetensorError, OSError, KeyError, ValueError, TypeError) as error:
-            if isinstance(error, UserError):
+            bridge = cls._read(file)
+        except UserError:
+            raise
+        except Exception as error:  # whatever a file may hold
+            if is_fault(error):
                 raise
-            raise UserError(f"{file} is damaged ({error}): fit the bridge again") from error
+            raise UserError(f"{file} is damaged ({reason(error)}): fit the bridge again") from error
+        return bridge if rank is None else bridge.first(rank)
+
+    @classmethod
+    def _read(cls, file: Path) -> "Bridge":
+        with safe_open(file, framework="pt") as stored:
+            header = stored.metadata() or {}
+            if header.get("format") != FORMAT:
+                raise UserError(f"{file} is not a bridge of oprd: fit one with oprd bridge")
+            pairs, metadata = json.loads(header["layer_map"]), json.loads(header["oprd"])
+            if not isinstance(pairs, dict) or not pairs:
+                raise ValueError("its layer map names no layers")
+            _check_metadata(metadata)
+            projectors = {
+                int(s): Projector(int(t), *(stored.get_tensor(f"{name}.{s}") for name in TENSORS))
+                for s, t in pairs.items()
+            }
+            if header.get("checksum") not in (None, _checksum(header, _tensors(projectors))):
+                raise ValueError("it was changed after it was written")
         for layer, projector in projectors.items():
             _check(file, layer, projector)
-        bridge = cls(projectors, metadata)
-        return bridge if rank is None else bridge.first(rank)
+        return cls(projectors, metadata)
 
     def _projector(self, layer: int) -> Projector:
         if layer not in self.projectors:
@@ -211,6 +221,17 @@ def _at_rank(report: dict[str, Any], rank: int) -> dict[str, Any]:
     return report | {"rank": rank, "directions": directions, "cosine_at_rank": cosine}
 
 
+def _check_metadata(metadata: Any) -> None:
+    """Raise `ValueError` unless what a bridge says of its origin is made as `oprd bridge` makes it."""
+    parts = [metadata]
+    if isinstance(metadata, dict):
+        parts += [metadata.get(part, {}) for part in MAPPINGS]
+    if isinstance(parts[-1], dict):
+        parts += parts[-1].values() if len(parts) > 1 else ()
+    if not all(isinstance(part, dict) for part in parts):
+        raise ValueError("what it says of its origin is no mapping")
+
+
 def _check(file: Path, layer: int, projector: Projector) -> None:
     shapes = [tuple(getattr(projector, name).shape) for name in TENSORS]
     (rank, student), (*_, teacher) = (*shapes[0], 0, 0)[:2], (0, *shapes[2])
@@ -221,9 +242,9 @@ def _check(file: Path, layer: int, projector: Projector) -> None:
 
 
 def _file(path: str | Path) -> Path:
-    path = Path(path).expanduser()
+    path = Path(os.path.expanduser(path))
     # A folder may be called qwen3-1.7B, which is no file type.
-    is_file = path.is_file() or (path.suffix[1:].isalpha() and not path.is_dir())
+    is_file = os.path.isfile(path) or (path.suffix[1:].isalpha() and not os.path.isdir(path))
     return path if is_file else path / BRIDGE_FILE
 
 

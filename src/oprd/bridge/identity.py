@@ -67,10 +67,10 @@ def check_models(bridge: Bridge, student: dict[str, Any], teacher: dict[str, Any
                 )
         stored = bridge.metadata.get(role)
         for key in ("architecture", "num_layers", "width", "weights", "tokenizer"):
-            if stored is not None and key in found and stored[key] != found[key]:
+            if stored is not None and key in found and stored.get(key) != found[key]:
                 raise UserError(
-                    f"the bridge was fitted for the {role} {stored['name']} and this is {found['name']} "
-                    f"({key}: {stored[key]}, here {found[key]}): fit a bridge for this pair with oprd bridge"
+                    f"the bridge was fitted for the {role} {stored.get('name')} and this is {found['name']} "
+                    f"({key}: {stored.get(key)}, here {found[key]}): fit one for this pair with oprd bridge"
                 )
 
 

@@ -12,6 +12,8 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
+from oprd.errors import writing
+
 DIRECTIONS_SHOWN = 64
 NAMED_LAYERS = 8  # more than these get a colour bar in place of names
 
@@ -44,7 +46,8 @@ def plot_bridge(metadata: dict[str, Any], folder: Path) -> list[Path]:
     paths = []
     for name, figure in figures.items():
         paths.append(folder / f"{name}.png")
-        figure.savefig(paths[-1], dpi=150)
+        with writing(paths[-1]):
+            figure.savefig(paths[-1], dpi=150)
     return paths
 
 

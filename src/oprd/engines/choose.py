@@ -5,6 +5,7 @@ import json
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
+from http.client import HTTPException
 from typing import Any
 from urllib.error import HTTPError, URLError
 from urllib.request import Request, urlopen
@@ -15,13 +16,16 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from oprd.engines.staleness import CHECKED_TOKENS, log_prob_gaps
 from oprd.engines.student import Drawn
 from oprd.engines.vllm import INSTALL, is_installed, make_llm
-from oprd.errors import UserError
+from oprd.errors import UserError, reason
 from oprd.models import holds_adapters
 from oprd.rollouts import Engine, HFEngine, Rollout, Sampling, cut_at_eos, eos_token_ids
 
 ENGINES = ("auto", "hf", "vllm")
 REQUESTS_AT_A_TIME = 64
 ANSWER_SECONDS = 10
+# A server that answers later than these allow has died: it would be slower than a laptop's processor.
+FIRST_TOKEN_SECONDS = 120
+TOKENS_A_SECOND = 10  # of all the requests together
 # Mean |Δ log-prob| in nats over prompt tokens, which are improbable: bfloat16 against float32 is 0.06 of the
 # tiny pair, one of its models against the other 6.
 OTHER_MODEL = 0.25
@@ -108,8 +112,19 @@ class ServerEngine:
 
     def __init__(self, url: str, model: PreTrainedModel, eos: Sequence[int]) -> None:
         self._url, self._model, self._eos = url.rstrip("/"), model, eos
-        self._served = self._ask("/v1/models", timeout=ANSWER_SECONDS)["data"][0]["id"]
+        self._served = self._name()
         self._is_checked = False
+
+    def _name(self) -> str:
+        """What the server calls the model that it serves; raises `UserError` if it is none of vLLM's."""
+        try:
+            return self._ask("/v1/models", None, ANSWER_SECONDS)["data"][0]["id"]
+        except UserError:
+            raise
+        except (RuntimeError, LookupError, TypeError) as error:
+            raise UserError(
+                f"{self._url} is no vLLM server ({reason(error)}): start vllm serve MODEL"
+            ) from error
 
     def generate(self, prompt_ids: Sequence[list[int]], sampling: Sampling, seed: int) -> list[Rollout]:
         """One response per prompt; raises `UserError` for a server of other weights."""
@@ -118,8 +133,10 @@ class ServerEngine:
         bodies = [
             {"prompt": ids, **_request(sampling, self._eos, seed + i)} for i, ids in enumerate(prompt_ids)
         ]
+        together = min(REQUESTS_AT_A_TIME, len(bodies))
+        patience = FIRST_TOKEN_SECONDS + together * sampling.max_new_tokens / TOKENS_A_SECOND
         with ThreadPoolExecutor(REQUESTS_AT_A_TIME) as threads:
-            choices = list(threads.map(self._complete, bodies))
+            choices = list(threads.map(lambda body: self._complete(body, patience), bodies))
         return [
             cut_at_eos(ids, choice["token_ids"], self._eos)
             for ids, choice in zip(prompt_ids, choices, strict=True)
@@ -128,7 +145,8 @@ class ServerEngine:
     def _check(self, prompt_ids: list[int]) -> None:
         # Log-probs of what the model did not write itself: models of one task hold the same of their answers.
         ids = (prompt_ids * 2)[: CHECKED_TOKENS + 1]
-        choice = self._complete({"prompt": ids, "prompt_logprobs": 0, "max_tokens": 1})
+        body = {"prompt": ids, "prompt_logprobs": 0, "max_tokens": 1}
+        choice = self._complete(body, FIRST_TOKEN_SECONDS)
         told = [
             at[str(token)]["logprob"]
             for token, at in zip(ids[1:], choice["prompt_logprobs"][1:], strict=True)
@@ -142,20 +160,26 @@ class ServerEngine:
             )
         self._is_checked = True
 
-    def _complete(self, body: dict[str, Any]) -> dict[str, Any]:
+    def _complete(self, body: dict[str, Any], patience: float) -> dict[str, Any]:
         body = {"model": self._served, "return_token_ids": True, **body}
-        return self._ask("/v1/completions", body)["choices"][0]
+        return self._ask("/v1/completions", body, patience)["choices"][0]
 
-    def _ask(self, path: str, body: dict[str, Any] | None = None, timeout: float | None = None) -> Any:
+    def _ask(self, path: str, body: dict[str, Any] | None, patience: float) -> Any:
+        """The server's answer, waited for `patience` seconds; raises `UserError` where none comes."""
         try:
             data = None if body is None else json.dumps(body).encode()
             request = Request(self._url + path, data, {"Content-Type": "application/json"})
-            with urlopen(request, timeout=timeout) as answer:
+            with urlopen(request, timeout=patience) as answer:
                 return json.load(answer)
         except HTTPError as error:
             said = error.read().decode(errors="replace")[:500]
             raise RuntimeError(f"the server at {self._url} refused {path}: {error}: {said}") from error
-        except (URLError, OSError, ValueError) as error:
+        except TimeoutError as error:
+            raise UserError(
+                f"the server at {self._url} has not answered {path} for {patience:.0f} s: see what it says "
+                "itself, and start it again"
+            ) from error
+        except (URLError, HTTPException, OSError, ValueError) as error:
             raise UserError(
                 f"no vLLM server answers at {self._url} ({error}): start one with vllm serve MODEL, or leave "
                 "vllm_server_base_url out"

@@ -19,7 +19,7 @@ from typing import Any, cast
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from oprd.errors import UserError
+from oprd.errors import UserError, writing
 from oprd.evaluation import metrics
 from oprd.evaluation.grade import extract_answer, grade
 from oprd.evaluation.problems import EvalSettings, Problem, check_context, read_problems
@@ -170,7 +170,7 @@ def _complete(file: Path, evaluation: _Evaluation, progress: bool) -> list[dict[
     """Append a line for each problem that has none; returns the records of all problems, in their order."""
     asked = file, evaluation.problems, evaluation.settings.samples
     done = read_samples(*asked)
-    with file.open("ab") as stream:
+    with writing(file), file.open("ab") as stream:
         for record in _records(evaluation, done, progress):
             check_held(file.parent)
             stream.write(line(record))

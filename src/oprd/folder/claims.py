@@ -57,7 +57,7 @@ def is_finished(folder: Path, max_steps: int) -> bool:
 def steps_done(folder: Path) -> int | None:
     """After how many steps the model in `folder` was written; None where no file says so."""
     try:
-        steps = json.loads((folder / STATE_FILE).read_text())["global_step"]
+        steps = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))["global_step"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
     return steps if isinstance(steps, int) else None

@@ -189,7 +189,7 @@ def _is_alive(holder: Holder, file: Path) -> bool:
 def _last_beat(file: Path) -> float:
     """When a lock was touched last, or 0 if there is none; opening it makes NFS ask its server."""
     try:
-        with file.open() as stream:
+        with file.open("rb") as stream:
             return os.fstat(stream.fileno()).st_mtime
     except OSError:
         return 0.0
@@ -214,7 +214,7 @@ def _release(lock: Path, me: Holder, made: list[Path]) -> None:
 def _host() -> str:
     """Where process numbers mean the same: a machine, since its start, within one namespace."""
     try:
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
         return f"{socket.gethostname()}/{boot}/{Path('/proc/self/ns/pid').stat().st_ino}"
     except OSError:
         return socket.gethostname()
@@ -224,7 +224,9 @@ def _start_of(pid: int) -> str | None:
     """When a running process was started, empty where the system does not tell it; None if there is none."""
     try:
         os.kill(pid, 0)
-        state, *fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        state, *fields = (
+            Path(f"/proc/{pid}/stat").read_text(encoding="ascii", errors="replace").rpartition(")")[2].split()
+        )
     except ProcessLookupError:
         return None
     except OSError:

@@ -12,7 +12,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from oprd.errors import UserError
+from oprd.errors import UserError, writing
 from oprd.folder.lock import check_held
 from oprd.folder.whole import write_whole
 from oprd.meters import Averages, MemoryMeter, Stopwatch
@@ -102,7 +102,8 @@ class Recorder(TrainerCallback):
         self._publish(values)
         if state.is_world_process_zero:
             check_held(Path(args.output_dir))
-            with (Path(args.output_dir) / METRICS_FILE).open("a") as file:
+            path = Path(args.output_dir) / METRICS_FILE
+            with writing(path), path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps({"step": state.global_step, **values}) + "\n")
                 file.flush()
                 os.fsync(file.fileno())  # before the checkpoint of this step, which relies on it

@@ -104,7 +104,7 @@ def _rollouts_per_step(settings: dict[str, Any]) -> int:
 
 def _stored_settings(resolved: Path) -> dict[str, Any]:
     try:
-        return dict(yaml.safe_load(resolved.read_text())["settings"])
+        return dict(yaml.safe_load(resolved.read_text(encoding="utf-8"))["settings"])
     except (yaml.YAMLError, KeyError, TypeError, ValueError) as error:
         raise UserError(f"{resolved} is damaged: choose another output_dir, or delete that folder") from error
 

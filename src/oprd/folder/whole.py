@@ -15,7 +15,7 @@ from pathlib import Path
 
 import xxhash
 
-from oprd.errors import UserError
+from oprd.errors import UserError, writing
 
 SEAL_FILE = "seal.json"
 CHECKSUM = "xxh3_128"  # finds damage, not forgery, as fast as memory is read
@@ -25,11 +25,12 @@ MISSING = "is missing"
 def write_whole(path: Path, text: str) -> None:
     """Write `text` so that a killed process leaves the new file or what was there before."""
     temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    with writing(path):
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
 
 
 def seal(folder: Path, files: Iterable[Path]) -> None:
@@ -71,7 +72,7 @@ def faults(folder: Path, by_size: bool = False) -> Iterator[tuple[str, str]]:
     Seals of oprd 0.1.0 hold no checksums.
     """
     try:
-        record = json.loads((folder / SEAL_FILE).read_text())
+        record = json.loads((folder / SEAL_FILE).read_text(encoding="utf-8"))
         sizes, checksums = dict(record["files"]), dict(record.get(CHECKSUM, {}))
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UnreadableSeal(f"it has no {SEAL_FILE}, so it was not written to its end") from error

@@ -8,6 +8,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, Trainer
 
 from oprd.errors import UserError
 from oprd.init_kwargs import hub_kwargs
+from oprd.model_files import CONFIGS, told_of
 
 
 class _EightBit(torch.optim.Optimizer):
@@ -35,14 +36,15 @@ def make_optimizer(settings: Any, student: Any, trained: list[nn.Parameter]) -> 
 def on_meta(located: str, given: dict[str, Any]) -> tuple[Any, bool]:
     """The model of a config in the dtype that the run loads it in, and whether its file has that dtype.
 
-    On a CPU such weights are mapped from the file: what is never read takes no memory.
+    On a CPU such weights are mapped from the file: what is never read takes no memory. Raises `UserError` for
+    a config that no model can be made of.
     """
     config = AutoConfig.from_pretrained(located, **hub_kwargs(given))
     stored, wanted = config.dtype, given["dtype"]
     if wanted in ("auto", None):
         wanted = stored or torch.float32
-    wanted = getattr(torch, wanted) if isinstance(wanted, str) else wanted
     kwargs = {key: given[key] for key in ("attn_implementation", "trust_remote_code") if key in given}
-    with torch.device("meta"):
+    with told_of("the model", located, CONFIGS), torch.device("meta"):
+        wanted = getattr(torch, wanted) if isinstance(wanted, str) else wanted
         model = AutoModelForCausalLM.from_config(config, dtype=wanted, **kwargs)
     return model, wanted == stored

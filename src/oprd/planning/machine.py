@@ -69,7 +69,7 @@ def _host_memory() -> tuple[int, int]:
     if not info.exists():
         total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
         return total, total
-    fields = dict(line.split(":", 1) for line in info.read_text().splitlines())
+    fields = dict(line.split(":", 1) for line in info.read_text(encoding="ascii").splitlines())
     free, total = (int(fields[name].split()[0]) * 1024 for name in ("MemAvailable", "MemTotal"))
     return int(min(free, _container_memory())), total
 
@@ -77,8 +77,12 @@ def _host_memory() -> tuple[int, int]:
 def _container_memory() -> float:
     """Bytes that a container may still take, cached files given up; endless where nothing limits it."""
     try:
-        limit, used = ((CONTAINER / f"memory.{name}").read_text().strip() for name in ("max", "current"))
-        stat = dict(line.split() for line in (CONTAINER / "memory.stat").read_text().splitlines())
+        limit, used = (_read(f"memory.{name}").strip() for name in ("max", "current"))
+        stat = dict(line.split() for line in _read("memory.stat").splitlines())
     except OSError:
         return math.inf
     return math.inf if limit == "max" else int(limit) - int(used) + int(stat["inactive_file"])
+
+
+def _read(name: str) -> str:
+    return (CONTAINER / name).read_text(encoding="ascii")

@@ -7,6 +7,7 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from oprd.errors import writing
 from oprd.folder.recorder import METRICS_FILE, read_metrics
 
 matplotlib.rcParams |= {
@@ -41,7 +42,8 @@ def plot_runs(runs: Mapping[str, Sequence[Path]], output: Path, levels: Mapping[
             _levels(axes, levels)
         figure.legend(loc="outside upper center", ncols=3 if max(map(len, runs), default=0) < 25 else 2)
         path = output / f"{file}.png"
-        figure.savefig(path, dpi=150)
+        with writing(path):
+            figure.savefig(path, dpi=150)
         written.append(path)
     return written
 

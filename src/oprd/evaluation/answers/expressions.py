@@ -23,7 +23,7 @@ LONGEST_SUM = 100
 MOST_TOKENS = 300
 UNREAD = {"'", '"', r"\dots"}  # the parser leaves them out
 ROUNDED_PLACES = 6  # decimals from which on a decimal may stand for the number that it rounds
-POINTS = [(7, 5), (-11, 7), (3, 1), (23, 9), (-5, 3), (2, 1), (13, 17), (5, 1)]
+POINTS = [(7, 5), (-11, 7), (3, 1), (23, 9), (-5, 3), (2, 1)]
 PRIMES = (1, 3, 7, 2, 11, 5, 13, 17)
 
 

@@ -4,6 +4,7 @@ import argparse
 import json
 import logging
 import os
+import signal
 import sys
 import time
 import traceback
@@ -14,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from oprd.errors import UserError, refusals_told
+from oprd.ranges import EVALUATION_RANGES, check_ranges
+from oprd.signals import Stopped, leave_at_once, signals_handled
 
 LONGEST_RESPONSE = 16384  # the paper's
 PATIENCE_SECONDS = 10
@@ -26,20 +29,23 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def run(argv: Sequence[str]) -> int:
     """Run one command; returns the exit code, with one clear last line where it is not 0."""
-    parser = _parser()
+    args = argparse.Namespace(command=None)
     try:
-        args, rest = parser.parse_known_args(argv)
-        if rest and args.command not in ("train", "bridge", "doctor"):
-            raise UserError(f"unknown argument {rest[0]!r}; see oprd {args.command} --help")
-        _quiet()
-        args.function(args, rest)
+        with signals_handled(leave_at_once):
+            _, rest = _parser().parse_known_args(argv, args)
+            if rest and args.command not in ("train", "bridge", "doctor"):
+                raise UserError(f"unknown argument {rest[0]!r}; see oprd {args.command} --help")
+            check_ranges(vars(args), EVALUATION_RANGES)
+            _quiet()
+            args.function(args, rest)
     except UserError as error:
         _complain(error)
         return 2
-    except KeyboardInterrupt:
-        again = "starts over" if argv[:1] == ["bridge"] else "resumes"
-        print(f"oprd: stopped; the same command {again}", file=sys.stderr)
-        return 130
+    except KeyboardInterrupt as stop:
+        told = stop if isinstance(stop, Stopped) else Stopped(signal.SIGINT)
+        if _is_first():
+            print(f"oprd: stopped {told.says or _left(args)}", file=sys.stderr)
+        return 128 + told.number
     except Exception as error:
         traceback.print_exc()
         print(f"oprd: the run failed: {str(error) or type(error).__name__}", file=sys.stderr)
@@ -117,6 +123,18 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _left(args: argparse.Namespace) -> str:
+    """What a stopped command leaves where no run was under way, and what the same command does."""
+    if args.command == "eval":
+        from oprd.evaluation.run import num_kept
+
+        return f"with {num_kept(args.output)} problems done: the same command goes on from there"
+    if args.command == "demo":
+        return "between two runs: the same command keeps those that are finished"
+    unwritten = "the bridge was whole" if args.command == "bridge" else "anything was written"
+    return f"before {unwritten}: the same command starts over"
+
+
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> Any:
         raise UserError(f"{message}; see {self.prog} --help")
@@ -132,16 +150,26 @@ def _demo(args: argparse.Namespace, _: list[str]) -> None:
 
 
 def _train(args: argparse.Namespace, flags: list[str]) -> None:
-    import torch.distributed as dist
-
     from oprd.dry_run import try_longest
-    from oprd.ranks import leave_ranks
     from oprd.train import parse_training_recipe, train
 
     run, config = parse_training_recipe(args.recipe, flags)
-    report = try_longest(run, config) if run.dry_run else f"the run is in {train(run, config)}"
+    try:
+        report = try_longest(run, config) if run.dry_run else f"the run is in {train(run, config)}"
+    except Stopped as stop:
+        if stop.by_all:
+            _leave_ranks(config)
+        raise
     if config.process_index == 0:
         print(report)
+    _leave_ranks(config)
+
+
+def _leave_ranks(config: Any) -> None:
+    import torch.distributed as dist
+
+    from oprd.ranks import leave_ranks
+
     if dist.is_initialized() and not config.use_vllm:  # vLLM takes its groups down itself
         leave_ranks()
 

@@ -32,13 +32,16 @@ from oprd.errors import UserError
 from oprd.folder.card import model_card
 from oprd.folder.recorder import Recorder
 from oprd.folder.saving import ResumableTrainer
+from oprd.folder.schedule import check_optimizer
+from oprd.folder.stopping import Stopping
 from oprd.init_kwargs import hub_kwargs, student_kwargs, teacher_kwargs
-from oprd.intake import look_ahead, stream_length
+from oprd.intake import look_ahead, settle_steps, stream_length
 from oprd.meters import MemoryMeter
 from oprd.models import holds_adapters, resolve_model
 from oprd.origin import warn_of_another_origin
 from oprd.precision import Precision
-from oprd.settings import ObjectiveSettings, at_least
+from oprd.ranges import check_ranges
+from oprd.settings import ObjectiveSettings, check_dtype, mapping
 from oprd.sharding.fsdp import Sharding
 from oprd.sharding.zero import check_zero3
 from oprd.teacher import Teacher, quantization
@@ -47,6 +50,17 @@ from oprd.update import Update
 from oprd.update_trainer import UpdateTrainer
 
 logger = logging.getLogger(__name__)
+
+DEFAULT_STEPS = 500
+AS_EPOCHS_SAY = -1  # transformers' word for steps that follow from num_train_epochs
+MAPPINGS = (
+    "model_init_kwargs",
+    "teacher_model_init_kwargs",
+    "generation_kwargs",
+    "chat_template_kwargs",
+    "teacher_chat_template_kwargs",
+    "lr_scheduler_kwargs",
+)
 
 
 class EpochSampler(RepeatSampler):
@@ -81,13 +95,25 @@ class OPRDConfig(ObjectiveSettings, DistillationConfig):
     learning_rate: float = field(default=1e-5, metadata={"help": "Peak learning rate of AdamW."})
     lr_scheduler_type: str = field(default="cosine", metadata={"help": "Learning-rate schedule."})
     warmup_steps: float = field(default=0.03, metadata={"help": "Warm-up: steps, or a share if below 1."})
-    max_steps: int = field(default=500, metadata={"help": "Optimiser steps."})
+    max_steps: int = field(
+        default=AS_EPOCHS_SAY,
+        metadata={"help": f"Optimiser steps; {DEFAULT_STEPS}, or as many as num_train_epochs takes."},
+    )
+    num_train_epochs: float = field(
+        default=0.0, metadata={"help": "Passes over the prompts, in place of max_steps."}
+    )
     per_device_train_batch_size: int = field(default=2, metadata={"help": "Rollouts per micro-batch."})
     gradient_accumulation_steps: int = field(default=8, metadata={"help": "Micro-batches per step."})
     max_completion_length: int | None = field(default=16384, metadata={"help": "Longest rollout, in tokens."})
     logging_steps: float = field(default=1, metadata={"help": "Log to the trackers every n steps."})
     # Ours ends the run; transformers' would wait for the device at every micro-batch.
     logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Hide losses that are not finite."})
+    save_steps: float = field(
+        default=50, metadata={"help": "Write a checkpoint every n steps, or so large a share of the run."}
+    )
+    save_total_limit: int | None = field(
+        default=2, metadata={"help": "Keep the newest so many checkpoints; 0 keeps all."}
+    )
 
     def __post_init__(self) -> None:
         if self.beta != 1.0:
@@ -98,19 +124,30 @@ class OPRDConfig(ObjectiveSettings, DistillationConfig):
         asked = str(getattr(self, "fsdp")).lower()  # noqa: B009 - mypy cannot tell its type
         if asked in ("true", "false"):  # the base class takes text for the options that it once was
             self.fsdp = asked == "true"
-        for name in ("per_device_train_batch_size", "gradient_accumulation_steps"):
-            at_least(name, getattr(self, name), 1)
-        if not self.temperature > 0:
-            raise UserError(
-                f"temperature is {self.temperature}, and rollouts are sampled: set it above 0, say to 1"
-            )
-        if self.max_completion_length is not None:
-            at_least("max_completion_length", self.max_completion_length, 1)
+        self._choose_length()
+        unread = ("pad_to_multiple_of", "max_steps" if self.max_steps == AS_EPOCHS_SAY else "")
+        check_ranges({name: value for name, value in vars(self).items() if name not in unread})
+        for name in MAPPINGS:
+            setattr(self, name, mapping(name, getattr(self, name)) or None)
+        for name in ("model_init_kwargs", "teacher_model_init_kwargs"):
+            check_dtype(name, getattr(self, name))
+        check_ranges(self.generation_kwargs or {}, within="generation_kwargs: ")
         if self.vllm_importance_sampling_correction:
             check_correction(self)
         # Without it, transformers refuses bf16 on a machine that has no accelerator.
         self.use_cpu: bool = self.use_cpu or not torch.accelerator.is_available()
         super().__post_init__()
+        check_ranges({"pad_to_multiple_of": self.pad_to_multiple_of})  # a word until the base class reads it
+
+    def _choose_length(self) -> None:
+        """`max_steps`, or `num_train_epochs`, or the default; raises `UserError` for both."""
+        if self.max_steps != AS_EPOCHS_SAY and self.num_train_epochs:
+            raise UserError(
+                f"max_steps: {self.max_steps} and num_train_epochs: {self.num_train_epochs:g} both say how "
+                "long the run is: leave one of them out"
+            )
+        if self.max_steps == AS_EPOCHS_SAY and not self.num_train_epochs:
+            self.max_steps = DEFAULT_STEPS
 
 
 class OPRDTrainer(ResumableTrainer, UpdateTrainer, DistillationTrainer):
@@ -163,7 +200,6 @@ class OPRDTrainer(ResumableTrainer, UpdateTrainer, DistillationTrainer):
                 callbacks=callbacks,
                 **kwargs,
             )
-        self.get_optimizer_cls_and_kwargs(args, self.model)  # what it lacks is told now, not after rollouts
         if self._is_vlm:
             raise UserError("the student is a vision-language model; oprd distils text-only models so far")
         if args.keep_attention:
@@ -178,6 +214,8 @@ class OPRDTrainer(ResumableTrainer, UpdateTrainer, DistillationTrainer):
         self.teacher = self._load_teacher(teacher_model, args)
         self.translation = self._translate(args)
         self._check_prompts()
+        settle_steps(args, len(self.train_dataset), self.accelerator.num_processes)
+        check_optimizer(args, *self.get_optimizer_cls_and_kwargs(args, self.model))
         self.update = Update.bind(args, self.model, self._tokenizer, self.teacher, self.accelerator.device)
         if is_deepspeed_zero3_enabled():
             self.teacher.reader = prepare_deepspeed(self.teacher.reader, self.accelerator)
@@ -230,6 +268,8 @@ class OPRDTrainer(ResumableTrainer, UpdateTrainer, DistillationTrainer):
         for printer in (ProgressCallback, PrinterCallback):
             self.remove_callback(printer)
         self.add_callback(self.recorder)
+        self.stopping = Stopping(self._sum_over_ranks)  # after the recorder, which may measure for long
+        self.add_callback(self.stopping)
         comparison = self.update.comparison
         if comparison.bridge is None:
             self.recorder.observers.append(warn_of_another_origin)

@@ -10,8 +10,8 @@ from tiny_pair import QUICK, prompt_texts
 
 from oprd import cli
 from oprd.folder.checkpoints import checkpoints, last_whole_checkpoint
+from oprd.folder.claims import is_finished
 from oprd.folder.recorder import read_metrics
-from oprd.folder.run import is_finished
 from oprd.signals import SIGNALS
 from oprd.trainer import OPRDTrainer
 

@@ -2,7 +2,9 @@
 
 import gc
 import json
+import os
 import re
+import signal
 import subprocess
 import sys
 from dataclasses import fields
@@ -17,6 +19,7 @@ from oprd import cli
 from oprd.bridge_recipe import BridgeArguments
 from oprd.engines.vllm import is_installed
 from oprd.errors import UserError
+from oprd.rollouts import HFEngine
 from oprd.settings import ObjectiveSettings
 from oprd.train import RunArguments
 from oprd.trainer import OPRDConfig
@@ -100,7 +103,7 @@ def test_mistakes_in_a_recipe(capsys, recipe, tmp_path, changes, says):
     ("changes", "says"),
     [
         ({"use_peft": True, "lora_target_modules": ["qproj"]}, "qproj"),
-        ({"use_peft": True, "lora_r": 0}, "lora_r is 0"),
+        ({"use_peft": True, "lora_r": 0}, "lora_r must be 1 or more, got 0"),
         ({"model_init_kwargs": {"attn_implementation": "nonsense"}}, "nonsense"),
         ({"max_completion_length": 0}, "max_completion_length"),
         ({"layers": "1,9"}, "layer 9"),
@@ -287,7 +290,7 @@ def test_vllm_that_is_asked_for_and_missing(capsys, recipe, tmp_path, command):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="with CUDA a server can be handed weights")
 def test_training_against_a_server_needs_cuda(capsys, recipe, tmp_path):
-    said = refused(capsys, ["train", recipe(model_name_or_path="nowhere", use_vllm=True, vllm_mode="server")])
+    said = refused(capsys, ["train", recipe(use_vllm=True, vllm_mode="server")])
     assert "vllm_mode: server" in said and "needs CUDA" in said
     assert not (tmp_path / "run").exists()
 
@@ -368,6 +371,47 @@ def test_eval_writes_a_summary(tmp_path, capsys):
     low, high = summary["ci95"]
     assert "Avg@2" in shown and f"{low:.1%}–{high:.1%}" in shown and "no answer" in shown
     assert "pass@2" in shown and str(output) in shown and "--prompt_suffix" not in shown
+
+
+@pytest.mark.parametrize("values", [["--temperature", "inf"], ["--top_p", "0"], ["--seed", "-1"]], ids=str)
+def test_values_of_an_evaluation_are_checked_before_anything_is_loaded(capsys, tmp_path, values):
+    output = str(tmp_path / "eval")
+    said = refused(capsys, ["eval", "--model", "nowhere", "--data", "none", "--output", output, *values])
+    assert f"{values[0][2:]} must be" in said
+
+
+def stop_at_call(monkeypatch, owner, name, number):
+    """SIGTERM in the `number`-th call of a method."""
+    method, calls = getattr(owner, name), []
+
+    def called(*args, **kwargs):
+        calls.append(None)
+        if len(calls) == number:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return method(*args, **kwargs)
+
+    monkeypatch.setattr(owner, name, called)
+
+
+def test_a_stopped_evaluation_says_where_it_goes_on(capsys, tmp_path, monkeypatch):
+    argv = ["eval", "--model", "tiny:student", "--data", "tiny", "--output", str(tmp_path), "--limit", "6"]
+    argv += ["--samples", "2", "--batch_size", "4", "--max_new_tokens", "4"]
+    stop_at_call(monkeypatch, HFEngine, "generate", 3)
+    assert cli.run(argv) == 143
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    assert last == "oprd: stopped with 4 problems done: the same command goes on from there"
+    assert cli.run(argv) == 0
+    assert len((tmp_path / "samples.jsonl").read_text().splitlines()) == 6
+
+
+def test_a_stopped_bridge_starts_over(capsys, tmp_path, monkeypatch):
+    output = tmp_path / "bridge"
+    argv = ["bridge", "recipes/tiny/bridge.yaml", "--output_dir", str(output), "--num_prompts", "32"]
+    stop_at_call(monkeypatch, HFEngine, "generate", 2)
+    assert cli.run([*argv, "--batch_size", "8", "--max_completion_length", "4"]) == 143
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    assert last == "oprd: stopped before the bridge was whole: the same command starts over"
+    assert not output.exists()
 
 
 def test_faults_exit_with_1(capsys, recipe, tmp_path):

@@ -28,7 +28,7 @@ from oprd.planning.machine import Machine
 from oprd.planning.memory_plan import plan_memory
 from oprd.planning.parts import STUDENT, TEACHER
 from oprd.rollout_trainer import RolloutTrainer
-from oprd.train import parse_training_recipe
+from oprd.train import parse_training_recipe, prompts_of, run_inputs
 
 pytestmark = pytest.mark.usefixtures("one_heap_pass")  # subprocesses, which are measured, take all
 
@@ -148,8 +148,11 @@ def test_flags_override_and_mistakes_are_told(capsys, recipe):
         (["--per_device_train_batch_size", "4096"], "a step takes 8192 prompts, and the dataset has 4200"),
         (["--output_dir", "{model}"], "is not a run of oprd"),
         (["--use_vllm", "true"], "there is no vLLM"),
-        (["--temperature", "0"], "temperature is 0"),
-        (["--max_steps", "1000000000", "--save_steps", "1"], "set save_total_limit"),
+        (["--temperature", "0"], "temperature must be above 0 and finite, got 0.0"),
+        (
+            ["--max_steps", "1000000000", "--save_steps", "1", "--save_total_limit", "0"],
+            "set save_total_limit",
+        ),
         (
             ["--model_name_or_path", "{experts}", "--teacher_model_name_or_path", "{experts}"],
             "cannot be planned",
@@ -167,7 +170,9 @@ def test_what_a_run_would_stumble_over(capsys, recipe, tmp_path, experts, flags,
 
 def test_a_folder_that_holds_a_run(capsys, recipe, tmp_path):
     run, config = parse_training_recipe(recipe())
-    write_resolved(tmp_path / "run", resolved_settings(config, run) | {"num_processes": 1})
+    settings = resolved_settings(config, run) | {"num_processes": 1}
+    write_resolved(tmp_path / "run", settings, run_inputs(run, config, prompts_of(run, config)))
+    (tmp_path / "run" / "metrics.jsonl").write_text('{"step": 1}\n')
     assert cli.run(["doctor", recipe()]) == 0
     assert "holds this run, which would resume" in capsys.readouterr().out
     assert cli.run(["doctor", recipe(), "--learning_rate", "0.5"]) == 2

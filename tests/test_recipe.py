@@ -2,7 +2,10 @@
 
 import pytest
 import yaml
+from hypothesis import given
+from hypothesis import strategies as st
 from transformers import TrainingArguments
+from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
 from oprd.errors import UserError
 from oprd.recipe import read_recipe
@@ -55,6 +58,37 @@ def parse(tmp_path):
         ("model_init_kwargs: {revision: 2026-11-29}", "model_init_kwargs", {"revision": "2026-11-29"}),
         ("generation_kwargs: {do_sample: false}", "generation_kwargs", {"do_sample": False}),
         ("report_to: [tensorboard]", "report_to", ["tensorboard"]),
+        ("report_to: [tensorboard, wandb]", "report_to", ["tensorboard", "wandb"]),
+        ("save_strategy: no", "save_strategy", SaveStrategy.NO),
+        ("eval_strategy: no", "eval_strategy", IntervalStrategy.NO),
+        ("eval_strategy: \"no\"", "eval_strategy", IntervalStrategy.NO),
+        ("run_name: off", "run_name", "off"),
+        ("run_name: 2026-13-45", "run_name", "2026-13-45"),
+        ("run_name: 2026-11-29", "run_name", "2026-11-29"),
+        ("run_name: 12:30:45", "run_name", "12:30:45"),
+        ("run_name: 007", "run_name", "007"),
+        ("run_name: 1_000", "run_name", "1_000"),
+        ("run_name: 0x1F", "run_name", "0x1F"),
+        ("run_name: true", "run_name", "true"),
+        ("run_name: null", "run_name", None),
+        ("run_name: 'null'", "run_name", "null"),
+        ("max_completion_length: null", "max_completion_length", None),
+        ("max_completion_length: ~", "max_completion_length", None),
+        ("max_steps: 010", "max_steps", 10),
+        ("seed: 08", "seed", 8),
+        ("learning_rate: 1E-5", "learning_rate", 1e-5),
+        ("learning_rate: 1.e-5", "learning_rate", 1e-5),
+        ("renormalize: off", "renormalize", False),
+        ("renormalize: No", "renormalize", False),
+        ("renormalize: 'on'", "renormalize", True),
+        ("bf16: no", "bf16", False),
+        ("lr_scheduler_type: cosine_with_min_lr\nlr_scheduler_kwargs: {min_lr: 1e-6}", "lr_scheduler_kwargs",
+         {"min_lr": 1e-6}),
+        ("chat_template_kwargs: {enable_thinking: no, s: 'no'}", "chat_template_kwargs",
+         {"enable_thinking": False, "s": "no"}),
+        ("chat_template_kwargs: {a: 010, b: 1:30, c: 2026-13-45, d: null, e: -2, f: .5, g: 1.2.3}",
+         "chat_template_kwargs",
+         {"a": 10, "b": "1:30", "c": "2026-13-45", "d": None, "e": -2, "f": 0.5, "g": "1.2.3"}),
         ("run_name: \"it's a name: -- odd\"", "run_name", "it's a name: -- odd"),
         ("run_name: -dash", "run_name", "-dash"),
         ("gradient_checkpointing: off", "gradient_checkpointing", False),
@@ -81,6 +115,9 @@ def test_values(parse, line, key, value):
         (["--chat_template_kwargs", "{a: {b: no}}"], "chat_template_kwargs", {"a": {"b": False}}),
         (["--model_init_kwargs={dtype: bfloat16}"], "model_init_kwargs", {"dtype": "bfloat16"}),
         (["--run_name", "{{ name }}"], "run_name", "{{ name }}"),
+        (["--renormalize", "off"], "renormalize", False),
+        (["--save_strategy", "no"], "save_strategy", SaveStrategy.NO),
+        (["--report_to", "tensorboard", "wandb"], "report_to", ["tensorboard", "wandb"]),
         (["--model_init_kwargs", "{revision: 2026-11-29}"], "model_init_kwargs", {"revision": "2026-11-29"}),
     ],
 )
@@ -112,7 +149,13 @@ def test_names(parse):
         ("max_steps: many\n", [], "max_steps.*many"),
         ("learning_rate: fast\n", [], "learning_rate.*fast"),
         ("renormalize: perhaps\n", [], "renormalize|perhaps"),
-        ("max_steps: [1, 2]\n", [], "."),
+        ("max_steps: [1, 2]\n", [], "max_steps takes one value, and this is a list"),
+        ("max_steps: null\n", [], "max_steps has no value"),
+        ("max_steps: 1e3\n", [], "max_steps.*1e3"),
+        ("renormalize: 2026-11-29\n", [], "2026-11-29"),
+        ("lr_scheduler_type: off\n", [], "off is not a valid SchedulerType, please select"),
+        ("lora_target_modules: []\n", [], "lora_target_modules has no value"),
+        ("run_name: &a [*a]\n", [], "."),
         ("layers:\n", [], r"layers has no value; give it one or leave the key out"),
         ("layers: null\n", [], "layers has no value"),
         ("positions: last=0\n", [], "last=0"),
@@ -141,6 +184,10 @@ def test_refused(parse, lines, flags, message):
         ("just text", "a recipe is a mapping"),
         ("", "a recipe is a mapping"),
         ("!!python/object:os.system {}\n", "malformed YAML"),
+        ("a: !!python/name:os.system\n", "line 1: malformed YAML"),
+        ("a: !b 1\n", "line 1: malformed YAML"),
+        ("a: {b: 1, b: 2}\n", "the key 'b' stands twice"),
+        ("a: " + "[" * 20000 + "\n", "malformed YAML: it is nested too deeply"),
     ],
 )
 def test_malformed_files(tmp_path, text, message):
@@ -148,6 +195,13 @@ def test_malformed_files(tmp_path, text, message):
     path.write_text(text)
     with pytest.raises(UserError, match=message):
         read_recipe(path)
+
+
+@given(st.text(st.characters(codec="utf-8", exclude_categories=["C", "Z"]), min_size=1))
+def test_every_value_is_the_text_that_was_written(tmp_path_factory, text):
+    path = tmp_path_factory.getbasetemp() / "text.yaml"
+    path.write_text(yaml.safe_dump({"run_name": text}, allow_unicode=True), encoding="utf-8")
+    assert read_recipe(path) == {"run_name": text}
 
 
 def test_files_that_cannot_be_read(tmp_path):

@@ -9,6 +9,7 @@ from transformers import PreTrainedTokenizerBase
 
 from oprd.errors import UserError, writing
 from oprd.models import commit_of, load_model
+from oprd.ranges import check_ranges
 
 MERGED_FOLDER = "merged"
 EVERY = "all-linear"  # peft's name for all but the LM head
@@ -38,11 +39,7 @@ class AdapterArguments:
             if changed:
                 raise UserError(f"{changed[0]} is of adapters, and use_peft is false: set use_peft: true")
             return None
-        if self.lora_r < 1 or not 0 <= self.lora_dropout < 1:
-            raise UserError(
-                f"lora_r is {self.lora_r} and lora_dropout {self.lora_dropout}: the rank must be at least 1 "
-                "and the dropout in [0, 1)"
-            )
+        check_ranges(vars(self))
         named = self.lora_target_modules or [EVERY]
         return LoraConfig(
             task_type="CAUSAL_LM",

@@ -14,16 +14,19 @@ RECIPES = (".yaml", ".yml")
 WHOLE = "all"  # of --help: every key
 
 
-def parse_command(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
-    """A command and its flags, and what it leaves: a recipe and its keys; raises `UserError`."""
+def parse_command(argv: Sequence[str], args: argparse.Namespace) -> list[str]:
+    """Put a command and its flags into `args`; returns what is left: a recipe and its keys.
+
+    Raises `UserError`.
+    """
     if argv and argv[0] == "help":
         argv = [*argv[1:2], "--help"]
     if argv and Path(argv[0]).suffix in RECIPES:
         raise UserError(f"{argv[0]} is a recipe: oprd train {argv[0]}, or bridge or doctor in place of train")
-    args, rest = _parser().parse_known_args(argv)
+    _, rest = _parser().parse_known_args(argv, args)
     if rest and "config" not in args:
         raise UserError(f"unknown argument {rest[0]!r}; see oprd {args.command} --help")
-    return args, rest
+    return rest
 
 
 def recipe_and_flags(args: argparse.Namespace, rest: Sequence[str]) -> tuple[Path | None, list[str]]:

@@ -1,18 +1,17 @@
 """The keys of a bridge recipe."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from oprd.bridge.pair import Directions, FitSettings, Method, Rank
 from oprd.engines.choose import ENGINES
 from oprd.errors import UserError
+from oprd.ranges import EVALUATION_RANGES, check_ranges
 from oprd.recipe import parse_recipe
 from oprd.rollouts import Sampling
 from oprd.selection import Positions
-from oprd.settings import TEACHER_TEMPLATES, TEACHER_TOKENIZATIONS, at_least, key, one_of
+from oprd.settings import TEACHER_TEMPLATES, TEACHER_TOKENIZATIONS, key, mapping, one_of
 
 DTYPES = ("auto", "float32", "bfloat16")
 
@@ -66,10 +65,9 @@ class BridgeArguments:
         for name in ("model_name_or_path", "teacher_model_name_or_path", "dataset_name", "output_dir"):
             if not getattr(self, name):
                 raise UserError(f"the bridge recipe names no {name}: add it to the recipe or as a flag")
-        for name in ("num_prompts", "num_generations", "batch_size", "max_rank", "max_completion_length"):
-            at_least(name, getattr(self, name), 1)
-        self.template_kwargs = _json_object("chat_template_kwargs", self.chat_template_kwargs)
-        self.teacher_template_kwargs = _json_object(
+        check_ranges(vars(self), EVALUATION_RANGES)
+        self.template_kwargs = mapping("chat_template_kwargs", self.chat_template_kwargs)
+        self.teacher_template_kwargs = mapping(
             "teacher_chat_template_kwargs", self.teacher_chat_template_kwargs
         )
         one_of("teacher_chat_template", self.teacher_chat_template, TEACHER_TEMPLATES)
@@ -82,7 +80,7 @@ class BridgeArguments:
         if not (self.rank == "auto" or (self.rank.isdecimal() and int(self.rank) > 0)):
             raise UserError(f"rank: {self.rank!r} is neither auto nor a whole number from 1 on")
         chooses = self.rank == "auto" or self.layers == "best" or self.directions == "predictable"
-        if not 0 <= self.holdout < 1 or (self.holdout == 0 and chooses):
+        if self.holdout == 0 and chooses:
             raise UserError(
                 f"holdout: {self.holdout} leaves no rollouts to choose by: raise it, "
                 "or set rank, layers and directions"
@@ -97,17 +95,6 @@ class BridgeArguments:
     def chosen_rank(self) -> Rank:
         """`rank` as the fitter takes it."""
         return "auto" if self.rank == "auto" else int(self.rank)
-
-
-def _json_object(name: str, value: dict | str | None) -> dict[str, Any]:
-    """A mapping from a recipe, or from the JSON of a flag."""
-    try:
-        parsed = json.loads(value) if isinstance(value, str) else value or {}
-    except json.JSONDecodeError as error:
-        raise UserError(f"{name}: {value!r} is not JSON ({error})") from error
-    if not isinstance(parsed, dict):
-        raise UserError(f"{name}: {value!r} is not a mapping of arguments")
-    return parsed
 
 
 def parse_bridge_recipe(path: str | Path | None, flags: Sequence[str] = ()) -> BridgeArguments:

@@ -29,8 +29,16 @@ from oprd.engines.choose import choose_engine
 from oprd.errors import UserError
 from oprd.finite import check_loaded
 from oprd.folder.claims import OF_A_RUN, check_foreign
+from oprd.folder.fingerprint import model_fingerprints, rows_fingerprint
 from oprd.folder.lock import hold
-from oprd.folder.run import RESOLVED_FILE, check_folder, resolved_settings, write_resolved
+from oprd.folder.run import (
+    RESOLVED_FILE,
+    Inputs,
+    check_folder,
+    default_settings,
+    resolved_settings,
+    write_resolved,
+)
 from oprd.folder.whole import write_whole
 from oprd.intake import usable_prompts
 from oprd.lengths import fitting_length, run_readers
@@ -59,26 +67,29 @@ def fit_bridge(args: BridgeArguments) -> Path:
     Under torchrun every process takes its share of the rollouts, and the first one fits. Raises `UserError`
     for what the user can mend, with nothing written.
     """
-    folder, settings = Path(args.output_dir), resolved_settings(args)
+    folder = Path(args.output_dir)
+    prompts = _rows(args)
+    inputs = _inputs_of(args, prompts)
     with joined_ranks() as ranks:
-        bridge = _fitted(folder, settings)
+        bridge = _fitted(args, inputs)
         if bridge is not None and (folder / REPORT_FILE).exists():
             logger.warning("%s holds this bridge: nothing to do", folder)
             return folder
         with hold(folder, "oprd bridge", ranks.is_first, lambda refusal: ranks.gather(refusal)[0]):
-            bridge = _fitted(folder, settings)  # by a process that has just let go of it
+            bridge = _fitted(args, inputs)  # by a process that has just let go of it
             if bridge is None:
-                _fit(args, ranks)
+                _fit(args, prompts, inputs, ranks)
             elif ranks.is_first:
                 logger.warning("%s has no %s: it is written again", folder, REPORT_FILE)
                 _write_report(folder, bridge)
     return folder
 
 
-def _fitted(folder: Path, settings: dict[str, Any]) -> Bridge | None:
-    """The bridge in `folder`; raises `UserError` for another's folder, and for a bridge that is damaged."""
+def _fitted(args: BridgeArguments, inputs: Inputs) -> Bridge | None:
+    """The bridge in its folder; raises `UserError` for another's folder, and for a bridge that is damaged."""
+    folder = Path(args.output_dir)
     check_foreign(folder, RESOLVED_FILE, ("config.json", *OF_A_RUN))
-    check_folder(folder, settings)
+    check_folder(folder, resolved_settings(args), inputs, default_settings(args))
     if not (folder / BRIDGE_FILE).exists():
         return None
     try:
@@ -91,11 +102,11 @@ def _write_report(folder: Path, bridge: Bridge) -> None:
     write_whole(folder / REPORT_FILE, json.dumps(bridge.metadata, indent=1) + "\n")
 
 
-def _fit(args: BridgeArguments, ranks: Ranks) -> None:
-    folder, settings = Path(args.output_dir), resolved_settings(args)
+def _fit(args: BridgeArguments, prompts: Dataset, inputs: Inputs, ranks: Ranks) -> None:
+    folder = Path(args.output_dir)
     pair = ModelPair.load(args, ranks.device)
     engine = pair.engine(args, ranks)
-    prompts, longest = _prompts(args, pair, ranks)
+    prompts, longest = _prompts(prompts, args, pair, ranks)
     args.sampling = _fitting_sampling(args, pair, longest)
     _check_rows(args, pair, len(prompts))
     fitter, layer_map = pair.fitter(args)
@@ -110,7 +121,7 @@ def _fit(args: BridgeArguments, ranks: Ranks) -> None:
     bridge = fitter.fit(args.chosen_rank, layer_map=layer_map)
     origin = _origin(args, pair, counts, fitter, engine)
     bridge = replace(bridge, metadata=bridge.metadata | origin)
-    write_resolved(folder, settings)
+    write_resolved(folder, resolved_settings(args), inputs)
     _write_report(folder, bridge)
     plot_bridge(bridge.metadata, folder)
     bridge.save(folder)
@@ -254,11 +265,24 @@ def _check_rows(
         )
 
 
-def _prompts(args: BridgeArguments, pair: ModelPair, ranks: Ranks) -> tuple[Dataset, list[int]]:
+def _inputs_of(args: BridgeArguments, prompts: Dataset) -> Inputs:
+    """Fingerprints of what a bridge is fitted from, by the keys that name it."""
+    names = ("model_name_or_path", "teacher_model_name_or_path")
+    trusted = args.trust_remote_code
+    models = {key: model_fingerprints(getattr(args, key), trust_remote_code=trusted) for key in names}
+    return models | {"dataset_name": {"rows": rows_fingerprint(prompts)}}
+
+
+def _rows(args: BridgeArguments) -> Dataset:
+    place = args.dataset_name, args.dataset_train_split, args.dataset_config
+    return load_prompts(*place, args.drop_unrenderable_prompts, answers=False)
+
+
+def _prompts(
+    prompts: Dataset, args: BridgeArguments, pair: ModelPair, ranks: Ranks
+) -> tuple[Dataset, list[int]]:
     """The prompts to roll out, and the longest that the dataset has for each reader."""
     drops = args.drop_unrenderable_prompts
-    place = args.dataset_name, args.dataset_train_split, args.dataset_config
-    prompts = load_prompts(*place, drops, answers=False)
     readers = [pair.renderer(args)]
     if not pair.translation.is_identity:
         readers.append(pair.translation.renderer(pair.teacher.vocabulary))

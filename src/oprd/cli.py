@@ -5,6 +5,7 @@ import io
 import json
 import logging
 import os
+import signal
 import sys
 import time
 import traceback
@@ -19,6 +20,8 @@ from tqdm import tqdm
 from oprd import key_help
 from oprd.arguments import WHOLE, parse_command, recipe_and_flags
 from oprd.errors import UserError, refusals_told
+from oprd.ranges import EVALUATION_RANGES, check_ranges
+from oprd.signals import Stopped, leave_at_once, signals_handled
 
 LONGEST_RESPONSE = 16384  # the paper's
 PATIENCE_SECONDS = 10
@@ -34,20 +37,24 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def run(argv: Sequence[str]) -> int:
     """Run one command; returns the exit code, with one clear last line where it is not 0."""
+    args = argparse.Namespace(command=None)
     try:
-        args, rest = parse_command(argv)
-        _quiet()
-        command = _show_keys if vars(args).get("help") else COMMANDS[args.command]
-        command(args, rest)
+        with signals_handled(leave_at_once):
+            rest = parse_command(argv, args)
+            check_ranges(vars(args), EVALUATION_RANGES)
+            _quiet()
+            command = _show_keys if vars(args).get("help") else COMMANDS[args.command]
+            command(args, rest)
     except SystemExit as done:  # --help and --version
         return int(done.code or 0)
     except UserError as error:
         _complain(error)
         return 2
-    except KeyboardInterrupt:
-        again = "starts over" if argv[:1] == ["bridge"] else "resumes"
-        print(f"oprd: stopped; the same command {again}", file=sys.stderr)
-        return 130
+    except KeyboardInterrupt as stop:
+        told = stop if isinstance(stop, Stopped) else Stopped(signal.SIGINT)
+        if _is_first():
+            print(f"oprd: stopped {told.says or _left(args)}", file=sys.stderr)
+        return 128 + told.number
     except Exception as error:
         _close_bars()
         if getattr(error, "filename", None) is None:  # else it says which file, and what of it
@@ -55,6 +62,18 @@ def run(argv: Sequence[str]) -> int:
         print(f"oprd: the run failed: {str(error) or type(error).__name__}", file=sys.stderr)
         return 1
     return 0
+
+
+def _left(args: argparse.Namespace) -> str:
+    """What a stopped command leaves where no run was under way, and what the same command does."""
+    if args.command == "eval":
+        from oprd.evaluation.run import num_kept
+
+        return f"with {num_kept(args.output)} problems done: the same command goes on from there"
+    if args.command == "demo":
+        return "between two runs: the same command keeps those that are finished"
+    unwritten = "the bridge was whole" if args.command == "bridge" else "anything was written"
+    return f"before {unwritten}: the same command starts over"
 
 
 def _demo(args: argparse.Namespace, _: list[str]) -> None:
@@ -67,16 +86,26 @@ def _demo(args: argparse.Namespace, _: list[str]) -> None:
 
 
 def _train(args: argparse.Namespace, rest: list[str]) -> None:
-    import torch.distributed as dist
-
     from oprd.dry_run import try_longest
-    from oprd.ranks import leave_ranks
     from oprd.train import parse_training_recipe, train
 
     run, config = _read_recipe(args, rest, parse_training_recipe)
-    report = try_longest(run, config) if run.dry_run else f"the run is in {train(run, config)}"
+    try:
+        report = try_longest(run, config) if run.dry_run else f"the run is in {train(run, config)}"
+    except Stopped as stop:
+        if stop.by_all:
+            _leave_ranks(config)
+        raise
     if config.process_index == 0:
         print(report)
+    _leave_ranks(config)
+
+
+def _leave_ranks(config: Any) -> None:
+    import torch.distributed as dist
+
+    from oprd.ranks import leave_ranks
+
     if dist.is_initialized() and not config.use_vllm:  # vLLM takes its groups down itself
         leave_ranks()
 

@@ -11,9 +11,9 @@ from rich.console import Console
 from rich.table import Table
 from transformers import AutoConfig, PreTrainedTokenizerBase
 
-from oprd.folder.run import resolved_settings
+from oprd.folder.run import default_settings, holds_results, resolved_settings
 from oprd.init_kwargs import hub_kwargs, student_kwargs, teacher_kwargs
-from oprd.intake import prompts_per_step, usable_prompts
+from oprd.intake import prompts_per_step, settle_steps, usable_prompts
 from oprd.lengths import Reader, fitting_length, run_readers
 from oprd.meters import MB
 from oprd.models import base_model, load_tokenizer, resolve_model
@@ -25,7 +25,7 @@ from oprd.planning.memory_plan import MemoryPlan, plan_memory
 from oprd.planning.parts import ORDER
 from oprd.prompts import load_prompts
 from oprd.rendering import Renderer
-from oprd.train import RunArguments, rows_streamed
+from oprd.train import RunArguments, prompts_of, rows_streamed, run_inputs
 from oprd.trainer import OPRDConfig
 from oprd.translation import Translation
 
@@ -86,13 +86,16 @@ def examine(
 
     longest, count = longest_rollout(run, config, ranks or launched_ranks())
     machine = Machine.here(config, ranks)  # beside the prompts
+    settle_steps(config, count, machine.ranks)
     folder = Path(config.output_dir)
     settings = resolved_settings(config, run) | {"num_processes": machine.ranks}
     found(Finding("recipe", f"{run.model_name_or_path} learns from {config.teacher_model_name_or_path}"))
     found(Finding("prompts", f"{count}, the longest of {len(longest.prompt_ids)} tokens"))
     found(Finding("rollouts", f"up to {len(longest.response_ids)} tokens after the prompt"))
     found(checked("engine", lambda: check_engine(config)))
-    found(checked("folder", lambda: check_output(folder, settings)))
+    inputs = run_inputs(run, config, prompts_of(run, config)) if holds_results(folder) else {}
+    defaults = default_settings(config, run)
+    found(checked("folder", lambda: check_output(folder, settings, inputs, defaults)))
     plan = plan_memory(run.model_name_or_path, config, longest, machine, run.lora)
     found(checked("disk", lambda: check_disk(folder, config, plan)))
     knob = None

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
@@ -102,6 +103,16 @@ def prompts_per_step(settings: Any, num_processes: int) -> int:
             f"{settings.num_generations} does not divide: change one of them"
         )
     return completions // settings.num_generations
+
+
+def settle_steps(settings: Any, num_prompts: int, num_processes: int) -> None:
+    """Set `max_steps` to ⌈num_train_epochs × steps of a pass over the prompts⌉, unless it is set already.
+
+    A pass leaves out the prompts that fill no step.
+    """
+    if settings.max_steps < 0:
+        steps_per_epoch = num_prompts // prompts_per_step(settings, num_processes)
+        settings.max_steps = math.ceil(settings.num_train_epochs * steps_per_epoch)
 
 
 def stream_length(settings: Any, num_processes: int) -> int:

@@ -6,12 +6,14 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, get_args, get_type_hints
 
 import yaml
 from transformers import HfArgumentParser
+from transformers.hf_argparser import string_to_bool
 
 from oprd.errors import UserError
+from oprd.yaml_texts import Loader, mapping_of_texts
 
 SUFFIXES = (".yaml", ".yml")
 MOST_SUGGESTED = 3
@@ -20,6 +22,8 @@ SIGNS = {
     "git_commit": "what a run was started with; name the recipe that it came from",
     "compute_environment": "a configuration of accelerate: accelerate launch --config_file takes it",
 }
+JOINED = ("layers",)  # a list of it is one text with commas
+SWITCHES = {"on": "true", "off": "false"}
 
 
 class RecipeParser(HfArgumentParser):
@@ -27,6 +31,10 @@ class RecipeParser(HfArgumentParser):
 
     def __init__(self, dataclass_types: Sequence[type]) -> None:
         super().__init__(dataclass_types, allow_abbrev=False, add_help=False)
+        self.register("type", string_to_bool, lambda text: string_to_bool(SWITCHES.get(text.lower(), text)))
+        self.by_key = {action.dest: action for action in self._actions if action.nargs != 0}
+        if "report_to" in self.by_key:  # several trackers, of which HF's parser takes one
+            self.by_key["report_to"].nargs = "+"
 
     def error(self, message: str) -> NoReturn:
         raise UserError(message)
@@ -55,17 +63,22 @@ def parse_recipe(
 ) -> tuple[Any, ...]:
     """Instances of `dataclass_types` from the YAML file at `path`, if there is one, and then `flags`.
 
-    YAML values go through the same parsing as flags; a flag's mapping is JSON or as in YAML. Raises
-    `UserError` for a missing or malformed file, an unknown key or flag, and a value of the wrong type.
+    A value of the file is parsed as the same text would be after a flag, so the type of its key says what
+    `no`, `1e-5` or `010` mean. A flag's mapping is JSON or as in YAML. Raises `UserError` for a missing or
+    malformed file, an unknown key or flag, and a value of the wrong type.
     """
     known = {field.name for kind in dataclass_types for field in fields(kind) if field.init}
+    parser = RecipeParser(dataclass_types)
+    optional = _optional_keys(dataclass_types)
     arguments = []
     for key, value in ({} if path is None else read_recipe(path)).items():
         if key not in known:
             raise UnknownKey(f"{path}: ", "key", key, key, known)
-        arguments += _as_flag(str(path), key, value)
+        if value is None and key in optional:
+            parser.set_defaults(**{key: None})
+        else:
+            arguments += _as_flag(path, key, value, takes_list=parser.by_key[key].nargs == "+")
     arguments += map(_with_json, flags)
-    parser = RecipeParser(dataclass_types)
     _, rest = parser.parse_known_args(arguments)
     if rest and not rest[0].startswith("-"):
         raise UserError(f"unknown flag {rest[0]!r}: the recipe comes first, then its keys as --key value")
@@ -75,10 +88,14 @@ def parse_recipe(
 
 
 def read_recipe(path: str | Path) -> dict[str, Any]:
-    """The mapping in a YAML file; raises `UserError` if there is none."""
+    """The mapping in a YAML file; raises `UserError` if there is none.
+
+    A value is its text as it is written, a list of such texts, or None for `null`. Within a mapping, where no
+    key has a type, YAML's own types hold, as `yaml_texts` reads them.
+    """
     path = Path(path)
     try:
-        recipe = yaml.load(path.read_text(encoding="utf-8"), _UniqueKeyLoader)
+        recipe = mapping_of_texts(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"there is no recipe file {path}{_instead_of(path)}") from None
     except IsADirectoryError:
@@ -91,7 +108,9 @@ def read_recipe(path: str | Path) -> dict[str, Any]:
         raise UserError(
             f"{path}{line}: malformed YAML: {getattr(error, 'problem', error)}{_no_recipe(path)}"
         ) from error
-    if not isinstance(recipe, dict) or not all(isinstance(key, str) for key in recipe):
+    except RecursionError:
+        raise UserError(f"{path}: malformed YAML: it is nested too deeply") from None
+    if recipe is None:
         raise UserError(
             f"{path}: a recipe is a mapping of keys to values, such as 'layers: all'{_no_recipe(path)}"
         )
@@ -122,28 +141,23 @@ def _no_recipe(path: Path) -> str:
     return "" if path.suffix in SUFFIXES else "; a recipe is a YAML file"
 
 
-class _UniqueKeyLoader(yaml.SafeLoader):
-    """YAML's safe loader, which keeps the last of two equal keys, made to refuse them."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen = set()
-        for key_node, _ in node.value:
-            if key_node.value in seen:
-                problem = f"the key {key_node.value!r} stands twice"
-                raise yaml.constructor.ConstructorError(None, None, problem, key_node.start_mark)
-            seen.add(key_node.value)
-        return super().construct_mapping(node, deep)
+def _optional_keys(dataclass_types: Sequence[type]) -> set[str]:
+    """The keys that may be None."""
+    hints = [get_type_hints(kind) for kind in dataclass_types]
+    return {name for kind in hints for name, hint in kind.items() if type(None) in get_args(hint)}
 
 
-def _as_flag(path: str, key: str, value: Any) -> list[str]:
-    if value is None:
+def _as_flag(path: str | Path | None, key: str, value: Any, takes_list: bool) -> list[str]:
+    if value is None or value == []:
         raise UserError(f"{path}: {key} has no value; give it one or leave the key out")
     if isinstance(value, dict):
         return [f"--{key}={json.dumps(value, default=str)}"]
     if isinstance(value, list):
-        return (
-            [f"--{key}={','.join(map(str, value))}"] if key in ("layers",) else [f"--{key}", *map(str, value)]
-        )
+        if key in JOINED:
+            return [f"--{key}={','.join(map(str, value))}"]
+        if not takes_list:
+            raise UserError(f"{path}: {key} takes one value, and this is a list: {value}")
+        return [f"--{key}", *map(str, value)]
     return [f"--{key}={value}"]
 
 
@@ -152,8 +166,8 @@ def _with_json(flag: str) -> str:
     start = flag.find("=") + 1 if flag.startswith("--") else 0
     value = flag[start:]
     if value.startswith("{"):
-        with suppress(yaml.YAMLError):
-            mapping = yaml.safe_load(value)
+        with suppress(yaml.YAMLError, RecursionError):
+            mapping = yaml.load(value, Loader)
             if isinstance(mapping, dict) and not _is_json(value):  # whose 1e-5 is a number
                 return flag[:start] + json.dumps(mapping, default=str)
     return flag

@@ -28,6 +28,7 @@ from oprd.finite import finite_logits
 from oprd.generation_config import generation_config_aside
 from oprd.models import eval_mode
 from oprd.padding import generation_batches, in_batches
+from oprd.ranges import EVALUATION_RANGES, check_ranges
 from oprd.spelling import end_of_turn
 
 
@@ -45,14 +46,7 @@ class Sampling:
     top_k: int = 0
 
     def __post_init__(self) -> None:
-        if self.max_new_tokens < 1:
-            raise UserError(f"max_new_tokens is {self.max_new_tokens}, but must be at least 1")
-        if self.temperature < 0:
-            raise UserError(f"temperature is {self.temperature}, but must be 0 (greedy) or more")
-        if not 0 < self.top_p <= 1:
-            raise UserError(f"top_p is {self.top_p}, but must be above 0 and at most 1 (off)")
-        if self.top_k < 0:
-            raise UserError(f"top_k is {self.top_k}, but must be 0 (off) or more")
+        check_ranges(vars(self), EVALUATION_RANGES)
 
 
 @dataclass(frozen=True)

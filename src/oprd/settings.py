@@ -1,14 +1,18 @@
 """The keys that OPRD adds to TRL's, their defaults (the paper's where it names them) and their checks."""
 
-import math
-from dataclasses import dataclass, field
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
 from typing import Any, get_args
+
+import torch
 
 from oprd.custom_loss import named_loss
 from oprd.errors import UserError
 from oprd.losses import REPRESENTATION_LOSSES
 from oprd.objective import Reduction, Schedule
 from oprd.output_space import Divergence, Support
+from oprd.ranges import check_ranges
 from oprd.selection import Positions
 
 OUTPUT_LOSSES = ("none", "sampled_token", "sampled_text", "top_k", "top_k_authors", "full_vocab")
@@ -114,15 +118,7 @@ class ObjectiveSettings:
         one_of("teacher_chat_template", self.teacher_chat_template, TEACHER_TEMPLATES)
         one_of("teacher_quantization", self.teacher_quantization, QUANTIZATIONS)
         one_of("teacher_tokenization", self.teacher_tokenization, TEACHER_TOKENIZATIONS)
-        for name in ("student_temperature", "teacher_temperature"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise UserError(f"{name} must be above 0 and finite, got {getattr(self, name)}")
-        for name in ("num_generations", "output_top_k", "output_chunk_size"):
-            at_least(name, getattr(self, name), 1)
-        at_least("diagnostics_steps", self.diagnostics_steps, 0)
-        for name in ("max_prompt_length", "bridge_rank", "max_tokens_per_micro_batch"):
-            if getattr(self, name) is not None:
-                at_least(name, getattr(self, name), 1)
+        check_ranges({key.name: getattr(self, key.name) for key in fields(ObjectiveSettings)})
         if self.bridge_rank is not None and self.bridge is None:
             raise UserError("bridge_rank is set, but there is no bridge: name one, or leave bridge_rank out")
         if self.anchor_schedule.ever_active and self.bridge is None:
@@ -184,7 +180,20 @@ def one_of(name: str, value: str, allowed: Any) -> None:
         raise UserError(f"{name}: {value!r} is not one of {', '.join(allowed)}")
 
 
-def at_least(name: str, value: int, least: int) -> None:
-    """Raise `UserError` for a value below the least."""
-    if value < least:
-        raise UserError(f"{name} must be {least} or more, got {value}")
+def check_dtype(name: str, init_kwargs: Mapping[str, Any] | None) -> None:
+    """Raise `UserError` if the `dtype` among arguments of `from_pretrained` is no floating dtype of torch."""
+    dtype = (init_kwargs or {}).get("dtype", "auto")
+    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if dtype != "auto" and not (isinstance(found, torch.dtype) and found.is_floating_point):
+        raise UserError(f"{name}: dtype is {dtype!r}: use auto, float32, bfloat16 or float16")
+
+
+def mapping(name: str, value: Mapping[str, Any] | str | None) -> dict[str, Any]:
+    """A key's mapping, which a flag writes as JSON; empty for None. Raises `UserError` for anything else."""
+    try:
+        parsed = json.loads(value) if isinstance(value, str) else value or {}
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise UserError(f"{name}: {value!r} is not JSON ({error})") from error
+    if not isinstance(parsed, Mapping):
+        raise UserError(f"{name}: {value!r} is not a mapping of arguments")
+    return dict(parsed)

@@ -9,24 +9,31 @@ from pathlib import Path
 from typing import Any
 
 from accelerate.utils import broadcast_object_list
+from datasets import Dataset
 
 from oprd.adapters import MERGED_FOLDER, AdapterArguments, note_commit, save_merged
+from oprd.bridge.artifact import bridge_file
 from oprd.errors import UserError, refusals_told
 from oprd.evaluation.problems import EvalSettings, response_room
 from oprd.evaluation.shared import evaluate_on_ranks
 from oprd.folder.checkpoints import last_whole_checkpoint, publish, written_whole
-from oprd.folder.claims import CARD_FILE, PARTIAL, check_final, is_done
+from oprd.folder.claims import CARD_FILE, PARTIAL, check_final, is_done, is_finished
+from oprd.folder.fingerprint import file_fingerprint, model_fingerprints, rows_fingerprint
 from oprd.folder.lock import hold
 from oprd.folder.recorder import METRICS_FILE, read_metrics
-from oprd.folder.run import STATE_FILE, resolved_settings, write_resolved
+from oprd.folder.run import STATE_FILE, Inputs, default_settings, resolved_settings, write_resolved
+from oprd.folder.starting import set_aside, tell_schedule
+from oprd.folder.stopping import standing
+from oprd.init_kwargs import hub_kwargs, student_kwargs, teacher_kwargs
 from oprd.intake import stream_length
 from oprd.models import holds_adapters
 from oprd.progress import tokens_shown
 from oprd.prompts import load_prompts
+from oprd.ranges import check_ranges
 from oprd.recipe import parse_recipe
 from oprd.rollouts import Sampling
-from oprd.settings import at_least
 from oprd.sharding.zero import loaded_whole
+from oprd.signals import Stopped, signals_handled
 from oprd.trainer import OPRDConfig, OPRDTrainer
 
 logger = logging.getLogger(__name__)
@@ -70,15 +77,14 @@ def parse_training_recipe(
         run, config = parse_recipe(path, flags, (RunArguments, OPRDConfig))
     except UserError:
         raise
-    except (ValueError, TypeError, ImportError) as error:
+    except (ValueError, TypeError, ImportError, OSError) as error:
         raise UserError(f"{told}: {error}") from error
     names = {key: getattr(run, key) for key in ("model_name_or_path", "dataset_name")}
     names["teacher_model_name_or_path"] = config.teacher_model_name_or_path
     for key, name in names.items():
         if not name:
             raise UserError(f"{told} names no {key}: add it to the recipe or as a flag")
-    for key in ("accuracy_steps", "accuracy_problems", "accuracy_samples"):
-        at_least(key, getattr(run, key), 1)
+    check_ranges(vars(run))
     return run, config
 
 
@@ -89,32 +95,60 @@ def train(
 ) -> Path:
     """Start, resume or leave alone the run in `config.output_dir`; returns the folder.
 
-    Raises `UserError` for what the user can mend, before anything is written.
+    Raises `UserError` for what the user can mend, before anything is written, and `Stopped` if a signal ended
+    the run before its last step.
     """
     folder = Path(config.output_dir)
     settings = resolved_settings(config, run) | {"num_processes": config.world_size}
-    if is_done(folder, settings):
+    prompts = prompts_of(run, config)
+    known = settings, run_inputs(run, config, prompts), default_settings(config, run)
+    if is_done(folder, *known):
         logger.warning("%s is finished: nothing to do", folder)
         return folder
     with hold(folder, "oprd train", config.process_index == 0, _as_the_first_rank):
-        if not is_done(folder, settings):  # by a process that has just let go of it
-            _train(run, config, label, settings)
+        if not is_done(folder, *known):  # by a process that has just let go of it
+            _train(run, config, prompts, label, *known[:2])
     return folder
 
 
-def _train(run: RunArguments, config: OPRDConfig, label: str, settings: dict[str, Any]) -> None:
+def _train(
+    run: RunArguments,
+    config: OPRDConfig,
+    prompts: Dataset,
+    label: str,
+    settings: dict[str, Any],
+    inputs: Inputs,
+) -> None:
     folder = Path(config.output_dir)
     checkpoint = last_whole_checkpoint(folder) if config.process_index == 0 else None
     checkpoint = _as_the_first_rank(checkpoint)  # ranks may see a shared file system at different times
     check_final(folder, checkpoint)
     read_metrics(folder / METRICS_FILE)  # which a resumed run goes on with
-    trainer = _make_trainer(run, config, label)
+    trainer = _make_trainer(run, config, prompts, label)
+    if is_finished(folder, config.max_steps):  # which for epochs is known by now
+        logger.warning("%s is finished: nothing to do", folder)
+        return
+    tell_schedule(checkpoint, config.max_steps)
     if trainer.is_world_process_zero():
-        write_resolved(folder, settings)
+        if checkpoint is None:
+            set_aside(folder)
+        settings = settings | {"max_steps": config.max_steps}
+        write_resolved(folder, settings, inputs)
     trainer.resolved = settings
+    with signals_handled(trainer.stopping.handle):
+        try:
+            _to_the_end(trainer, folder, run.dataset_name, checkpoint)
+        except Stopped as stop:
+            raise Stopped(stop.number, standing(folder, config.max_steps), stop.by_all) from None
+
+
+def _to_the_end(trainer: OPRDTrainer, folder: Path, dataset: str, checkpoint: Path | None) -> None:
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    told = trainer.stopping.agreed
+    if told is not None and trainer.state.global_step < trainer.state.max_steps:
+        raise Stopped(told, by_all=True)
     trainer.supervision.check()
-    trainer.create_model_card(model_name=folder.name, dataset_name=run.dataset_name)
+    trainer.create_model_card(model_name=folder.name, dataset_name=dataset)
     _save_final(trainer, folder)
 
 
@@ -123,6 +157,28 @@ def _as_the_first_rank(value: Any) -> Any:
     values = [value]
     broadcast_object_list(values)
     return values[0]
+
+
+def prompts_of(run: RunArguments, config: OPRDConfig) -> Dataset:
+    """The prompts that a run names; raises `UserError`."""
+    streamed = rows_streamed(run, config, config.world_size)
+    place = run.dataset_name, run.dataset_train_split, run.dataset_config
+    return load_prompts(*place, config.drop_unrenderable_prompts, streamed, answers=False)
+
+
+def run_inputs(run: RunArguments, config: OPRDConfig, prompts: Dataset) -> Inputs:
+    """Fingerprints of what a run is made from, by the keys that name it; raises `UserError`."""
+    student, teacher = student_kwargs(config), teacher_kwargs(config)
+    inputs = {
+        "model_name_or_path": model_fingerprints(run.model_name_or_path, **hub_kwargs(student)),
+        "dataset_name": {"rows": rows_fingerprint(prompts)},
+    }
+    if config.teacher_model_name_or_path:
+        name = config.teacher_model_name_or_path
+        inputs["teacher_model_name_or_path"] = model_fingerprints(name, **hub_kwargs(teacher))
+    if config.bridge and bridge_file(config.bridge).is_file():
+        inputs["bridge"] = {"file": file_fingerprint(bridge_file(config.bridge))}
+    return inputs
 
 
 def _save_final(trainer: OPRDTrainer, folder: Path) -> None:
@@ -143,16 +199,8 @@ def _save_final(trainer: OPRDTrainer, folder: Path) -> None:
         trainer.push_to_hub(commit_message="Model save")
 
 
-def _make_trainer(run: RunArguments, config: OPRDConfig, label: str) -> OPRDTrainer:
+def _make_trainer(run: RunArguments, config: OPRDConfig, prompts: Dataset, label: str) -> OPRDTrainer:
     with refusals_told():
-        prompts = load_prompts(
-            run.dataset_name,
-            run.dataset_train_split,
-            run.dataset_config,
-            config.drop_unrenderable_prompts,
-            rows_streamed(run, config, config.world_size),
-            answers=False,
-        )
         trainer = OPRDTrainer(
             model=run.model_name_or_path,
             teacher_model=config.teacher_model_name_or_path,

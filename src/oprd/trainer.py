@@ -40,18 +40,21 @@ from oprd.folder.card import model_card
 from oprd.folder.recorder import Recorder
 from oprd.folder.run import resolved_settings, write_resolved
 from oprd.folder.saving import ResumableTrainer
+from oprd.folder.schedule import check_optimizer
+from oprd.folder.stopping import Stopping
 from oprd.folder.whole import write_whole
 from oprd.freezing import apart_from
 from oprd.init_kwargs import check_loaded_teacher, teacher_kwargs
 from oprd.installed import check_installed
-from oprd.intake import look_ahead, stream_length
+from oprd.intake import look_ahead, settle_steps, stream_length
 from oprd.meters import MemoryMeter
 from oprd.model_checks import check_tokenizer
 from oprd.origin import warn_of_another_origin
 from oprd.padding import heeds_padding
 from oprd.precision import Precision
+from oprd.ranges import check_ranges
 from oprd.rollouts import eos_token_ids
-from oprd.settings import ObjectiveSettings, at_least
+from oprd.settings import ObjectiveSettings, check_dtype, mapping
 from oprd.sharding.fsdp import Sharding
 from oprd.sharding.zero import check_zero3
 from oprd.start_line import start_line
@@ -70,6 +73,16 @@ CHECKPOINTING_NAMES = {
     "gradient_checkpointing": "activation_checkpointing",
     "gradient_checkpointing_kwargs": "activation_checkpointing_kwargs",
 }
+DEFAULT_STEPS = 500
+AS_EPOCHS_SAY = -1  # transformers' word for steps that follow from num_train_epochs
+MAPPINGS = (
+    "model_init_kwargs",
+    "teacher_model_init_kwargs",
+    "generation_kwargs",
+    "chat_template_kwargs",
+    "teacher_chat_template_kwargs",
+    "lr_scheduler_kwargs",
+)
 
 
 class EpochSampler(RepeatSampler):
@@ -108,13 +121,25 @@ class OPRDConfig(ObjectiveSettings, DistillationConfig):
     learning_rate: float = field(default=1e-5, metadata={"help": "Peak learning rate of AdamW."})
     lr_scheduler_type: str = field(default="cosine", metadata={"help": "Learning-rate schedule."})
     warmup_steps: float = field(default=0.03, metadata={"help": "Warm-up: steps, or a share if below 1."})
-    max_steps: int = field(default=500, metadata={"help": "Optimiser steps."})
+    max_steps: int = field(
+        default=AS_EPOCHS_SAY,
+        metadata={"help": f"Optimiser steps; {DEFAULT_STEPS}, or as many as num_train_epochs takes."},
+    )
+    num_train_epochs: float = field(
+        default=0.0, metadata={"help": "Passes over the prompts, in place of max_steps."}
+    )
     per_device_train_batch_size: int = field(default=2, metadata={"help": "Rollouts per micro-batch."})
     gradient_accumulation_steps: int = field(default=8, metadata={"help": "Micro-batches per step."})
     max_completion_length: int | None = field(default=16384, metadata={"help": "Longest rollout, in tokens."})
     logging_steps: float = field(default=1, metadata={"help": "Log to the trackers every n steps."})
     # Ours ends the run; transformers' would wait for the device at every micro-batch.
     logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Hide losses that are not finite."})
+    save_steps: float = field(
+        default=50, metadata={"help": "Write a checkpoint every n steps, or so large a share of the run."}
+    )
+    save_total_limit: int | None = field(
+        default=2, metadata={"help": "Keep the newest so many checkpoints; 0 keeps all."}
+    )
 
     def __post_init__(self) -> None:
         if self.beta != 1.0:
@@ -125,14 +150,14 @@ class OPRDConfig(ObjectiveSettings, DistillationConfig):
         asked = str(getattr(self, "fsdp")).lower()  # noqa: B009 - mypy cannot tell its type
         if asked in ("true", "false"):  # the base class takes text for the options that it once was
             self.fsdp = asked == "true"
-        for name in ("per_device_train_batch_size", "gradient_accumulation_steps"):
-            at_least(name, getattr(self, name), 1)
-        if not self.temperature > 0:
-            raise UserError(
-                f"temperature is {self.temperature}, and rollouts are sampled: set it above 0, say to 1"
-            )
-        if self.max_completion_length is not None:
-            at_least("max_completion_length", self.max_completion_length, 1)
+        self._choose_length()
+        unread = ("pad_to_multiple_of", "max_steps" if self.max_steps == AS_EPOCHS_SAY else "")
+        check_ranges({name: value for name, value in vars(self).items() if name not in unread})
+        for name in MAPPINGS:
+            setattr(self, name, mapping(name, getattr(self, name)) or None)
+        for name in ("model_init_kwargs", "teacher_model_init_kwargs"):
+            check_dtype(name, getattr(self, name))
+        check_ranges(self.generation_kwargs or {}, within="generation_kwargs: ")
         if self.vllm_importance_sampling_correction:
             check_correction(self)
         # Without it, transformers refuses bf16 on a machine that has no accelerator.
@@ -141,6 +166,17 @@ class OPRDConfig(ObjectiveSettings, DistillationConfig):
             if hasattr(self, new) and getattr(self, new) is None:
                 setattr(self, new, getattr(self, old))
         super().__post_init__()
+        check_ranges({"pad_to_multiple_of": self.pad_to_multiple_of})  # a word until the base class reads it
+
+    def _choose_length(self) -> None:
+        """`max_steps`, or `num_train_epochs`, or the default; raises `UserError` for both."""
+        if self.max_steps != AS_EPOCHS_SAY and self.num_train_epochs:
+            raise UserError(
+                f"max_steps: {self.max_steps} and num_train_epochs: {self.num_train_epochs:g} both say how "
+                "long the run is: leave one of them out"
+            )
+        if self.max_steps == AS_EPOCHS_SAY and not self.num_train_epochs:
+            self.max_steps = DEFAULT_STEPS
 
 
 class OPRDTrainer(ResumableTrainer, UpdateTrainer, DistillationTrainer):
@@ -199,7 +235,6 @@ class OPRDTrainer(ResumableTrainer, UpdateTrainer, DistillationTrainer):
                 **kwargs,
             )
         self._end_turns()
-        self.get_optimizer_cls_and_kwargs(args, self.model)  # what it lacks is told now, not after rollouts
         if self._tokenizer.eos_token_id is None:
             raise UserError(
                 "the student's tokenizer has no EOS token, so no rollout would end: set eos_token"
@@ -220,6 +255,8 @@ class OPRDTrainer(ResumableTrainer, UpdateTrainer, DistillationTrainer):
         self._check_models()
         self.translation = self._translate(args)
         self._check_prompts()
+        settle_steps(args, len(self.train_dataset), self.accelerator.num_processes)
+        check_optimizer(args, *self.get_optimizer_cls_and_kwargs(args, self.model))
         self._prepare_rollouts()
         for role, read in (("student", self.model), ("teacher", self.teacher.model)):
             with told_of_architecture(role, read):
@@ -307,6 +344,8 @@ class OPRDTrainer(ResumableTrainer, UpdateTrainer, DistillationTrainer):
         self.supervision = SupervisionWatch(self.args)
         self.recorder.observers.append(self.supervision.observe)
         self.recorder.resumers.append(self.supervision.resume)
+        self.stopping = Stopping(self._sum_over_ranks)  # after the recorder, which may measure for long
+        self.add_callback(self.stopping)
         comparison = self.update.comparison
         if comparison.bridge is None:
             self.recorder.observers.append(warn_of_another_origin)
@@ -324,7 +363,7 @@ class OPRDTrainer(ResumableTrainer, UpdateTrainer, DistillationTrainer):
             folder, names = Path(self.args.output_dir), {"model_name_or_path": self._names["student"]}
             names["teacher_model_name_or_path"] = self._names["teacher"]
             processes = {"num_processes": self.accelerator.num_processes}
-            write_resolved(folder, resolved_settings(self.args) | names | processes)
+            write_resolved(folder, resolved_settings(self.args) | names | processes, inputs={})
         steps = state.global_step + 1, state.max_steps
         ranks = self.accelerator.num_processes
         logger.info(start_line(self.args, self.update.layer_map, ranks, *steps))

@@ -270,6 +270,26 @@ def test_the_same_command_leaves_it_alone(run, fitted, capsys):
     assert snapshot(fitted) == before
 
 
+@pytest.mark.parametrize(
+    ("key", "part"),
+    [
+        ("model_name_or_path", "weights"),
+        ("teacher_model_name_or_path", "tokenizer"),
+        ("dataset_name", "rows"),
+    ],
+)
+def test_a_bridge_of_what_was_replaced_since_is_refused(run, fitted, tmp_path, capsys, key, part):
+    folder = shutil.copytree(fitted, tmp_path / "again")
+    record = yaml.safe_load((folder / "resolved.yaml").read_text())
+    record["inputs"][key][part] = "another"
+    (folder / "resolved.yaml").write_text(yaml.safe_dump(record))
+    before = snapshot(folder)
+    assert run(folder) == 2
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    assert f"whose {key}: {RECIPE[key]} has been changed since ({part}: another, now " in last
+    assert snapshot(folder) == before
+
+
 @pytest.mark.parametrize("how", ["cut", "zeroed"])
 def test_a_bridge_that_was_changed_is_not_written_over_until_it_is_deleted(
     run, fitted, tmp_path, capsys, how
@@ -418,12 +438,12 @@ def refused(run, tmp_path, capsys):
         ({"layers": "5"}, "the student has layers 1 to 4, and layer 5 is not one of them"),
         ({"layers": "1=7"}, "the teacher has layers 1 to 6"),
         ({"layers": "best", "all_pairs_gib": 0.001}, "layers: best compares all layers, which takes 0.00"),
-        ({"holdout": 1.0}, "holdout: 1.0"),
+        ({"holdout": 1.0}, "holdout must be 0 or more and below 1, got 1.0"),
         ({"holdout": 0, "rank": "auto"}, "no rollouts to choose by"),
         ({"holdout": 0, "layers": "best"}, "no rollouts to choose by"),
         ({"positions": "middle"}, "positions 'middle'"),
-        ({"temperature": -1}, "temperature is -1"),
-        ({"top_p": 0}, "top_p is 0"),
+        ({"temperature": -1}, "temperature must be 0 or more, got -1.0"),
+        ({"top_p": 0}, "top_p must be above 0 and at most 1, got 0.0"),
         ({"max_completion_length": 0}, "max_completion_length"),
         ({"max_prompt_length": 3}, "max_prompt_length=3"),
         ({"dtype": "float17"}, "dtype"),

@@ -145,6 +145,7 @@ def recipe(tmp_path_factory: pytest.TempPathFactory, student: str, teacher: str,
         "num_generations": 2,
         "save_strategy": "steps",
         "save_steps": 1,
+        "save_total_limit": 0,
         "max_steps": 4,
     }
     file.write_text(yaml.safe_dump(QUICK | names))

@@ -97,8 +97,8 @@ def test_a_resumed_run_equals_an_uninterrupted_one(run, recipe, tmp_path):
     [
         (["--lora_target_modules", "q_proj", "lm_head"], "lm_head"),
         (["--lora_target_modules", "qproj"], "qproj"),
-        (["--lora_r", "0"], "lora_r is 0"),
-        (["--lora_dropout", "1"], r"lora_dropout 1\.0"),
+        (["--lora_r", "0"], "lora_r must be 1 or more, got 0"),
+        (["--lora_dropout", "1"], r"lora_dropout must be 0 or more and below 1, got 1\.0"),
     ],
     ids=str,
 )

@@ -115,7 +115,7 @@ def test_rollouts_without_log_probs_cannot_be_weighed(make_trainer, roll_out):
         ({"use_vllm": False}, "use_vllm is false"),
         ({"output_loss": "top_k"}, "belongs to output_loss: sampled_token, and output_loss is top_k"),
         ({"output_loss": "sampled_text"}, "output_loss is sampled_text"),
-        ({"vllm_importance_sampling_clip_max": 0.0}, "clip_max must be above 0, got 0.0"),
+        ({"vllm_importance_sampling_clip_max": 0.0}, "clip_max must be above 0 and finite, got 0.0"),
         ({"temperature": 0.7}, "the policy itself, and temperature is 0.7"),
         ({"top_p": 0.9}, "top_p is 0.9"),
         ({"top_k": 20}, "top_k is 20"),

@@ -147,6 +147,7 @@ def test_a_folder_without_a_whole_checkpoint_starts_over(copied, recipe, finishe
     train(*recipe(copied))
     assert lasting(copied) == lasting(finished)
     assert same_weights(copied, finished)
+    assert len(read_metrics(copied / "earlier-1" / "metrics.jsonl")) == 4
 
 
 @pytest.mark.parametrize("fault", ["no seal", "alien seal", "no weights", "no state", "moved half-way"])
@@ -197,6 +198,7 @@ def test_checkpoints_without_an_optimiser_are_not_resumed(tmp_path, recipe, fini
         assert said == f"{tmp_path}/checkpoint-{step} is passed over: {why}"
     assert caplog.messages[-1] == f"{tmp_path} holds no whole checkpoint: the run starts over"
     train(*recipe(tmp_path, "--save_only_model", "true"))
+    assert same_weights(tmp_path / "earlier-1" / "checkpoint-4", finished)
     assert lasting(tmp_path) == lasting(finished)
     assert same_weights(tmp_path, finished)
 
@@ -227,6 +229,65 @@ def test_another_run_in_the_folder_is_refused(finished, recipe, key, value):
     with pytest.raises(UserError, match=rf"holds a run with {key}: .* choose another output_dir"):
         train(*recipe(finished, f"--{key}", value))
     assert files(finished) == before
+
+
+def cosine(step, steps):
+    """The learning rate of a step, from 1, of a run of so many."""
+    return 1e-2 * 0.5 * (1 + math.cos(math.pi * (step - 1) / steps))
+
+
+def test_more_steps_follow_the_schedule_of_the_longer_run(tmp_path, recipe, caplog):
+    train(*recipe(tmp_path, "--lr_scheduler_type", "cosine", "--max_steps", "4"))
+    train(*recipe(tmp_path, "--lr_scheduler_type", "cosine", "--max_steps", "8"))
+    rates = [record["learning_rate"] for record in lasting(tmp_path)]
+    expected = [cosine(step, 4) for step in range(1, 5)] + [cosine(step, 8) for step in range(5, 9)]
+    assert rates == pytest.approx(expected, rel=1e-12)
+    told = "from step 5 on the learning rate is that of a run of 8 steps; so far it was that of 4"
+    assert told in caplog.messages
+
+
+@pytest.mark.parametrize(("epochs", "steps"), [("0.5", 3), ("1.1", 7)])
+def test_epochs_are_passes_over_the_prompts(tmp_path, recipe, epochs, steps):
+    """12 prompts, 2 of them a step: an epoch has 6 steps."""
+    flags = ["--max_steps", "-1", "--num_train_epochs", epochs, "--lr_scheduler_type", "cosine"]
+    train(*recipe(tmp_path, *flags))
+    assert [record["learning_rate"] for record in lasting(tmp_path)] == pytest.approx(
+        [cosine(step, steps) for step in range(1, steps + 1)], rel=1e-12
+    )
+    before = files(tmp_path)
+    train(*recipe(tmp_path, *flags))
+    assert files(tmp_path) == before
+
+
+def test_steps_and_epochs_are_not_both_asked_for(tmp_path, recipe):
+    with pytest.raises(UserError, match="max_steps: 4 and num_train_epochs: 1 both say how long"):
+        recipe(tmp_path, "--num_train_epochs", "1")
+
+
+@pytest.mark.parametrize("key", ["model_name_or_path", "teacher_model_name_or_path", "dataset_name"])
+@pytest.mark.parametrize("more", [[], ["--max_steps", "6"]], ids=["finished", "longer"])
+def test_what_was_replaced_in_place_is_refused(copied, recipe, tmp_path, key, more):
+    """A run of copies is the same run, until one of them is edited."""
+    run, config = recipe(copied)
+    named = getattr(run, key, None) or getattr(config, key)
+    copy = tmp_path / Path(named).name
+    flags = [f"--{key}", str(copy)]
+    if key == "dataset_name":
+        shutil.copy(named, copy)
+        train(*recipe(copied, *flags))
+        copy.write_text(copy.read_text().replace("What is 3", "What was 3"))
+    else:
+        shutil.copytree(named, copy)
+        train(*recipe(copied, *flags))
+        weights = load_file(copy / "model.safetensors")
+        weights["lm_head.weight"][0, 0] += 1
+        save_file(weights, copy / "model.safetensors", metadata={"format": "pt"})
+    resolved = copied / "resolved.yaml"
+    resolved.write_text(resolved.read_text().replace(f"{key}: {named}", f"{key}: {copy}"))
+    before = files(copied)
+    with pytest.raises(UserError, match=rf"holds a run whose {key}: {copy} has been changed since \("):
+        train(*recipe(copied, *flags, *more))
+    assert files(copied) == before
 
 
 def test_a_damaged_resolved_file_is_a_users_error(copied, recipe):

@@ -131,7 +131,7 @@ class Bridge:
 
     def save(self, path: str | Path) -> Path:
         """Write `path`, or bridge.safetensors in the folder `path`, whole or not at all; returns the file."""
-        file = _file(path)
+        file = bridge_file(path)
         file.parent.mkdir(parents=True, exist_ok=True)
         tensors = _tensors(self.projectors)
         pairs = {str(student): teacher for student, teacher in self.layer_map.pairs}
@@ -153,7 +153,7 @@ class Bridge:
         Raises `UserError` for a missing, truncated or foreign file, for values that are not finite and for
         a rank above the stored one. Nothing is ever filled in.
         """
-        file = _file(path)
+        file = bridge_file(path)
         if not os.path.isfile(file):  # nor is there one of a name that no file can have
             raise UserError(f"there is no bridge at {path}: fit one with oprd bridge")
         try:
@@ -241,7 +241,8 @@ def _check(file: Path, layer: int, projector: Projector) -> None:
         raise UserError(f"{file} holds values that are not finite at student layer {layer}: fit it again")
 
 
-def _file(path: str | Path) -> Path:
+def bridge_file(path: str | Path) -> Path:
+    """The file of a bridge that is named by it or by its folder."""
     path = Path(os.path.expanduser(path))
     # A folder may be called qwen3-1.7B, which is no file type.
     is_file = os.path.isfile(path) or (path.suffix[1:].isalpha() and not os.path.isdir(path))

@@ -13,11 +13,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from oprd.bridge.artifact import Bridge
 from oprd.capture import num_layers
 from oprd.errors import UserError
+from oprd.folder.fingerprint import sampled
 from oprd.models import weights_are_here
 
 ADAPTER_PARTS = ("modules_to_save.", "trainable_tokens_")
 ADAPTER_WRAPPERS = (".base_layer.", ".original_module.", ".token_adapter.")
-SAMPLE = 1024  # values of every weight that enter a fingerprint
 # How a checkpoint was written or is run, not what it is. Trainers set the special tokens to the tokenizer's.
 VOLATILE_KEYS = {
     "_name_or_path",
@@ -117,9 +117,7 @@ def _samples(model: Any) -> Iterator[tuple[str, tuple[int, ...], Tensor]]:
 
 
 def _sampled(weight: Tensor) -> Tensor:
-    flat = weight.detach().flatten()
-    step = max(1, len(flat) // SAMPLE)
-    return flat[::step].to(torch.bfloat16).cpu().view(torch.int16)
+    return sampled(weight).to(torch.bfloat16).cpu().view(torch.int16)
 
 
 def _base(model: Any) -> Any:

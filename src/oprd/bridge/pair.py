@@ -24,6 +24,7 @@ from oprd.bridge.solve import (
     shared_directions,
 )
 from oprd.errors import UserError
+from oprd.ranges import check_ranges
 
 Method = Literal["pca", "rrr", "cca"]
 Directions = Literal["leading", "predictable"]
@@ -49,8 +50,7 @@ class FitSettings:
     directions: Directions = "leading"
 
     def __post_init__(self) -> None:
-        if self.max_rank < 1:
-            raise UserError(f"max_rank must be 1 or more, got {self.max_rank}")
+        check_ranges(vars(self))
         for name, allowed in (("method", Method), ("directions", Directions)):
             if getattr(self, name) not in get_args(allowed):
                 known = ", ".join(get_args(allowed))

@@ -38,11 +38,6 @@ def check_correction(config: Any) -> None:
             f"{name} belongs to output_loss: sampled_token, and output_loss is {config.output_loss}, which "
             "is no expectation over the sampled tokens: drop it"
         )
-    if not config.vllm_importance_sampling_clip_max > 0:
-        raise UserError(
-            "vllm_importance_sampling_clip_max must be above 0, got "
-            f"{config.vllm_importance_sampling_clip_max}"
-        )
     key = altered_sampling(config)
     if key is not None:
         raise UserError(

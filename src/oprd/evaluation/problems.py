@@ -10,6 +10,7 @@ from oprd.answers import answer_text
 from oprd.errors import UserError
 from oprd.messages import Prompt, checked_prompt, excerpt
 from oprd.positions import num_positions
+from oprd.ranges import check_ranges
 from oprd.rendering import Refusal, Renderer
 from oprd.rollouts import Sampling
 
@@ -19,7 +20,7 @@ class EvalSettings:
     """How a model is evaluated: `samples` per problem, at most `batch_size` responses at a time.
 
     `prompt_suffix` is appended to the last user message, or to a plain prompt. Raises `UserError`
-    for counts below 1.
+    for a value outside its range.
     """
 
     samples: int = 16
@@ -30,9 +31,7 @@ class EvalSettings:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("samples", "batch_size"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} is {getattr(self, name)}, but must be at least 1")
+        check_ranges(vars(self))
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,7 @@ from oprd.evaluation import metrics
 from oprd.evaluation.grade import extract_answer, grade
 from oprd.evaluation.problems import EvalSettings, Problem, check_context, read_problems
 from oprd.evaluation.samples import line, read_samples
+from oprd.folder.fingerprint import sampled
 from oprd.folder.lock import check_held, hold
 from oprd.folder.whole import check_place, write_whole
 from oprd.progress import tokens_shown
@@ -33,7 +34,6 @@ logger = logging.getLogger(__name__)
 
 COMMAND = "oprd eval"
 SETTINGS_FILE, SAMPLES_FILE, SUMMARY_FILE = "settings.json", "samples.jsonl", "summary.json"
-FINGERPRINT_ENTRIES = 1024
 
 
 @dataclass(frozen=True)
@@ -142,9 +142,8 @@ def _model_fingerprint(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBas
     """Digest of the EOS ids and of about a thousand evenly spaced entries of every parameter."""
     digest = hashlib.sha256(repr(eos_token_ids(model, tokenizer)).encode())
     for name, parameter in model.named_parameters():
-        stride = max(1, parameter.numel() // FINGERPRINT_ENTRIES)
         digest.update(f"{name} {parameter.dtype} {tuple(parameter.shape)}".encode())
-        digest.update(parameter.detach().flatten()[::stride].float().cpu().numpy().tobytes())
+        digest.update(sampled(parameter).float().cpu().numpy().tobytes())
     return digest.hexdigest()[:16]
 
 
@@ -181,6 +180,12 @@ def _complete(file: Path, evaluation: _Evaluation, progress: bool) -> list[dict[
         missing = len(evaluation.problems) - len(records)
         raise RuntimeError(f"{file} lacks {missing} problems, which another program took away: run it again")
     return list(records.values())
+
+
+def num_kept(output_dir: Path) -> int:
+    """How many problems a stopped evaluation has done and will not do again."""
+    file = output_dir / SAMPLES_FILE
+    return file.read_bytes().count(b"\n") if file.exists() else 0
 
 
 def _records(evaluation: _Evaluation, done: Container[int], progress: bool) -> Iterator[dict[str, Any]]:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from oprd.errors import UserError
-from oprd.folder.run import RESOLVED_FILE, STATE_FILE, check_folder
+from oprd.folder.run import RESOLVED_FILE, STATE_FILE, Inputs, check_folder
 from oprd.folder.whole import MISSING, SEAL_FILE, UnreadableSeal, check_place, faults
 
 logger = logging.getLogger(__name__)
@@ -36,11 +36,13 @@ def check_foreign(folder: Path, mark: str, others: Sequence[str]) -> None:
             )
 
 
-def is_done(folder: Path, settings: dict[str, Any]) -> bool:
+def is_done(
+    folder: Path, settings: dict[str, Any], inputs: Inputs, defaults: dict[str, Any] | None = None
+) -> bool:
     """Whether the run of these resolved settings is finished; raises `UserError` for another's folder."""
     check_foreign(folder, RESOLVED_FILE, OF_A_BRIDGE)
-    check_folder(folder, settings)
-    return is_finished(folder, settings["max_steps"])
+    check_folder(folder, settings, inputs, defaults)
+    return settings["max_steps"] > 0 and is_finished(folder, settings["max_steps"])
 
 
 def is_finished(folder: Path, max_steps: int) -> bool:

@@ -13,6 +13,7 @@ from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 from oprd.errors import UserError, is_out_of_memory
 from oprd.finite import check_trained
 from oprd.folder.checkpoints import last_whole_checkpoint, rotate, written_whole
+from oprd.folder.schedule import follow_schedule
 from oprd.sharding.fsdp import Sharding
 from oprd.sharding.state import load_optimizer_state, load_weights, whole_optimizer_state, whole_weights
 
@@ -88,10 +89,12 @@ class ResumableTrainer(Trainer):
             return
         with loading(checkpoint, OPTIMIZER_NAME, SCHEDULER_NAME):
             if self.sharding is None:
-                return super()._load_optimizer_and_scheduler(checkpoint)
-            load_optimizer_state(self.optimizer, Path(checkpoint) / OPTIMIZER_NAME)
-            schedule = torch.load(Path(checkpoint) / SCHEDULER_NAME, weights_only=True)
-            self.lr_scheduler.load_state_dict(schedule)
+                super()._load_optimizer_and_scheduler(checkpoint)
+            else:
+                load_optimizer_state(self.optimizer, Path(checkpoint) / OPTIMIZER_NAME)
+                schedule = torch.load(Path(checkpoint) / SCHEDULER_NAME, weights_only=True)
+                self.lr_scheduler.load_state_dict(schedule)
+        follow_schedule(self.lr_scheduler)
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         with loading(checkpoint or "", "rng_state*"):

@@ -12,6 +12,7 @@ from oprd.engines.vllm import check_training
 from oprd.errors import UserError
 from oprd.folder.checkpoints import last_whole_checkpoint
 from oprd.folder.claims import check_final, is_done
+from oprd.folder.run import Inputs
 from oprd.folder.whole import check_writable
 from oprd.meters import MB
 from oprd.planning.memory_plan import MemoryPlan
@@ -47,9 +48,9 @@ def check_engine(config: Any) -> str:
     return f"rollouts by vLLM, {config.vllm_mode}"
 
 
-def check_output(folder: Path, settings: dict[str, Any]) -> str:
+def check_output(folder: Path, settings: dict[str, Any], inputs: Inputs, defaults: dict[str, Any]) -> str:
     """What a run of `settings`, resolved, would find in `folder`; raises `UserError` for another run's."""
-    if is_done(folder, settings):
+    if is_done(folder, settings, inputs, defaults):
         return f"{folder} holds the finished run: nothing would be done"
     check_final(folder, last_whole_checkpoint(folder))
     check_writable(folder)
@@ -59,7 +60,7 @@ def check_output(folder: Path, settings: dict[str, Any]) -> str:
 def check_disk(folder: Path, config: Any, plan: MemoryPlan) -> str:
     """What a run leaves in `folder`, at most; raises `UserError` if the disk has not so much."""
     kept, limit = _checkpoints(config), config.save_total_limit
-    if limit is not None:
+    if limit:
         kept = min(kept, limit + 1)  # the oldest goes when the next one is whole
     each = plan.model_bytes if config.save_only_model else plan.checkpoint_bytes
     needed = kept * each + plan.final_bytes

@@ -7,6 +7,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from oprd.capture import num_layers
 from oprd.errors import UserError
+from oprd.models import TINY_MODELS, load_tokenizer
 from oprd.padding import check_sharded, generation_batches, heeds_padding
 from oprd.reading import Reading, Want, read_states
 from oprd.rollouts import Sampling, generate, left_pad
@@ -57,8 +58,9 @@ PROMPTS = [[5, 6, 7], [8, 9, 10, 11, 12, 13], [14, 15, 16], [17]]
 RESPONSES = [[20, 21, 22], [23, 24], [25, 26, 27, 28], [29]]
 
 
-class Tokenizer:
-    eos_token_id, pad_token_id = 2, 0
+@pytest.fixture(scope="module")
+def tokenizer():
+    return load_tokenizer(str(TINY_MODELS / "student"))
 
 
 def make(kind, dtype=torch.float32, **keys):
@@ -84,7 +86,7 @@ def states(model, prompts, responses, **want):
 
 
 @pytest.mark.parametrize("kind", [*MASKING, *IGNORING, *LATE])
-def test_what_a_model_makes_of_a_rollout_does_not_depend_on_its_batch(kind):
+def test_what_a_model_makes_of_a_rollout_does_not_depend_on_its_batch(kind, tokenizer):
     model = make(kind)
     assert heeds_padding(model) is (kind not in IGNORING)
     with torch.no_grad():
@@ -93,8 +95,8 @@ def test_what_a_model_makes_of_a_rollout_does_not_depend_on_its_batch(kind):
     for layer, value in together.items():
         torch.testing.assert_close(value, torch.cat([one[layer] for one in alone]), rtol=1e-4, atol=1e-5)
     greedy = Sampling(6, temperature=0)
-    drawn = generate(model, Tokenizer, PROMPTS, greedy, 0)
-    assert drawn == [generate(model, Tokenizer, [prompt], greedy, 0)[0] for prompt in PROMPTS]
+    drawn = generate(model, tokenizer, PROMPTS, greedy, 0)
+    assert drawn == [generate(model, tokenizer, [prompt], greedy, 0)[0] for prompt in PROMPTS]
 
 
 def test_prompts_share_a_batch_where_they_may():

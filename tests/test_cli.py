@@ -408,7 +408,7 @@ def test_a_stopped_bridge_starts_over(capsys, tmp_path, monkeypatch):
     output = tmp_path / "bridge"
     argv = ["bridge", "recipes/tiny/bridge.yaml", "--output_dir", str(output), "--num_prompts", "32"]
     stop_at_call(monkeypatch, HFEngine, "generate", 2)
-    assert cli.run([*argv, "--batch_size", "8", "--max_completion_length", "4"]) == 143
+    assert cli.run([*argv, "--batch_size", "8", "--max_completion_length", "8"]) == 143
     last = capsys.readouterr().err.strip().splitlines()[-1]
     assert last == "oprd: stopped before the bridge was whole: the same command starts over"
     assert not output.exists()

@@ -11,8 +11,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from oprd.capture import backbone, capture
 from oprd.errors import UserError, is_fault, reason
 from oprd.model_checks import num_embeddings
-from oprd.models import weights_are_here
-from oprd.rollouts import Sampling, eval_mode, generate
+from oprd.models import eval_mode, weights_are_here
+from oprd.rollouts import Sampling, generate
 
 NUM_TOKENS = 6
 SAME = 0.05  # of the largest state: rounding is far below, another text far above

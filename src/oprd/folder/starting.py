@@ -18,7 +18,7 @@ def tell_schedule(checkpoint: Path | None, max_steps: int) -> None:
     """Say so if the learning rates of a resumed run follow the schedule of another length from now on."""
     if checkpoint is None:
         return
-    planned = json.loads((checkpoint / STATE_FILE).read_text())["max_steps"]
+    planned = json.loads((checkpoint / STATE_FILE).read_text(encoding="utf-8"))["max_steps"]
     if planned != max_steps:
         logger.warning(
             "from step %d on the learning rate is that of a run of %d steps; so far it was that of %d",

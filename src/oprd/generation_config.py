@@ -32,14 +32,21 @@ OFF_AT_ONE = {  # other options are off at 0, false or none
 
 @contextmanager
 def generation_config_aside(model: Any) -> Iterator[None]:
-    """Within it `generate` cannot fill in what it was not given from the model's own config."""
+    """Within it `generate` cannot fill in what it was not given from the model's own config.
+
+    Nor does a mixture of experts compute its routers' loss, which transformers 5.23 cannot while it decodes.
+    """
     owner = getattr(model, "get_base_model", lambda: model)()
-    kept = owner.generation_config
+    kept, routers = owner.generation_config, getattr(owner.config, "output_router_logits", None)
     owner.generation_config = GenerationConfig()
+    if routers:
+        owner.config.output_router_logits = False
     try:
         yield
     finally:
         owner.generation_config = kept
+        if routers:
+            owner.config.output_router_logits = routers
 
 
 def options_aside(model: Any, given: Mapping[str, Any]) -> dict[str, Any]:

@@ -40,7 +40,7 @@ PORT = Range(1, 65535)
 
 RANGES = {
     # Optimiser and schedule
-    "learning_rate": POSITIVE,
+    "learning_rate": AMOUNT,  # 0 measures and trains nothing
     "weight_decay": AMOUNT,
     "adam_beta1": SHARE_BELOW_1,
     "adam_beta2": SHARE_BELOW_1,

@@ -14,6 +14,7 @@ from torch.distributed.tensor import DTensor
 from oprd.capture import backbone
 from oprd.errors import UserError
 from oprd.models import weights_are_here
+from oprd.precision import own_autocast
 from oprd.sharding.state import whole_tensor
 
 ToLogits = Callable[[Float[Tensor, "n D"]], Float[Tensor, "n V"]]
@@ -143,9 +144,7 @@ class Head:
         ids = torch.arange(4, device=model.device)[None] % self.vocabulary
         training = model.training
         model.eval()
-        halves = {weight.dtype for weight in model.parameters()} & {torch.bfloat16, torch.float16}
-        half = next(iter(halves), None)  # beside float32 weights it is autocast's
-        with torch.autocast(model.device.type, half, enabled=half is not None and model.dtype != half):
+        with own_autocast(model):
             expected = model(input_ids=ids, use_cache=False).logits[0, :, : self.vocabulary].float()
             states = backbone(model)(input_ids=ids, use_cache=False).last_hidden_state[0]
             given = self(states).float()

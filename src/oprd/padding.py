@@ -18,6 +18,7 @@ from oprd.capture import backbone, capture, num_layers
 from oprd.errors import UserError
 from oprd.generation_config import generation_config_aside
 from oprd.models import eval_mode, weights_are_here
+from oprd.precision import half_precision, own_autocast
 
 SHORT, LONG = 4, 12  # tokens of the two sequences that are tried
 NEW_TOKENS = 3
@@ -95,7 +96,7 @@ def _can_be_tried(model: nn.Module) -> bool:
 
 
 def _tolerance(model: Any) -> float:
-    is_half = model.dtype != torch.float32 or getattr(model, "is_quantized", False)
+    is_half = half_precision(model) is not None or getattr(model, "is_quantized", False)
     return HALF_TOLERANCE if is_half else TOLERANCE
 
 
@@ -104,7 +105,7 @@ def _states_shift(model: Any, device: torch.device | None) -> float:
     """How far a longer neighbour moves the last states of a short sequence, relative to these."""
     device = model.device if device is None else device
     ids, mask = _pair(model, SHORT, LONG, device)
-    with eval_mode(model), torch.autocast(device.type, enabled=False):
+    with eval_mode(model), own_autocast(model):
         batched = _last_states(model, ids, mask)[0, -SHORT:]
         alone = _last_states(model, ids[:1, -SHORT:], mask[:1, -SHORT:])[0]
     return _distance(batched, alone)
@@ -121,7 +122,7 @@ def _logits_shift(model: Any, first: int, second: int) -> float:
         return_dict_in_generate=True,
         pad_token_id=0,
     )
-    with eval_mode(model), generation_config_aside(model), torch.autocast(ids.device.type, enabled=False):
+    with eval_mode(model), generation_config_aside(model), own_autocast(model):
         batched = model.generate(ids, attention_mask=mask, generation_config=config)
         alone = model.generate(ids[:1, -first:], attention_mask=mask[:1, -first:], generation_config=config)
     agree = batched.sequences[0, -NEW_TOKENS:] == alone.sequences[0, -NEW_TOKENS:]

@@ -62,6 +62,18 @@ class Precision:
             )
 
 
+def half_precision(model: Any) -> torch.dtype | None:
+    """The half precision that a model has weights in, if it has."""
+    halves = {weight.dtype for weight in model.parameters()} & {torch.bfloat16, torch.float16}
+    return next(iter(halves), None)
+
+
+def own_autocast(model: Any) -> torch.autocast:
+    """Autocast as a model needs it by itself: one with linear layers in half precision beside others."""
+    half = half_precision(model)
+    return torch.autocast(model.device.type, half, enabled=half is not None and model.dtype != half)
+
+
 @torch.no_grad()
 def store_products_in(stored: torch.dtype | None, model: PreTrainedModel, is_exact: bool = False) -> None:
     """Keep in the file's half precision the weights that autocast multiplies in half precision anyway.

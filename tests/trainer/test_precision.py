@@ -5,6 +5,7 @@ import torch
 from accelerate.utils import DistributedType
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from oprd.padding import heeds_padding
 from oprd.precision import Precision, store_products_in
 
 OBJECTIVES = {
@@ -111,6 +112,19 @@ def test_the_teachers_products_rest_in_the_files_precision(make_trainer, stored_
     block = model.model.layers[0]
     assert block.self_attn.q_proj.weight.dtype == block.mlp.up_proj.weight.dtype == torch.bfloat16
     assert model.get_input_embeddings().weight.dtype == block.input_layernorm.weight.dtype == torch.float32
+
+
+def test_a_deeper_teacher_of_the_same_kind_computes_like_the_student(
+    make_trainer, roll_out, gradient, make_folder, tokenizer, tmp_path
+):
+    deep = AutoModelForCausalLM.from_pretrained(make_folder(2, num_hidden_layers=3)).bfloat16()
+    deep.save_pretrained(tmp_path / "deep")
+    tokenizer.save_pretrained(tmp_path / "deep")
+    trainer = make_trainer(teacher=str(tmp_path / "deep"), bf16=True, **OBJECTIVES["both"])
+    read = trainer.teacher.model
+    assert read.dtype == torch.float32 and read.model.layers[2].mlp.up_proj.weight.dtype == torch.bfloat16
+    assert heeds_padding(read)
+    assert 0 < gradient(trainer, roll_out(trainer))[0] < float("inf")
 
 
 def test_a_weight_that_half_precision_would_round_is_left(make_folder):

@@ -146,7 +146,7 @@ def test_flags_override_and_mistakes_are_told(capsys, recipe):
     [
         (["--num_generations", "3"], "num_generations=3 does not divide"),
         (["--per_device_train_batch_size", "4096"], "a step takes 8192 prompts, and the dataset has 4200"),
-        (["--output_dir", "{model}"], "is not a run of oprd"),
+        (["--output_dir", "{model}"], "holds model.safetensors, which is not of this command"),
         (["--use_vllm", "true"], "there is no vLLM"),
         (["--temperature", "0"], "temperature must be above 0 and finite, got 0.0"),
         (

@@ -166,7 +166,7 @@ def _with_json(flag: str) -> str:
     start = flag.find("=") + 1 if flag.startswith("--") else 0
     value = flag[start:]
     if value.startswith("{"):
-        with suppress(yaml.YAMLError, RecursionError):
+        with suppress(yaml.YAMLError):
             mapping = yaml.load(value, Loader)
             if isinstance(mapping, dict) and not _is_json(value):  # whose 1e-5 is a number
                 return flag[:start] + json.dumps(mapping, default=str)

@@ -79,8 +79,11 @@ def parse_training_recipe(
         raise
     except (ValueError, TypeError, ImportError, OSError) as error:
         raise UserError(f"{told}: {error}") from error
-    names = {key: getattr(run, key) for key in ("model_name_or_path", "dataset_name")}
-    names["teacher_model_name_or_path"] = config.teacher_model_name_or_path
+    names = {
+        "model_name_or_path": run.model_name_or_path,
+        "teacher_model_name_or_path": config.teacher_model_name_or_path,
+        "dataset_name": run.dataset_name,
+    }
     for key, name in names.items():
         if not name:
             raise UserError(f"{told} names no {key}: add it to the recipe or as a flag")

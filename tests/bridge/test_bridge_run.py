@@ -463,7 +463,7 @@ def test_mistakes(refused, changes, says):
     [
         (["--chat_template_kwargs", "{broken"], "chat_template_kwargs: '{broken' is not JSON"),
         (["--chat_template_kwargs", "[1]"], "is not a mapping"),
-        (["--bridge", "x"], "unknown flag '--bridge'"),
+        (["--bridge", "x"], "bridge is a key of oprd train, not of oprd bridge"),
         (["--rank"], "rank"),
     ],
     ids=str,

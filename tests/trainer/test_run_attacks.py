@@ -185,7 +185,7 @@ def test_a_refused_command_leaves_what_another_one_has_made(tmp_path, recipe, fi
     """It starts while there is no folder; another run is finished there before it finds its own mistake."""
     folder = tmp_path / "run"
 
-    def others_run(*args):
+    def others_run(*args, **kwargs):
         shutil.copytree(finished, folder, dirs_exist_ok=True)
         raise UserError("a mistake found late")
 

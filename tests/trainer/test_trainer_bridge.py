@@ -504,9 +504,11 @@ def test_another_tokenizer(refused, student, teacher, tmp_path, role):
     names = {"student": ("model_name_or_path", student), "teacher": ("teacher_model_name_or_path", teacher)}
     key, folder = names[role]
     copy = shutil.copytree(folder, tmp_path / "copy")
-    other = AutoTokenizer.from_pretrained(copy)
-    other.add_tokens(["<|extra|>"])
-    other.save_pretrained(copy)
+    file = copy / "tokenizer.json"
+    stored = json.loads(file.read_text(encoding="utf-8"))
+    vocabulary = stored["model"]["vocab"]
+    vocabulary["Q"], vocabulary["Z"] = vocabulary["Z"], vocabulary["Q"]
+    file.write_text(json.dumps(stored), encoding="utf-8")
     line = refused(**{key: str(copy)})
     assert f"fitted for the {role} {folder}" in line and "(tokenizer: " in line
 

@@ -70,7 +70,8 @@ def check_models(bridge: Bridge, student: dict[str, Any], teacher: dict[str, Any
             if stored is not None and key in found and stored.get(key) != found[key]:
                 raise UserError(
                     f"the bridge was fitted for the {role} {stored.get('name')} and this is {found['name']} "
-                    f"({key}: {stored.get(key)}, here {found[key]}): fit one for this pair with oprd bridge"
+                    f"({key}: {stored.get(key)}, here {found[key]}): fit a bridge for this pair with oprd "
+                    "bridge"
                 )
 
 

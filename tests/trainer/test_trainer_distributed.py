@@ -256,7 +256,14 @@ def test_two_ranks_measure_the_accuracy_that_one_does(two_ranks, tmp_path):
     train(*parse_training_recipe(two_ranks / "recipe.yaml", flags))
     one, two = (accuracy(folder) for folder in (tmp_path / "one", two_ranks / "accuracy"))
     assert two == one
-    assert one.keys() == {"eval/avg_at_k", "eval/best_at_k", "eval/mean_length", "eval/no_answer_share"}
+    assert one.keys() == {
+        "eval/avg_at_k",
+        "eval/ci95_low",
+        "eval/ci95_high",
+        "eval/best_at_k",
+        "eval/mean_length",
+        "eval/no_answer_share",
+    }
     assert 0 < one["eval/avg_at_k"] < one["eval/best_at_k"]
 
 

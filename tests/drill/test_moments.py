@@ -28,7 +28,7 @@ def uninterrupted(tmp_path_factory, data):
     "kills",
     [
         [("resolved", 1)],
-        [("evaluation", 5)],  # at step 2, before its line and its checkpoint
+        [("evaluation", 5)],  # before the line and the checkpoint of its step
         [("evaluation", 13)],
         [("metrics", 5)],  # the first is the empty file
         [("weights", 1)],

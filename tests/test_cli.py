@@ -480,7 +480,7 @@ def test_an_open_progress_bar_does_not_hide_the_error(capsys, monkeypatch):
         bar.update(3)
         raise UserError("what is wrong")
 
-    monkeypatch.setattr(cli, "_tiny", fail)
+    monkeypatch.setitem(cli.COMMANDS, "tiny", fail)
     assert cli.run(["tiny", "build"]) == 2
     gc.collect()
     error = capsys.readouterr().err

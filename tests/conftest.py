@@ -11,7 +11,11 @@ os.environ.setdefault("WANDB_MODE", "disabled")
 import pytest
 import torch
 import transformers
+from hypothesis import settings
 
+settings.register_profile("same", derandomize=True, deadline=None)  # one commit, one result
+settings.register_profile("new", deadline=None)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "same"))
 torch.set_num_threads(1)
 
 VOCABULARY = 41

@@ -111,16 +111,20 @@ import os, sys
 class Watch:
     def find_spec(self, name, path=None, target=None):
         if name == "torch":
-            print(os.environ.get("OMP_WAIT_POLICY"))
+            print(os.environ.get("GOMP_SPINCOUNT"))
 sys.meta_path.insert(0, Watch())
 import oprd
 """
 
 
-@pytest.mark.parametrize(("given", "is_set"), [({}, "PASSIVE"), ({"OMP_WAIT_POLICY": "ACTIVE"}, "ACTIVE")])
-def test_threads_that_wait_do_not_spin_unless_asked_to(given, is_set):
+@pytest.mark.parametrize(
+    ("given", "is_set"),
+    [({}, "5000"), ({"OMP_WAIT_POLICY": "ACTIVE"}, "None"), ({"GOMP_SPINCOUNT": "7"}, "7")],
+)
+def test_threads_that_wait_spin_for_a_short_time_unless_asked_to(given, is_set):
     """OpenMP reads it as torch is loaded."""
-    environment = {key: value for key, value in os.environ.items() if key != "OMP_WAIT_POLICY"} | given
+    ours = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
+    environment = {key: value for key, value in os.environ.items() if key not in ours} | given
     command = [sys.executable, "-c", THREADS]
     result = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
     assert result.stdout.split() == [is_set]

@@ -3,8 +3,10 @@
 import os
 from typing import Any
 
-# OpenMP's threads would wait for work in a loop, on cores that other processes need. Read as torch is loaded.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# libgomp's threads check 300,000 times for work before they sleep, on cores that other processes need; torch
+# reads this as it is loaded. docs/log.md, "How an idle thread spins", has the times.
+if "OMP_WAIT_POLICY" not in os.environ:
+    os.environ.setdefault("GOMP_SPINCOUNT", "5000")
 
 from oprd import losses, output_space
 from oprd.alignment import align_tokens

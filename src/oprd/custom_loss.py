@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from oprd.errors import UserError
+from oprd.errors import UserError, whatever_fails_is
 from oprd.losses import REPRESENTATION_LOSSES, RowLoss, checked_rows
 
 logger = logging.getLogger(__name__)
@@ -68,18 +68,16 @@ class CustomLoss(str):
         generator = torch.Generator().manual_seed(0)
         student, teacher = torch.randn(2, PROBED_ROWS, width, generator=generator).to(device)
         student = student.requires_grad_()
-        try:
+        with whatever_fails_is(
+            lambda error: (
+                f"representation_loss: {self.spec} fails on rows [{PROBED_ROWS}, {width}]: "
+                f"{type(error).__name__}: {error}"
+            )
+        ):
             values, equal = self(student, teacher), self(teacher, teacher)
             gradient = None
             if values.requires_grad:
                 (gradient,) = torch.autograd.grad(values.sum(), student, allow_unused=True)
-        except UserError:
-            raise
-        except Exception as error:
-            raise UserError(
-                f"representation_loss: {self.spec} fails on rows [{PROBED_ROWS}, {width}]: "
-                f"{type(error).__name__}: {error}"
-            ) from error
         if gradient is None:
             raise UserError(f"representation_loss: {self.spec} does not depend on the student's rows")
         if not (values.isfinite().all() and gradient.isfinite().all()):

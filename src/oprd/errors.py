@@ -2,7 +2,7 @@
 
 import errno
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -32,6 +32,22 @@ def refusals_told() -> Iterator[None]:
         raise
     except (ValueError, ImportError) as error:
         raise UserError(str(error)) from error
+
+
+@contextmanager
+def whatever_fails_is(sentence: Callable[[Exception], str]) -> Iterator[None]:
+    """Within it every exception is a `UserError` with the words of `sentence`: for files and code of others.
+
+    A `UserError` stays as it is, and so does what is the machine's (`is_fault`).
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        if is_fault(error):
+            raise
+        raise UserError(sentence(error)) from error
 
 
 def reason(error: BaseException) -> str:

@@ -6,7 +6,7 @@ from huggingface_hub import HfApi
 from transformers.integrations import get_reporting_integration_callbacks
 from transformers.utils import is_liger_kernel_available
 
-from oprd.errors import UserError, is_fault, reason
+from oprd.errors import UserError, reason, whatever_fails_is
 
 
 def check_installed(settings: Any) -> None:
@@ -20,12 +20,10 @@ def check_installed(settings: Any) -> None:
     if settings.use_liger_kernel and not is_liger_kernel_available():
         raise UserError("use_liger_kernel: true needs Liger: pip install liger-kernel, or leave it out")
     if settings.push_to_hub and settings.process_index == 0:
-        try:
+        with whatever_fails_is(
+            lambda error: (
+                f"push_to_hub: true, and the Hub cannot be reached as a user ({reason(error)}): "
+                "log in with hf auth login, or set push_to_hub: false"
+            )
+        ):
             HfApi(token=settings.hub_token).whoami()
-        except Exception as error:
-            if is_fault(error):
-                raise
-            raise UserError(
-                f"push_to_hub: true, and the Hub cannot be reached as a user ({reason(error)}): log in with "
-                "hf auth login, or set push_to_hub: false"
-            ) from error

@@ -4,8 +4,8 @@ import fnmatch
 import json
 import os
 import pickle
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from peft.utils import CONFIG_NAME as ADAPTER_CONFIG
 from safetensors import safe_open
 from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME
 
-from oprd.errors import UserError, is_fault, reason
+from oprd.errors import is_fault, reason, whatever_fails_is
 
 CONFIGS = (CONFIG_NAME, GENERATION_CONFIG_NAME, ADAPTER_CONFIG)
 TOKENIZER_CONFIGS = (
@@ -33,20 +33,15 @@ LFS_POINTER = b"version https://git-lfs"
 NEEDS_CODE = "it needs code that comes with it: read that, and set trust_remote_code to have it run"
 
 
-@contextmanager
-def told_of(kind: str, name: str, files: Sequence[str], revision: str | None = None) -> Iterator[None]:
+def told_of(
+    kind: str, name: str, files: Sequence[str], revision: str | None = None
+) -> AbstractContextManager[None]:
     """Within it whatever is raised over a user's files is a `UserError` that names the model and the file.
 
-    `files` are the names, or patterns, of those that were read. What the machine does not have (`is_fault`)
-    stays what it is.
+    `files` are the names, or patterns, of those that were read.
     """
-    try:
-        yield
-    except UserError:
-        raise
-    except Exception as error:
-        if is_fault(error):
-            raise
+
+    def sentence(error: Exception) -> str:
         folder = folder_of(name, revision)
         said = unreadable(folder, files)
         if said is None and "trust_remote_code=True" in str(error):
@@ -56,7 +51,9 @@ def told_of(kind: str, name: str, files: Sequence[str], revision: str | None = N
             is_of_a_file = any(word in said for word in (".json", ".safetensors", ".bin", "chat template"))
             if folder is not None and not is_of_a_file:
                 said += f" (see its {files[0]}, or the arguments it is loaded with)"
-        raise UserError(f"cannot load {kind} {name}: {said}") from error
+        return f"cannot load {kind} {name}: {said}"
+
+    return whatever_fails_is(sentence)
 
 
 def folder_of(name: str, revision: str | None = None) -> Path | None:

@@ -13,7 +13,7 @@ from typing import Any
 from datasets import Dataset, Features, Json, List, Value, load_dataset
 
 from oprd.answers import reference_answers
-from oprd.errors import UserError
+from oprd.errors import UserError, reason, whatever_fails_is
 from oprd.messages import Prompt, checked_prompt
 from oprd.row_files import READERS, Row, dataset_rows, folder_files, plain_rows, read_file
 from oprd.tiny import task
@@ -168,17 +168,14 @@ def _tiny_rows(split: str) -> list[Row]:
 def _hub_rows(name: str, split: str, config: str | None, streamed: int | None) -> list[Row]:
     if name.startswith(("/", ".", "~")) or name.count("/") > 1 or Path(name).suffix.lower() in READERS:
         raise UserError(f"{name}: no such file or folder: check the path, relative to {Path.cwd()}.")
-    try:
+    with whatever_fails_is(
+        lambda error: (
+            f"{name}: no such file or folder, and loading it from the Hugging Face Hub "
+            f"(config {config!r}, split {split!r}) failed: {reason(error)}"
+        )
+    ):
         if streamed is not None:
             stream = load_dataset(name, config, split=split, streaming=True)
             return plain_rows(list(islice(stream, streamed)), name)
         dataset = load_dataset(name, config, split=split)
-    except UserError:
-        raise
-    except Exception as error:  # network, authorisation, split and builder errors share no base class
-        reason = str(error).strip().split("\n")[0] or type(error).__name__
-        raise UserError(
-            f"{name}: no such file or folder, and loading it from the Hugging Face Hub "
-            f"(config {config!r}, split {split!r}) failed: {reason}"
-        ) from error
     return dataset_rows(dataset, name)

@@ -7,13 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.parquet as pq
 from datasets import Dataset, Value
 from datasets.table import InMemoryTable
 
 from oprd.answers import ANSWER_COLUMNS, JSONFloat, shown
-from oprd.errors import UserError
+from oprd.errors import UserError, reason, whatever_fails_is
 
 Row = dict[str, Any]
 
@@ -83,16 +82,13 @@ def _shortest(value: Any, feature: Any) -> Any:
 
 
 def _read_parquet(path: Path) -> list[Row]:
-    try:
+    with whatever_fails_is(
+        lambda error: f"{path}: cannot be read as parquet ({reason(error)}): write the file again."
+    ):
         with pq.ParquetFile(path) as file:
             columns = _columns_to_read(file.schema_arrow.names, str(path))
             table = file.read(columns=columns).replace_schema_metadata()
         return dataset_rows(Dataset(InMemoryTable(table)), str(path))
-    except UserError:
-        raise
-    except (pa.ArrowException, OSError, ValueError, TypeError, NotImplementedError) as error:
-        reason = str(error).split("\n")[0]
-        raise UserError(f"{path}: cannot be read as parquet ({reason}): write the file again.") from error
 
 
 def _read_json(path: Path) -> list[Row]:

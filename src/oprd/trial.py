@@ -1,7 +1,7 @@
 """A few tokens through a model before the first rollout, so that what cannot be read is told then."""
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -9,7 +9,7 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from oprd.capture import backbone, capture
-from oprd.errors import UserError, is_fault, reason
+from oprd.errors import UserError, reason, whatever_fails_is
 from oprd.model_checks import num_embeddings
 from oprd.models import eval_mode, weights_are_here
 from oprd.rollouts import Sampling, generate
@@ -18,19 +18,11 @@ NUM_TOKENS = 6
 SAME = 0.05  # of the largest state: rounding is far below, another text far above
 
 
-@contextmanager
-def told_of_architecture(role: str, model: nn.Module) -> Iterator[None]:
+def told_of_architecture(role: str, model: nn.Module) -> AbstractContextManager[None]:
     """Within it whatever a model of an unforeseen architecture raises is a `UserError` that names it."""
-    try:
-        yield
-    except UserError:
-        raise
-    except Exception as error:
-        if is_fault(error):
-            raise
-        raise UserError(
-            f"{_named(role, model)} is not built as oprd reads models: {reason(error)}"
-        ) from error
+    return whatever_fails_is(
+        lambda error: f"{_named(role, model)} is not built as oprd reads models: {reason(error)}"
+    )
 
 
 @torch.no_grad()

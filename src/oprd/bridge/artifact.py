@@ -14,7 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from oprd.errors import UserError, is_fault, reason, writing
+from oprd.errors import UserError, reason, whatever_fails_is, writing
 from oprd.selection import LayerMap
 
 BRIDGE_FILE = "bridge.safetensors"
@@ -156,14 +156,8 @@ class Bridge:
         file = bridge_file(path)
         if not os.path.isfile(file):  # nor is there one of a name that no file can have
             raise UserError(f"there is no bridge at {path}: fit one with oprd bridge")
-        try:
+        with whatever_fails_is(lambda error: f"{file} is damaged ({reason(error)}): fit the bridge again"):
             bridge = cls._read(file)
-        except UserError:
-            raise
-        except Exception as error:  # whatever a file may hold
-            if is_fault(error):
-                raise
-            raise UserError(f"{file} is damaged ({reason(error)}): fit the bridge again") from error
         return bridge if rank is None else bridge.first(rank)
 
     @classmethod

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from oprd.engines.staleness import CHECKED_TOKENS, log_prob_gaps
 from oprd.engines.student import Drawn
 from oprd.engines.vllm import INSTALL, is_installed, make_llm
-from oprd.errors import UserError, reason
+from oprd.errors import UserError, reason, whatever_fails_is
 from oprd.models import holds_adapters
 from oprd.rollouts import Engine, HFEngine, Rollout, Sampling, cut_at_eos, eos_token_ids
 
@@ -117,14 +117,10 @@ class ServerEngine:
 
     def _name(self) -> str:
         """What the server calls the model that it serves; raises `UserError` if it is none of vLLM's."""
-        try:
+        with whatever_fails_is(
+            lambda error: f"{self._url} is no vLLM server ({reason(error)}): start vllm serve MODEL"
+        ):
             return self._ask("/v1/models", None, ANSWER_SECONDS)["data"][0]["id"]
-        except UserError:
-            raise
-        except (RuntimeError, LookupError, TypeError) as error:
-            raise UserError(
-                f"{self._url} is no vLLM server ({reason(error)}): start vllm serve MODEL"
-            ) from error
 
     def generate(self, prompt_ids: Sequence[list[int]], sampling: Sampling, seed: int) -> list[Rollout]:
         """One response per prompt; raises `UserError` for a server of other weights."""

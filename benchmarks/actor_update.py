@@ -27,7 +27,7 @@ from harness import Row, hardware, of_arm, paired_ratio, run_in_turn, serve, wri
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
-from oprd.meters import MB
+from oprd.foundation.meters import MB
 
 HERE = Path(__file__).parent
 # What `make bench-quick` holds the ratios of one run to: arm, what it is divided by, measure, least, most.

@@ -23,17 +23,17 @@ from harness import peak_mb, watched_memory
 from torch import Tensor
 from transformers import PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
 
-from oprd.batch import Batch, weigh_rows
 from oprd.bridge.artifact import Bridge, Projector
-from oprd.capture import backbone
-from oprd.comparison import Comparison
-from oprd.meters import MB, MemoryMeter
-from oprd.planning.counted import counted
-from oprd.planning.footprint import Footprint
-from oprd.planning.parts import KEPT
-from oprd.settings import ObjectiveSettings
-from oprd.teacher import Teacher
-from oprd.update import Update
+from oprd.foundation.meters import MB, MemoryMeter
+from oprd.models.capture import backbone
+from oprd.models.teacher import Teacher
+from oprd.objective.settings import ObjectiveSettings
+from oprd.preflight.planning.counted import counted
+from oprd.preflight.planning.footprint import Footprint
+from oprd.preflight.planning.parts import KEPT
+from oprd.rollouts.rows import Batch, weigh_rows
+from oprd.training.comparison import Comparison
+from oprd.training.step import Update
 
 CPU = torch.device("cpu")
 PROMPT = 16

@@ -34,16 +34,16 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
-from oprd.alignment import same_vocabulary
 from oprd.bridge import Bridge, BridgeFitter
 from oprd.bridge.pair import FitSettings
-from oprd.capture import num_layers
-from oprd.models import load_model, load_tokenizer, resolve_model
-from oprd.prompts import load_prompts
-from oprd.reading import Reading, Want, read_states
-from oprd.rendering import Renderer
-from oprd.rollouts import Sampling, generate, left_pad
-from oprd.selection import LayerMap
+from oprd.models.capture import num_layers
+from oprd.models.forward import Reading, Want, read_states
+from oprd.models.loading import load_model, load_tokenizer, resolve_model
+from oprd.objective.selection import LayerMap
+from oprd.rollouts.generation import Sampling, generate, left_pad
+from oprd.rollouts.prompts import load_prompts
+from oprd.text.alignment import same_vocabulary
+from oprd.text.rendering import Renderer
 
 RANKS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 RATES = (0.03, 0.1, 0.3, 1.0, 3.0)

@@ -9,7 +9,7 @@ import statistics
 import sys
 from pathlib import Path
 
-from oprd.demo_pairs import LABELS
+from oprd.cli.demo_pairs import LABELS
 
 
 def table(folders: list[Path]) -> str:

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from oprd.meters import MB
+from oprd.foundation.meters import MB
 
 Row = dict[str, Any]
 

@@ -20,7 +20,7 @@ import yaml
 from harness import hardware, write
 from transformers import AutoModelForCausalLM, Qwen2Config, Qwen3Config
 
-from oprd.models import load_tokenizer, resolve_model
+from oprd.models.loading import load_tokenizer, resolve_model
 
 HERE = Path(__file__).parent
 COMMON = {"dataset_name": "tiny", "num_generations": 1, "report_to": "none", "positions": "all"}

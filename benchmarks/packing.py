@@ -18,11 +18,11 @@ from arms import Shape, make_model
 from harness import hardware, of_arm, paired_ratio, write
 from torch import Tensor
 
-from oprd.batch import Batch, Inputs, weigh_rows
-from oprd.packing import repack
-from oprd.settings import ObjectiveSettings
-from oprd.teacher import Teacher
-from oprd.update import Update
+from oprd.models.teacher import Teacher
+from oprd.objective.settings import ObjectiveSettings
+from oprd.rollouts.packing import repack
+from oprd.rollouts.rows import Batch, Inputs, weigh_rows
+from oprd.training.step import Update
 
 SHAPE = Shape(6, 256, 768, 4, 2, 4096, 2048, 2048)
 ROLLOUTS, SIZE, PROMPT, MEDIAN = 32, 4, 64, 256

@@ -22,14 +22,14 @@ from peft import LoraConfig, get_peft_model
 from torch.nn.utils.rnn import pad_sequence
 from transformers.utils import is_bitsandbytes_available
 
-from oprd.batch import Batch, weigh_rows
-from oprd.models import load_model, load_tokenizer, resolve_model
-from oprd.precision import Precision
-from oprd.prompts import load_prompts
-from oprd.rollouts import Sampling, generate, left_pad, render_prompt
-from oprd.teacher import Teacher, quantization
-from oprd.trainer import OPRDConfig
-from oprd.update import Update
+from oprd.models.loading import load_model, load_tokenizer, resolve_model
+from oprd.models.precision import Precision
+from oprd.models.teacher import Teacher, quantization
+from oprd.rollouts.generation import Sampling, generate, left_pad, render_prompt
+from oprd.rollouts.prompts import load_prompts
+from oprd.rollouts.rows import Batch, weigh_rows
+from oprd.training.step import Update
+from oprd.training.trainer import OPRDConfig
 
 CPU = torch.device("cpu")
 COLUMNS = ("student", "teacher", "loss_first", "loss_last", "kl_first", "kl_last")

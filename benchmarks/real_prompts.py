@@ -12,11 +12,11 @@ from pathlib import Path
 import yaml
 from transformers import PreTrainedTokenizerBase, Qwen3Config, Qwen3ForCausalLM, set_seed
 
-from oprd.folder.recorder import METRICS_FILE, read_metrics
-from oprd.prompts import load_prompts
-from oprd.rendering import Renderer
-from oprd.tiny.tokenizer import train_tokenizer
-from oprd.train import parse_training_recipe, train
+from oprd.folders.recorder import METRICS_FILE, read_metrics
+from oprd.models.tiny.tokenizer import train_tokenizer
+from oprd.rollouts.prompts import load_prompts
+from oprd.text.rendering import Renderer
+from oprd.training.train import parse_training_recipe, train
 
 
 def make_model(folder: Path, tokenizer: PreTrainedTokenizerBase, seed: int, width: int, depth: int) -> Path:

@@ -23,11 +23,11 @@ import torch.distributed as dist
 from harness import hardware, write
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from oprd.meters import MemoryMeter, resident_mb
-from oprd.ranks import leave_ranks
-from oprd.reading import Reading, Want
-from oprd.sharding.fsdp import Sharding
-from oprd.teacher import Teacher
+from oprd.foundation.meters import MemoryMeter, resident_mb
+from oprd.foundation.ranks import leave_ranks
+from oprd.models.forward import Reading, Want
+from oprd.models.sharding.fsdp import Sharding
+from oprd.models.teacher import Teacher
 
 ARMS, REPEATS, VOCABULARIES, LAYERS = ("whole", "sharded"), 5, (2_000, 32_000), 24
 BATCH, TOKENS = 2, 256

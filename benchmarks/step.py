@@ -30,7 +30,7 @@ from transformers import PreTrainedModel, Qwen2Config, Qwen2ForCausalLM, Trainer
 from trl import DistillationConfig, DistillationTrainer
 
 from oprd import OPRDConfig, OPRDTrainer
-from oprd.models import load_model, load_tokenizer, resolve_model
+from oprd.models.loading import load_model, load_tokenizer, resolve_model
 
 HERE = Path(__file__).parent
 ARMS = ("oprd", "full_vocab", "trl")

@@ -6,8 +6,8 @@ python examples/plain_loop.py
 import torch
 
 from oprd import LayerMap, Positions, capture, losses
-from oprd.models import load_model, load_tokenizer, resolve_model
-from oprd.tiny import task
+from oprd.models.loading import load_model, load_tokenizer, resolve_model
+from oprd.models.tiny import task
 
 
 def distil(steps: int = 20, batch_size: int = 16) -> list[float]:

@@ -59,7 +59,7 @@ FAMILIES = {
 @pytest.fixture
 def one_heap_pass(monkeypatch):
     """Plans of one pass through an update: the others tell of holes in the heap, and take most time."""
-    monkeypatch.setattr("oprd.planning.memory_plan.HEAP_PASSES", 1)
+    monkeypatch.setattr("oprd.preflight.planning.memory_plan.HEAP_PASSES", 1)
 
 
 @pytest.fixture(params=FAMILIES)

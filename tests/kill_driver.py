@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from transformers import GenerationMixin, TrainerState, modeling_utils
 
-from oprd import cli
+from oprd.cli import commands as cli
 from oprd.evaluation import run as evaluation
 
 Strike = Callable[[Callable[..., Any], tuple[Any, ...], dict[str, Any]], None]

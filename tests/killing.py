@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from oprd.folder.claims import is_finished
-from oprd.folder.recorder import read_metrics
+from oprd.folders.claims import is_finished
+from oprd.folders.recorder import read_metrics
 
 ROOT = Path(__file__).parents[1]
 CLI = [sys.executable, "-m", "oprd.cli"]

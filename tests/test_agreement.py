@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 from tokenizers import Regex, normalizers
 
 from lookalikes import byte_level, lookalike
-from oprd.agreement import NOWHERE, agree
-from oprd.alignment import Aligner, align_tokens
-from oprd.spelling import encode, end_of_turn, spelling
+from oprd.text.agreement import NOWHERE, agree
+from oprd.text.alignment import Aligner, align_tokens
+from oprd.text.spelling import encode, end_of_turn, spelling
 
 
 def without_accents(text: str) -> str:

@@ -25,8 +25,15 @@ from tokenizers import (
 )
 from transformers import PreTrainedTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from oprd.alignment import AlignedResponse, Aligner, align_tokens, end_of_turn, row_pairs, same_vocabulary
-from oprd.errors import UserError
+from oprd.foundation.errors import UserError
+from oprd.text.alignment import (
+    AlignedResponse,
+    Aligner,
+    align_tokens,
+    end_of_turn,
+    row_pairs,
+    same_vocabulary,
+)
 
 # The tokenizers, and what their ids spell as this file knows it
 

@@ -14,9 +14,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from oprd.answers import answer_text, reference_answers
-from oprd.errors import UserError
-from oprd.prompts import load_prompts
+from oprd.foundation.errors import UserError
+from oprd.rollouts.prompts import load_prompts
+from oprd.text.answers import answer_text, reference_answers
 
 PROSE = "First we add both numbers, which gives us seven, and then we take away two of them."
 BOXED = PROSE + r" So there are $\boxed{5}$ of them left in the end, as we wanted."
@@ -178,7 +178,7 @@ def test_a_hub_dataset_of_narrow_floats(monkeypatch):
     columns = {"prompt": ["a", "b"], "answer": [0.1, 5e-05]}
     features = datasets.Features({"prompt": datasets.Value("string"), "answer": datasets.Value("float32")})
     hub = datasets.Dataset.from_dict(columns, features=features)
-    monkeypatch.setattr("oprd.prompts.load_dataset", lambda *_, **__: hub)
+    monkeypatch.setattr("oprd.rollouts.prompts.load_dataset", lambda *_, **__: hub)
     assert load_prompts("org/name")["solution"][:] == ["0.1", "0.00005"]
 
 

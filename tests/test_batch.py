@@ -4,11 +4,11 @@ import pytest
 import torch
 from transformers import OPTConfig, OPTForCausalLM, Qwen3NextConfig, Qwen3NextForCausalLM
 
-from oprd.batch import Batch, weigh_rows
-from oprd.errors import UserError
-from oprd.padding import heeds_padding
-from oprd.reading import Reading, Want, read_states
-from oprd.settings import ObjectiveSettings
+from oprd.foundation.errors import UserError
+from oprd.models.forward import Reading, Want, read_states
+from oprd.models.padding import heeds_padding
+from oprd.objective.settings import ObjectiveSettings
+from oprd.rollouts.rows import Batch, weigh_rows
 
 PROMPTS = [[5, 6, 7, 8], [9, 4], [3, 3, 8]]
 COMPLETIONS = [[10, 11], [12, 13, 14, 15, 16], [17]]

@@ -9,9 +9,9 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import BertConfig, BertModel, PreTrainedConfig
 
-from oprd.capture import blocks, capture, num_layers
-from oprd.errors import UserError
-from oprd.reading import Reading, Want, read_states
+from oprd.foundation.errors import UserError
+from oprd.models.capture import blocks, capture, num_layers
+from oprd.models.forward import Reading, Want, read_states
 
 NUM_LAYERS = 3
 EVERY_LAYER = list(range(NUM_LAYERS + 1))

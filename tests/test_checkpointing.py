@@ -9,8 +9,8 @@ from torch.nn.functional import scaled_dot_product_attention
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from oprd.checkpointing import attention_kept, check_attention_kept, checkpoint_blocks
-from oprd.errors import UserError
+from oprd.foundation.errors import UserError
+from oprd.models.activation_checkpointing import attention_kept, check_attention_kept, checkpoint_blocks
 
 FLASH = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 LAYERS = 3

@@ -8,11 +8,11 @@ import pytest
 import torch
 from safetensors import SafetensorError
 
-from oprd.folder import whole
-from oprd.folder.checkpoints import checkpoints, last_whole_checkpoint, publish, rotate, written_whole
-from oprd.folder.lock import LOCK_FILE, hold
-from oprd.folder.run import STATE_FILE
-from oprd.folder.whole import SEAL_FILE, damage, seal
+from oprd.folders import whole
+from oprd.folders.checkpoints import checkpoints, last_whole_checkpoint, publish, rotate, written_whole
+from oprd.folders.lock import LOCK_FILE, hold
+from oprd.folders.run_folder import STATE_FILE
+from oprd.folders.whole import SEAL_FILE, damage, seal
 
 
 def write(folder, *names, sealed=True):

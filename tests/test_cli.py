@@ -15,14 +15,14 @@ import torch
 import yaml
 from tqdm import tqdm
 
-from oprd import cli
-from oprd.bridge_recipe import BridgeArguments
-from oprd.engines.vllm import is_installed
-from oprd.errors import UserError
-from oprd.rollouts import HFEngine
-from oprd.settings import ObjectiveSettings
-from oprd.train import RunArguments
-from oprd.trainer import OPRDConfig
+from oprd.bridge.recipe import BridgeArguments
+from oprd.cli import commands as cli
+from oprd.foundation.errors import UserError
+from oprd.objective.settings import ObjectiveSettings
+from oprd.rollouts.engines.vllm import is_installed
+from oprd.rollouts.generation import HFEngine
+from oprd.training.train import RunArguments
+from oprd.training.trainer import OPRDConfig
 
 RECIPE = {
     "model_name_or_path": "tiny:student",
@@ -311,7 +311,7 @@ def test_of_several_ranks_one_tells_the_mistake(recipe, tmp_path, mistaken, said
     for rank in "01":
         layers = "9" if rank in mistaken else "all"
         (tmp_path / f"{rank}.yaml").write_text(Path(recipe(layers=layers, ddp_backend="gloo")).read_text())
-    each = f"exec {sys.executable} -m oprd.cli train {tmp_path}/$RANK.yaml"
+    each = f"exec {sys.executable} -m oprd.cli.commands train {tmp_path}/$RANK.yaml"
     _, errors, code = on_two_ranks("sh", "-c", each)
     assert code == 1
     told = [line for line in errors.splitlines() if "layer 9" in line]
@@ -415,7 +415,7 @@ def test_a_stopped_bridge_starts_over(capsys, tmp_path, monkeypatch):
 
 
 def test_faults_exit_with_1(capsys, recipe, tmp_path):
-    from oprd.models import load_model, load_tokenizer, resolve_model
+    from oprd.models.loading import load_model, load_tokenizer, resolve_model
 
     teacher = load_model(resolve_model("tiny:teacher"), dtype="float32")
     teacher.model.layers[1].mlp.down_proj.weight.data[0] = 3e38  # a number, whose products are none

@@ -12,11 +12,11 @@ import pytest
 import torch
 
 from oprd import losses
-from oprd.custom_loss import CustomLoss, named_loss, row_loss
-from oprd.errors import UserError
-from oprd.folder.run import resolved_settings
-from oprd.settings import ObjectiveSettings
-from oprd.trainer import OPRDConfig
+from oprd.folders.run_folder import resolved_settings
+from oprd.foundation.errors import UserError
+from oprd.objective.custom_loss import CustomLoss, named_loss, row_loss
+from oprd.objective.settings import ObjectiveSettings
+from oprd.training.trainer import OPRDConfig
 
 SOURCE = """
 import torch

@@ -5,8 +5,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lookalikes import KINDS, byte_level, exact, lookalike
-from oprd.alignment import Aligner, align_tokens
-from oprd.spelling import encode, spelling
+from oprd.text.alignment import Aligner, align_tokens
+from oprd.text.spelling import encode, spelling
 
 
 def spelled(name, *tokens, ended=True):

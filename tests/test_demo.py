@@ -6,10 +6,10 @@ from dataclasses import replace
 import pytest
 import yaml
 
-from oprd import cli
-from oprd.demo import at_share, run_demo
-from oprd.demo_pairs import BRIDGE, PAIRS, SHARED
-from oprd.folder.recorder import read_metrics
+from oprd.cli import commands as cli
+from oprd.cli.demo import at_share, run_demo
+from oprd.cli.demo_pairs import BRIDGE, PAIRS, SHARED
+from oprd.folders.recorder import read_metrics
 
 pytestmark = pytest.mark.xdist_group("demo")
 

@@ -60,9 +60,9 @@ def test_links_inside_the_repository_resolve(document):
 def test_every_key_of_ours_is_documented():
     from dataclasses import fields
 
-    from oprd.bridge_recipe import BridgeArguments
-    from oprd.settings import ObjectiveSettings
-    from oprd.train import RunArguments
+    from oprd.bridge.recipe import BridgeArguments
+    from oprd.objective.settings import ObjectiveSettings
+    from oprd.training.train import RunArguments
 
     text = (ROOT / "docs" / "recipes.md").read_text()
     names = [

@@ -14,21 +14,22 @@ import torch
 import yaml
 from transformers.utils import is_bitsandbytes_available
 
-from oprd import cli, doctor
-from oprd.doctor import examine, longest_rollout
-from oprd.engines.vllm import is_installed
-from oprd.errors import UserError
-from oprd.folder.run import resolved_settings, write_resolved
-from oprd.meters import MB
-from oprd.models import load_model, load_tokenizer, resolve_model
-from oprd.planning import knobs, machine
-from oprd.planning.checks import check_disk
-from oprd.planning.knobs import first_knob
-from oprd.planning.machine import Machine
-from oprd.planning.memory_plan import plan_memory
-from oprd.planning.parts import STUDENT, TEACHER
-from oprd.rollout_trainer import RolloutTrainer
-from oprd.train import parse_training_recipe, prompts_of, run_inputs
+from oprd.cli import commands as cli
+from oprd.folders.run_folder import resolved_settings, write_resolved
+from oprd.foundation.errors import UserError
+from oprd.foundation.meters import MB
+from oprd.models.loading import load_model, load_tokenizer, resolve_model
+from oprd.preflight import doctor
+from oprd.preflight.doctor import examine, longest_rollout
+from oprd.preflight.planning import knobs, machine
+from oprd.preflight.planning.checks import check_disk
+from oprd.preflight.planning.knobs import first_knob
+from oprd.preflight.planning.machine import Machine
+from oprd.preflight.planning.memory_plan import plan_memory
+from oprd.preflight.planning.parts import STUDENT, TEACHER
+from oprd.rollouts.engines.vllm import is_installed
+from oprd.training.rollout_trainer import RolloutTrainer
+from oprd.training.train import parse_training_recipe, prompts_of, run_inputs
 
 pytestmark = pytest.mark.usefixtures("one_heap_pass")  # subprocesses, which are measured, take all
 
@@ -344,7 +345,7 @@ def test_what_cannot_fit_is_not_tried(capsys, recipe, container, far):
 def test_running_out_of_memory_names_the_first_knob(recipe, megabytes, far):
     path = recipe(per_device_train_batch_size=32, max_completion_length=2048, **far)
     room = f"import resource; resource.setrlimit(resource.RLIMIT_DATA, ({megabytes}_000_000,) * 2)"
-    once = "from oprd.planning import memory_plan; memory_plan.HEAP_PASSES = 1"
+    once = "from oprd.preflight.planning import memory_plan; memory_plan.HEAP_PASSES = 1"
     script = f"{room}; import sys; from oprd import cli; {once}; cli.main(sys.argv[1:])"
     command = [sys.executable, "-c", script, "train", path, "--dry_run"]
     result = subprocess.run(command, capture_output=True, text=True)

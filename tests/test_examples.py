@@ -10,11 +10,11 @@ import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.utils import FullyShardedDataParallelPlugin
 
-from oprd.bridge_recipe import parse_bridge_recipe
-from oprd.demo import at_share
-from oprd.demo_pairs import BRIDGE, PAIRS, SHARED
-from oprd.doctor import examine
-from oprd.train import parse_training_recipe
+from oprd.bridge.recipe import parse_bridge_recipe
+from oprd.cli.demo import at_share
+from oprd.cli.demo_pairs import BRIDGE, PAIRS, SHARED
+from oprd.preflight.doctor import examine
+from oprd.training.train import parse_training_recipe
 
 ROOT = Path(__file__).parents[1]
 RECIPES = sorted(path for name in (".", "paper", "tiny") for path in (ROOT / "recipes" / name).glob("*.yaml"))

@@ -7,10 +7,10 @@ import pytest
 from datasets import Dataset
 from safetensors.torch import load_file, save_file
 
-from oprd.errors import UserError
-from oprd.folder import fingerprint
-from oprd.folder.fingerprint import file_fingerprint, model_fingerprints, rows_fingerprint
-from oprd.models import TINY_MODELS
+from oprd.folders import fingerprint
+from oprd.folders.fingerprint import file_fingerprint, model_fingerprints, rows_fingerprint
+from oprd.foundation.errors import UserError
+from oprd.models.loading import TINY_MODELS
 
 
 @pytest.fixture

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from oprd.errors import UserError
-from oprd.finite import check_loaded, check_trained, finite_logits
+from oprd.foundation.errors import UserError
+from oprd.models.finite import check_loaded, check_trained, finite_logits
 
 
 def model(dtype=torch.float32):

@@ -9,9 +9,9 @@ from accelerate.hooks import ModelHook, add_hook_to_module
 from transformers import Qwen3ForCausalLM
 
 from oprd import output_space
-from oprd.capture import backbone
-from oprd.errors import UserError
-from oprd.head import Head, check_head
+from oprd.foundation.errors import UserError
+from oprd.models.capture import backbone
+from oprd.models.lm_head import Head, check_head
 
 SIZES = {
     "vocab_size": 41,

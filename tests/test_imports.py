@@ -69,24 +69,26 @@ def existing(parts: list[str]) -> list[str]:
 
 def test_the_sources_are_found():
     assert {f"oprd.{name}" for name in [*LEAVES, "errors"]} <= MODULES.keys()
-    assert "oprd.errors.UserError" in imported_names("oprd.losses")
+    assert "oprd.foundation.errors.UserError" in imported_names("oprd.objective.losses")
 
 
 @pytest.mark.parametrize("name", existing(BELOW_THE_TRAINER))
 def test_nothing_below_the_trainer_reaches_it(name):
     for module in reachable(name):
-        assert not is_within(module, "oprd.trainer") and not is_within(module, "oprd.cli"), module
+        assert not is_within(module, "oprd.training.trainer") and not is_within(
+            module, "oprd.cli.commands"
+        ), module
         assert not any(is_within(imported, "trl") for imported in imported_names(module)), module
 
 
 @pytest.mark.parametrize("name", existing(LEAVES))
 def test_leaves_import_only_the_errors(name):
-    assert own_imports(name) <= {"oprd.errors"}
+    assert own_imports(name) <= {"oprd.foundation.errors"}
 
 
 def test_only_the_trainer_imports_trl():
     importers = {name for name in MODULES if any(is_within(n, "trl") for n in imported_names(name))}
-    assert {name for name in importers if not name.startswith("oprd.trainer")} == set()
+    assert {name for name in importers if not name.startswith("oprd.training.trainer")} == set()
 
 
 def test_imports_have_no_cycle():

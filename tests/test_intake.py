@@ -9,12 +9,12 @@ from types import SimpleNamespace
 import pytest
 from datasets import Dataset, IterableDataset
 
-from oprd import intake
-from oprd.errors import UserError
-from oprd.intake import look_ahead, stream_length, usable_prompts
-from oprd.ranks import Ranks
-from oprd.rendering import Renderer
-from oprd.tiny.tokenizer import train_tokenizer
+from oprd.foundation.errors import UserError
+from oprd.foundation.ranks import Ranks
+from oprd.models.tiny.tokenizer import train_tokenizer
+from oprd.rollouts import intake
+from oprd.rollouts.intake import look_ahead, stream_length, usable_prompts
+from oprd.text.rendering import Renderer
 
 NO_SYSTEM = (
     "{%- if messages[0]['role'] == 'system' -%}"

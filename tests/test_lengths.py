@@ -3,10 +3,10 @@
 import pytest
 from transformers import AutoConfig
 
-from oprd.alignment import AlignedResponse
-from oprd.errors import UserError
-from oprd.lengths import Reader, fitting_length
-from oprd.positions import num_positions
+from oprd.foundation.errors import UserError
+from oprd.models.lengths import Reader, fitting_length
+from oprd.models.positions import num_positions
+from oprd.text.alignment import AlignedResponse
 
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "original_max_position_embeddings": 8192}

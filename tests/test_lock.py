@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from oprd.errors import UserError
-from oprd.folder import lock
-from oprd.folder.lock import LOCK_FILE, Holder, check_held, hold
+from oprd.folders import lock
+from oprd.folders.lock import LOCK_FILE, Holder, check_held, hold
+from oprd.foundation.errors import UserError
 
 processes = multiprocessing.get_context("fork")  # torch is imported already, and takes seconds
 

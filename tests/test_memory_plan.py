@@ -13,13 +13,13 @@ import yaml
 from peft import LoraConfig
 from transformers import AutoModelForCausalLM, Qwen2Config
 
-from oprd.batch import Batch
-from oprd.doctor import longest_rollout
-from oprd.models import load_model, load_tokenizer, resolve_model
-from oprd.planning.footprint import Footprint
-from oprd.planning.machine import Machine
-from oprd.planning.memory_plan import plan_memory
-from oprd.planning.parts import (
+from oprd.models.loading import load_model, load_tokenizer, resolve_model
+from oprd.models.teacher import Teacher
+from oprd.preflight.doctor import longest_rollout
+from oprd.preflight.planning.footprint import Footprint
+from oprd.preflight.planning.machine import Machine
+from oprd.preflight.planning.memory_plan import plan_memory
+from oprd.preflight.planning.parts import (
     ACTIVATIONS,
     BUCKETS,
     ENGINE,
@@ -33,11 +33,11 @@ from oprd.planning.parts import (
     STUDENT,
     TEACHER,
 )
-from oprd.planning.rehearsal import Rehearsal
-from oprd.planning.resident import ResidentBlocks
-from oprd.teacher import Teacher
-from oprd.train import parse_training_recipe
-from oprd.update import Update
+from oprd.preflight.planning.rehearsal import Rehearsal
+from oprd.preflight.planning.resident import ResidentBlocks
+from oprd.rollouts.rows import Batch
+from oprd.training.step import Update
+from oprd.training.train import parse_training_recipe
 
 pytestmark = pytest.mark.usefixtures("one_heap_pass")  # subprocesses, which are measured, take all
 

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
-from oprd.errors import UserError
-from oprd.models import base_model, load_model, load_tokenizer, load_with_tokenizer, resolve_model
+from oprd.foundation.errors import UserError
+from oprd.models.loading import base_model, load_model, load_tokenizer, load_with_tokenizer, resolve_model
 
 STUDENT = Path(resolve_model("tiny:student"))
 DEEP = '{"a":' * 5000 + "1" + "}" * 5000

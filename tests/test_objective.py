@@ -9,11 +9,11 @@ from hypothesis import strategies as st
 from transformers import OPTConfig, OPTForCausalLM
 
 from oprd import losses
-from oprd.errors import UserError
-from oprd.freezing import freeze_unreached
-from oprd.objective import Schedule, num_units, row_weights, weighted_loss
-from oprd.selection import LayerMap
-from oprd.settings import ObjectiveSettings
+from oprd.foundation.errors import UserError
+from oprd.models.freezing import freeze_unreached
+from oprd.objective.composite import Schedule, num_units, row_weights, weighted_loss
+from oprd.objective.selection import LayerMap
+from oprd.objective.settings import ObjectiveSettings
 
 WEIGHTS = st.just(0.0) | st.floats(1e-6, 100)
 KNOTS = st.lists(

@@ -2,7 +2,7 @@
 
 import pytest
 
-from oprd.origin import warn_of_another_origin
+from oprd.training.origin import warn_of_another_origin
 
 
 @pytest.mark.parametrize(

@@ -7,8 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from oprd.batch import Batch
-from oprd.packing import micro_batches, repack
+from oprd.rollouts.packing import micro_batches, repack
+from oprd.rollouts.rows import Batch
 
 LENGTHS = st.lists(st.tuples(st.integers(1, 20), st.integers(1, 40)), min_size=1, max_size=9)
 

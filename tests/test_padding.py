@@ -5,12 +5,12 @@ import torch
 import transformers
 from torch.nn.utils.rnn import pad_sequence
 
-from oprd.capture import num_layers
-from oprd.errors import UserError
-from oprd.models import TINY_MODELS, load_tokenizer
-from oprd.padding import check_sharded, generation_batches, heeds_padding
-from oprd.reading import Reading, Want, read_states
-from oprd.rollouts import Sampling, generate, left_pad
+from oprd.foundation.errors import UserError
+from oprd.models.capture import num_layers
+from oprd.models.forward import Reading, Want, read_states
+from oprd.models.loading import TINY_MODELS, load_tokenizer
+from oprd.models.padding import check_sharded, generation_batches, heeds_padding
+from oprd.rollouts.generation import Sampling, generate, left_pad
 
 VOCABULARY = 64
 COMMON = {

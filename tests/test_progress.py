@@ -6,11 +6,11 @@ import pytest
 import torch
 from tqdm import tqdm
 
-from oprd import progress
-from oprd.progress import tokens_shown
-from oprd.selection import LayerMap
-from oprd.start_line import start_line
-from oprd.trainer import OPRDConfig
+from oprd.objective.selection import LayerMap
+from oprd.rollouts import progress
+from oprd.rollouts.progress import tokens_shown
+from oprd.training.start_line import start_line
+from oprd.training.trainer import OPRDConfig
 
 
 def generate(model, lengths):

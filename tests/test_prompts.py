@@ -14,10 +14,10 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-import oprd.prompts
-from oprd.errors import UserError
-from oprd.prompts import load_prompts
-from oprd.tiny import task
+import oprd.rollouts.prompts
+from oprd.foundation.errors import UserError
+from oprd.models.tiny import task
+from oprd.rollouts.prompts import load_prompts
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 NUM_SHARED_ROWS = {
@@ -118,7 +118,7 @@ def test_hub_dataset(monkeypatch):
         assert (args, kwargs) == (("org/name", "algebra"), {"split": "train[:2]"})
         return datasets.Dataset.from_list([verl_row("a", "1"), verl_row("b", "2")])
 
-    monkeypatch.setattr(oprd.prompts, "load_dataset", load_dataset)
+    monkeypatch.setattr(oprd.rollouts.prompts, "load_dataset", load_dataset)
     rows = load_prompts("org/name", "train[:2]", "algebra").to_list()
     assert rows == [{"prompt": chat("a"), "solution": "1"}, {"prompt": chat("b"), "solution": "2"}]
 
@@ -135,7 +135,7 @@ def test_of_a_streamed_hub_dataset_only_the_first_rows_are_fetched(monkeypatch):
         assert (args, kwargs) == (("org/name", None), {"split": "train", "streaming": True})
         return datasets.IterableDataset.from_generator(rows)
 
-    monkeypatch.setattr(oprd.prompts, "load_dataset", load_dataset)
+    monkeypatch.setattr(oprd.rollouts.prompts, "load_dataset", load_dataset)
     assert load_prompts("org/name", streamed=3)["prompt"][:] == [chat("0"), chat("1"), chat("2")]
     assert len(fetched) < 10
 
@@ -383,7 +383,7 @@ def test_names_that_are_no_paths(tmp_path):
 
 @pytest.mark.parametrize("name", ["nowhere.jsonl", "./nowhere", "a/b/c", "/nowhere/at/all"])
 def test_missing_path_never_asks_the_hub(monkeypatch, name):
-    monkeypatch.delattr(oprd.prompts, "load_dataset")
+    monkeypatch.delattr(oprd.rollouts.prompts, "load_dataset")
     with pytest.raises(UserError, match=f"{name}: no such file or folder"):
         load_prompts(name)
 
@@ -392,7 +392,7 @@ def test_hub_failure_says_what_was_tried(monkeypatch):
     def load_dataset(*args: Any, **kwargs: Any) -> datasets.Dataset:
         raise ConnectionError("Couldn't reach the Hub\nlong story")
 
-    monkeypatch.setattr(oprd.prompts, "load_dataset", load_dataset)
+    monkeypatch.setattr(oprd.rollouts.prompts, "load_dataset", load_dataset)
     tried = (
         r"org/name: no such file or folder, .* \(config None, split 'test'\) failed: Couldn't reach the Hub$"
     )

@@ -7,13 +7,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from oprd.bridge_recipe import BridgeArguments
-from oprd.errors import UserError
+from oprd.bridge.recipe import BridgeArguments
 from oprd.evaluation.problems import EvalSettings
-from oprd.ranges import EVALUATION_RANGES, RANGES, Range, check_ranges
-from oprd.rollouts import Sampling
-from oprd.train import RunArguments
-from oprd.trainer import OPRDConfig
+from oprd.foundation.errors import UserError
+from oprd.foundation.ranges import EVALUATION_RANGES, RANGES, Range, check_ranges
+from oprd.rollouts.generation import Sampling
+from oprd.training.train import RunArguments
+from oprd.training.trainer import OPRDConfig
 
 BRIDGE = {name: "tiny" for name in ("model_name_or_path", "teacher_model_name_or_path", "dataset_name")}
 

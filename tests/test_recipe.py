@@ -7,9 +7,9 @@ from hypothesis import strategies as st
 from transformers import TrainingArguments
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
-from oprd.errors import UserError
-from oprd.recipe import read_recipe
-from oprd.train import parse_training_recipe
+from oprd.foundation.errors import UserError
+from oprd.foundation.recipe import read_recipe
+from oprd.training.train import parse_training_recipe
 
 BASE = {
     "model_name_or_path": "tiny:student",

@@ -3,9 +3,9 @@
 import pytest
 from tokenizers.processors import TemplateProcessing
 
-from oprd.errors import UserError
-from oprd.rendering import Refusal, Renderer
-from oprd.tiny.tokenizer import train_tokenizer
+from oprd.foundation.errors import UserError
+from oprd.models.tiny.tokenizer import train_tokenizer
+from oprd.text.rendering import Refusal, Renderer
 
 QUESTION = [{"role": "user", "content": "Compute 1+2."}]
 PARTIAL = [*QUESTION, {"role": "assistant", "content": "1+2="}]

@@ -2,10 +2,10 @@ import pytest
 import torch
 from transformers import GenerationConfig, Qwen3Config, Qwen3ForCausalLM
 
-from oprd.errors import UserError
-from oprd.rendering import Renderer
-from oprd.rollouts import Rollout, Sampling, eos_token_ids, generate, listed_eos_ids
-from oprd.tiny.tokenizer import train_tokenizer
+from oprd.foundation.errors import UserError
+from oprd.models.tiny.tokenizer import train_tokenizer
+from oprd.rollouts.generation import Rollout, Sampling, eos_token_ids, generate, listed_eos_ids
+from oprd.text.rendering import Renderer
 
 torch.set_num_threads(1)
 QUESTION = [{"role": "user", "content": "Compute 1+2."}]

@@ -5,13 +5,13 @@ from dataclasses import fields
 import pytest
 import yaml
 
-from oprd.bridge_recipe import BridgeArguments
-from oprd.errors import UserError
-from oprd.folder.deciding import DECIDING
-from oprd.folder.run import check_folder, default_settings, resolved_settings, write_resolved
-from oprd.settings import ObjectiveSettings
-from oprd.train import RunArguments
-from oprd.trainer import OPRDConfig
+from oprd.bridge.recipe import BridgeArguments
+from oprd.folders.deciding import DECIDING
+from oprd.folders.run_folder import check_folder, default_settings, resolved_settings, write_resolved
+from oprd.foundation.errors import UserError
+from oprd.objective.settings import ObjectiveSettings
+from oprd.training.train import RunArguments
+from oprd.training.trainer import OPRDConfig
 
 BATCH = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4, "num_processes": 1}
 STORED = BATCH | {
@@ -93,7 +93,7 @@ def test_nor_may_the_rollouts_of_a_step(run, key):
 def test_every_key_of_ours_either_decides_or_not():
     kinds = (ObjectiveSettings, RunArguments, BridgeArguments)
     ours = {field.name for kind in kinds for field in fields(kind)}
-    assert ours == (ours & set(DECIDING)) | HOW, "put a new key into oprd.folder.deciding, or into HOW"
+    assert ours == (ours & set(DECIDING)) | HOW, "put a new key into oprd.folders.deciding, or into HOW"
     assert not HOW & set(DECIDING)
     theirs = {field.name for field in fields(OPRDConfig)}
     assert set(DECIDING) <= ours | theirs

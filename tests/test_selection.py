@@ -8,8 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from oprd.errors import UserError
-from oprd.selection import LayerMap, Positions, proportional_layer
+from oprd.foundation.errors import UserError
+from oprd.objective.selection import LayerMap, Positions, proportional_layer
 
 # Layers (Eq. 11)
 

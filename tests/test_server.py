@@ -8,10 +8,10 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 import torch
 
-from oprd.engines import choose
-from oprd.engines.choose import ServerEngine
-from oprd.errors import UserError
-from oprd.rollouts import Sampling
+from oprd.foundation.errors import UserError
+from oprd.rollouts.engines import choose
+from oprd.rollouts.engines.choose import ServerEngine
+from oprd.rollouts.generation import Sampling
 
 
 class Handler(BaseHTTPRequestHandler):

@@ -2,9 +2,9 @@
 
 import pytest
 
-from oprd.errors import UserError
-from oprd.settings import ObjectiveSettings
-from oprd.trainer import OPRDConfig
+from oprd.foundation.errors import UserError
+from oprd.objective.settings import ObjectiveSettings
+from oprd.training.trainer import OPRDConfig
 
 CONFIG = {"bf16": False, "use_cpu": True, "report_to": "none"}
 

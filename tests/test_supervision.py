@@ -2,8 +2,8 @@
 
 import pytest
 
-from oprd.settings import ObjectiveSettings
-from oprd.supervision import SupervisionWatch
+from oprd.objective.settings import ObjectiveSettings
+from oprd.training.supervision import SupervisionWatch
 
 FULL = {"rollout/mean_length": 8.0, "rollout/truncated_share": 1.0, "rollout/representation_rows": 6.0}
 EMPTY = FULL | {"rollout/representation_rows": 0.0}

@@ -6,16 +6,16 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from oprd.alignment import same_vocabulary
-from oprd.errors import UserError
+from oprd.evaluation.evaluate import evaluate
 from oprd.evaluation.grade import grade
 from oprd.evaluation.problems import EvalSettings
-from oprd.evaluation.run import evaluate
-from oprd.models import TINY_MODELS, load_model, load_tokenizer, resolve_model
-from oprd.prompts import load_prompts
-from oprd.rollouts import Sampling
-from oprd.tiny import task
-from oprd.tiny.build import RUNS, TinySettings, build, greedy_accuracy
+from oprd.foundation.errors import UserError
+from oprd.models.loading import TINY_MODELS, load_model, load_tokenizer, resolve_model
+from oprd.models.tiny import task
+from oprd.models.tiny.build import RUNS, TinySettings, build, greedy_accuracy
+from oprd.rollouts.generation import Sampling
+from oprd.rollouts.prompts import load_prompts
+from oprd.text.alignment import same_vocabulary
 
 MODELS = ("student", "teacher")
 

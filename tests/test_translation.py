@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from lookalikes import lookalike
-from oprd.errors import UserError
-from oprd.tiny.tokenizer import DIGITS, PAIRS, train_tokenizer
-from oprd.translation import Translation
+from oprd.foundation.errors import UserError
+from oprd.models.tiny.tokenizer import DIGITS, PAIRS, train_tokenizer
+from oprd.rollouts.translation import Translation
 
 CHAT = [[{"role": "user", "content": text}] for text in ("12+7", "a longer question")]
 HINTED = "{{- hint | default('none') + ':' + messages[0]['content'] -}}"

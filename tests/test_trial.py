@@ -4,10 +4,10 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from oprd.capture import capture, num_layers
-from oprd.errors import UserError
-from oprd.tiny.tokenizer import train_tokenizer
-from oprd.trial import try_rollout, try_states
+from oprd.foundation.errors import UserError
+from oprd.models.capture import capture, num_layers
+from oprd.models.tiny.tokenizer import train_tokenizer
+from oprd.models.trial import try_rollout, try_states
 
 SIZES = {
     "vocab_size": 40,

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import xxhash
 
-from oprd.errors import UserError
-from oprd.folder.whole import SEAL_FILE, check_place, check_writable, damage, seal, unseal, write_whole
+from oprd.folders.whole import SEAL_FILE, check_place, check_writable, damage, seal, unseal, write_whole
+from oprd.foundation.errors import UserError
 
 SIZES = {"empty": 0, "model.safetensors": 9, "shards/0.distcp": 9}
 

@@ -8,12 +8,12 @@ from typing import Any
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "5000")
 
-from oprd import losses, output_space
-from oprd.alignment import align_tokens
 from oprd.bridge import Bridge, BridgeFitter
-from oprd.capture import capture
-from oprd.errors import UserError
-from oprd.selection import LayerMap, Positions
+from oprd.foundation.errors import UserError
+from oprd.models.capture import capture
+from oprd.objective import losses, output_space
+from oprd.objective.selection import LayerMap, Positions
+from oprd.text.alignment import align_tokens
 
 __version__ = "0.1.0"
 __all__ = [
@@ -34,7 +34,7 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     """The trainer on demand, so that the losses come without importing TRL."""
     if name in ("OPRDConfig", "OPRDTrainer"):
-        from oprd import trainer
+        from oprd.training import trainer
 
         return getattr(trainer, name)
     raise AttributeError(f"module 'oprd' has no attribute {name!r}")

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from oprd.bridge import BridgeFitter
-from oprd.selection import LayerMap
+from oprd.objective.selection import LayerMap
 
 
 @pytest.fixture(scope="session")

@@ -10,9 +10,9 @@ import torch.distributed as dist
 
 from oprd.bridge import BridgeFitter
 from oprd.bridge.held_out import is_held_out, rollout_hash
-from oprd.errors import UserError
-from oprd.ranks import leave_ranks
-from oprd.selection import LayerMap
+from oprd.foundation.errors import UserError
+from oprd.foundation.ranks import leave_ranks
+from oprd.objective.selection import LayerMap
 
 NUM_ROWS, ROLLOUT, HOLDOUT = 400, 8, 0.2
 LAYERS = LayerMap(((1, 2), (3, 2)))  # two student layers with one of the teacher's

@@ -12,8 +12,8 @@ from safetensors.torch import load_file, save_file
 
 from oprd.bridge import Bridge
 from oprd.bridge.artifact import BRIDGE_FILE, TENSORS, Projector
-from oprd.errors import UserError
-from oprd.selection import LayerMap
+from oprd.foundation.errors import UserError
+from oprd.objective.selection import LayerMap
 
 WIDTHS = {1: (6, 5, 3), 4: (6, 7, 4), 9: (8, 5, 3)}  # student layer: widths of student and teacher, rank
 PAIRS = ((1, 2), (4, 3), (9, 2))

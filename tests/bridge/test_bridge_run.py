@@ -17,21 +17,21 @@ import yaml
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
 
-from oprd import cli
-from oprd.alignment import align_tokens, row_pairs
 from oprd.bridge import Bridge
+from oprd.bridge.from_rollouts import ModelPair, _fitting_sampling
 from oprd.bridge.identity import identity
-from oprd.bridge.report import _ranks
-from oprd.bridge_recipe import BridgeArguments, parse_bridge_recipe
-from oprd.bridge_run import ModelPair, _fitting_sampling
-from oprd.errors import UserError
-from oprd.folder.lock import LOCK_FILE, Holder
-from oprd.models import TINY_MODELS
-from oprd.prompts import load_prompts
-from oprd.ranks import Ranks
-from oprd.rollouts import HFEngine, Sampling, generate
-from oprd.tiny import tokenizer as designs
-from oprd.tiny.tokenizer import train_tokenizer
+from oprd.bridge.plots import _ranks
+from oprd.bridge.recipe import BridgeArguments, parse_bridge_recipe
+from oprd.cli import commands as cli
+from oprd.folders.lock import LOCK_FILE, Holder
+from oprd.foundation.errors import UserError
+from oprd.foundation.ranks import Ranks
+from oprd.models.loading import TINY_MODELS
+from oprd.models.tiny import tokenizer as designs
+from oprd.models.tiny.tokenizer import train_tokenizer
+from oprd.rollouts.generation import HFEngine, Sampling, generate
+from oprd.rollouts.prompts import load_prompts
+from oprd.text.alignment import align_tokens, row_pairs
 
 RECIPE = {
     "model_name_or_path": "tiny:student",

@@ -15,8 +15,8 @@ from oprd.bridge import BridgeFitter
 from oprd.bridge.artifact import TENSORS
 from oprd.bridge.fitter import best_monotone
 from oprd.bridge.held_out import is_held_out, rollout_hash
-from oprd.errors import UserError
-from oprd.selection import LayerMap
+from oprd.foundation.errors import UserError
+from oprd.objective.selection import LayerMap
 
 ONE = LayerMap(((1, 1),))
 

@@ -15,9 +15,9 @@ from oprd.bridge.identity import (
     tokenizer_fingerprint,
     weights_fingerprint,
 )
-from oprd.errors import UserError
-from oprd.tiny import tokenizer as designs
-from oprd.tiny.tokenizer import train_tokenizer
+from oprd.foundation.errors import UserError
+from oprd.models.tiny import tokenizer as designs
+from oprd.models.tiny.tokenizer import train_tokenizer
 
 WORDS = ["a few words to merge, a few words more"] * 9
 

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from killing import CLI, assert_same_run, finish, flags, lasting, run, start
-from oprd.folder.checkpoints import checkpoints, last_whole_checkpoint
-from oprd.folder.claims import is_finished
-from oprd.folder.whole import SEAL_FILE
+from oprd.folders.checkpoints import checkpoints, last_whole_checkpoint
+from oprd.folders.claims import is_finished
+from oprd.folders.whole import SEAL_FILE
 
 pytestmark = pytest.mark.drill
 

@@ -9,7 +9,7 @@ import pytest
 
 from conftest import SEED
 from killing import CLI, assert_same_run, finish, flags, start
-from oprd.folder.claims import is_finished
+from oprd.folders.claims import is_finished
 
 pytestmark = pytest.mark.drill
 

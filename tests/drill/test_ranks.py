@@ -3,8 +3,8 @@
 import pytest
 
 from killing import CLI, DRIVER, TORCHRUN, assert_same_run, finish, flags, lasting, run
-from oprd.folder.checkpoints import last_whole_checkpoint
-from oprd.folder.lock import hold
+from oprd.folders.checkpoints import last_whole_checkpoint
+from oprd.folders.lock import hold
 
 pytestmark = pytest.mark.drill
 

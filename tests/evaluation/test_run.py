@@ -9,17 +9,18 @@ import pytest
 import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from oprd import cli, rollouts
-from oprd.errors import UserError
+from oprd.cli import commands as cli
 from oprd.evaluation import run
+from oprd.evaluation.evaluate import evaluate, evaluation_folder, graded
 from oprd.evaluation.grade import grade
 from oprd.evaluation.metrics import confidence_interval
 from oprd.evaluation.problems import EvalSettings
-from oprd.evaluation.run import evaluate, evaluation_folder, graded
-from oprd.folder.lock import LOCK_FILE, Holder
-from oprd.rollouts import Rollout, Sampling
-from oprd.tiny import task
-from oprd.tiny.tokenizer import train_tokenizer
+from oprd.folders.lock import LOCK_FILE, Holder
+from oprd.foundation.errors import UserError
+from oprd.models.tiny import task
+from oprd.models.tiny.tokenizer import train_tokenizer
+from oprd.rollouts import generation as rollouts
+from oprd.rollouts.generation import Rollout, Sampling
 
 torch.set_num_threads(1)
 DRAWN = Sampling(max_new_tokens=6, temperature=1.0, top_p=1.0)

@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional as F
 
 from oprd import losses
-from oprd.errors import UserError
+from oprd.foundation.errors import UserError
 
 NAMES = ["mse", "normalized_mse", "cosine", "relative_mse", "smooth_l1"]
 SHAPES = [(1, 1), (1, 33), (7, 33), (5, 1), (2, 4), (0, 33)]

@@ -9,7 +9,7 @@ import reference
 import torch
 
 from oprd import output_space
-from oprd.errors import UserError
+from oprd.foundation.errors import UserError
 
 SUPPORTS = ["student", "teacher", "union", "intersection"]
 DIVERGENCES = ["reverse_kl", "forward_kl", "jsd"]

@@ -13,9 +13,9 @@ from datasets import Dataset
 from tiny_pair import QUICK, SIZES, ScriptedTrainer, perturb, prompt_texts
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from oprd.tiny.tokenizer import train_tokenizer
-from oprd.train import parse_training_recipe, train
-from oprd.trainer import OPRDConfig, OPRDTrainer
+from oprd.models.tiny.tokenizer import train_tokenizer
+from oprd.training.train import parse_training_recipe, train
+from oprd.training.trainer import OPRDConfig, OPRDTrainer
 
 
 @pytest.fixture(scope="session")

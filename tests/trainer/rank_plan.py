@@ -10,12 +10,12 @@ from dataclasses import replace
 import torch
 from cpu_sharding import ask_for_fsdp, shard_on_cpu
 
-from oprd.doctor import longest_rollout
-from oprd.dry_run import PEAKS, dry_run
-from oprd.planning import memory_plan
-from oprd.planning.machine import Machine
-from oprd.ranks import leave_ranks
-from oprd.train import parse_training_recipe
+from oprd.foundation.ranks import leave_ranks
+from oprd.preflight.doctor import longest_rollout
+from oprd.preflight.dry_run import PEAKS, dry_run
+from oprd.preflight.planning import memory_plan
+from oprd.preflight.planning.machine import Machine
+from oprd.training.train import parse_training_recipe
 
 
 def main() -> None:

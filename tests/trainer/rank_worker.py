@@ -19,11 +19,11 @@ from peft import LoraConfig
 from tiny_pair import QUICK, ScriptedTrainer, prompt_texts
 from torch.distributed.tensor import DTensor
 
-from oprd.capture import blocks
-from oprd.ranks import leave_ranks
-from oprd.reading import Reading, Want
-from oprd.train import parse_training_recipe, train
-from oprd.trainer import OPRDConfig
+from oprd.foundation.ranks import leave_ranks
+from oprd.models.capture import blocks
+from oprd.models.forward import Reading, Want
+from oprd.training.train import parse_training_recipe, train
+from oprd.training.trainer import OPRDConfig
 
 COMPLETIONS, STEPS = 4, 3
 OUTPUT = {"representation_weight": "0", "output_loss": "top_k", "output_top_k": 4}

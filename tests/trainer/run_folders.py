@@ -3,7 +3,7 @@
 import torch
 from safetensors.torch import load_file
 
-from oprd.folder.recorder import read_metrics
+from oprd.folders.recorder import read_metrics
 
 
 def lasting(folder):

@@ -12,10 +12,10 @@ import yaml
 from safetensors.torch import load_file
 from tiny_pair import QUICK
 
-from oprd.errors import UserError
 from oprd.evaluation import shared
-from oprd.folder.recorder import read_metrics
-from oprd.train import parse_training_recipe, train
+from oprd.folders.recorder import read_metrics
+from oprd.foundation.errors import UserError
+from oprd.training.train import parse_training_recipe, train
 
 PROBLEMS, SAMPLES = 5, 3
 RECIPE = QUICK | {

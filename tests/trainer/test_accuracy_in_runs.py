@@ -6,10 +6,10 @@ import pytest
 import yaml
 from tiny_pair import QUICK
 
-from oprd.errors import UserError
-from oprd.folder.recorder import read_metrics
-from oprd.models import load_tokenizer
-from oprd.train import parse_training_recipe, train
+from oprd.folders.recorder import read_metrics
+from oprd.foundation.errors import UserError
+from oprd.models.loading import load_tokenizer
+from oprd.training.train import parse_training_recipe, train
 
 
 @pytest.fixture

@@ -14,12 +14,12 @@ from safetensors.torch import load_file
 from test_trainer_adapters import by_hand
 from tiny_pair import QUICK
 
-from oprd.errors import UserError
+from oprd.evaluation.evaluate import evaluate
 from oprd.evaluation.problems import EvalSettings
-from oprd.evaluation.run import evaluate
-from oprd.models import load_model, load_tokenizer, resolve_model
-from oprd.prompts import load_prompts
-from oprd.rollouts import Sampling
+from oprd.foundation.errors import UserError
+from oprd.models.loading import load_model, load_tokenizer, resolve_model
+from oprd.rollouts.generation import Sampling
+from oprd.rollouts.prompts import load_prompts
 
 COMMITS = {"main": "a" * 40, "v2": "b" * 40}
 CODE = """from transformers import Qwen3ForCausalLM
@@ -59,7 +59,7 @@ def hub(tmp_path_factory, student, teacher):
 
 IN_TURN = """
 import contextlib, io, json, sys
-from oprd import cli
+from oprd.cli import commands as cli
 
 said = []
 for argv in json.loads(sys.argv[1]):

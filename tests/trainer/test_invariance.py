@@ -6,8 +6,8 @@ from test_trainer_costs import Calls
 from torch.nn.functional import pad
 from transformers import TrainerCallback
 
-from oprd.errors import UserError
-from oprd.objective import num_units, row_weights
+from oprd.foundation.errors import UserError
+from oprd.objective.composite import num_units, row_weights
 from test_checkpointing import FLASH, Runs
 
 BOTH = {"output_loss": "full_vocab", "layers": "1", "representation_weight": "3"}

@@ -3,9 +3,9 @@
 import pytest
 
 from killing import assert_same_run, finish, flags, kill_at, lasting, prompts
-from oprd import cli
-from oprd.folder.checkpoints import checkpoints, last_whole_checkpoint
-from oprd.folder.claims import is_finished
+from oprd.cli import commands as cli
+from oprd.folders.checkpoints import checkpoints, last_whole_checkpoint
+from oprd.folders.claims import is_finished
 
 pytestmark = pytest.mark.xdist_group("killed")
 

@@ -5,8 +5,8 @@ import torch
 from accelerate.utils import DistributedType
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from oprd.padding import heeds_padding
-from oprd.precision import Precision, store_products_in
+from oprd.models.padding import heeds_padding
+from oprd.models.precision import Precision, store_products_in
 
 OBJECTIVES = {
     "mse": {},

@@ -8,11 +8,11 @@ from dataclasses import asdict
 import pytest
 from run_folders import files, lasting, same_weights
 
-from oprd.errors import UserError
-from oprd.folder import lock
-from oprd.folder.lock import LOCK_FILE, Holder
-from oprd.folder.whole import SEAL_FILE, seal
-from oprd.train import train
+from oprd.folders import lock
+from oprd.folders.lock import LOCK_FILE, Holder
+from oprd.folders.whole import SEAL_FILE, seal
+from oprd.foundation.errors import UserError
+from oprd.training.train import train
 
 # Finished models
 
@@ -56,7 +56,7 @@ def test_a_card_is_everybodys_to_edit(copied, recipe):
 
 def test_a_finished_run_needs_no_right_to_write(finished, recipe, monkeypatch):
     """It is neither locked nor probed."""
-    monkeypatch.setattr("oprd.train.hold", None)
+    monkeypatch.setattr("oprd.training.train.hold", None)
     assert train(*recipe(finished)) == finished
 
 
@@ -118,7 +118,7 @@ def test_a_whole_file_that_cannot_be_loaded_is_named(copied, recipe, name):
     "line", ["{", "[]", '{"loss": 1}', '{"step": "4"}', '{"step": 1}', "\x00"], ids=range(6)
 )
 def test_an_alien_line_of_metrics_is_named_before_models_load(copied, recipe, monkeypatch, number, line):
-    monkeypatch.setattr("oprd.train._make_trainer", None)
+    monkeypatch.setattr("oprd.training.train._make_trainer", None)
     (copied / SEAL_FILE).unlink()
     lines = (copied / "metrics.jsonl").read_text().splitlines()
     lines[number - 1] = line
@@ -189,7 +189,7 @@ def test_a_refused_command_leaves_what_another_one_has_made(tmp_path, recipe, fi
         shutil.copytree(finished, folder, dirs_exist_ok=True)
         raise UserError("a mistake found late")
 
-    monkeypatch.setattr("oprd.train.load_prompts", others_run)
+    monkeypatch.setattr("oprd.training.train.load_prompts", others_run)
     with pytest.raises(UserError, match="a mistake found late"):
         train(*recipe(folder))
     assert files(folder).keys() == {folder / path.relative_to(finished) for path in files(finished)}
@@ -201,5 +201,5 @@ def test_a_run_that_was_finished_before_this_one_took_the_folder_is_left_alone(
     folder = tmp_path / "run"
     check = lock.check_writable
     monkeypatch.setattr(lock, "check_writable", lambda path: (shutil.copytree(finished, path), check(path)))
-    monkeypatch.setattr("oprd.train._make_trainer", None)
+    monkeypatch.setattr("oprd.training.train._make_trainer", None)
     assert train(*recipe(folder)) == folder

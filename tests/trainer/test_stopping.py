@@ -8,12 +8,12 @@ import pytest
 import yaml
 from tiny_pair import QUICK, prompt_texts
 
-from oprd import cli
-from oprd.folder.checkpoints import checkpoints, last_whole_checkpoint
-from oprd.folder.claims import is_finished
-from oprd.folder.recorder import read_metrics
-from oprd.signals import SIGNALS
-from oprd.trainer import OPRDTrainer
+from oprd.cli import commands as cli
+from oprd.folders.checkpoints import checkpoints, last_whole_checkpoint
+from oprd.folders.claims import is_finished
+from oprd.folders.recorder import read_metrics
+from oprd.foundation.signals import SIGNALS
+from oprd.training.trainer import OPRDTrainer
 
 
 @pytest.fixture(scope="module")

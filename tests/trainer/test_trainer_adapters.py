@@ -11,13 +11,13 @@ from test_trainer_run import lasting
 from tiny_pair import QUICK, perturb, prompt_texts
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from oprd.engines import choose
-from oprd.engines.choose import choose_engine
-from oprd.engines.student import StudentEngine
-from oprd.errors import UserError
-from oprd.meters import Stopwatch
-from oprd.models import load_model, load_tokenizer, resolve_model
-from oprd.train import parse_training_recipe, train
+from oprd.foundation.errors import UserError
+from oprd.foundation.meters import Stopwatch
+from oprd.models.loading import load_model, load_tokenizer, resolve_model
+from oprd.rollouts.engines import choose
+from oprd.rollouts.engines.choose import choose_engine
+from oprd.rollouts.engines.student import StudentEngine
+from oprd.training.train import parse_training_recipe, train
 
 KINDS = {"lora": [], "rslora": ["--use_rslora", "true"], "dora": ["--use_dora", "true"]}
 

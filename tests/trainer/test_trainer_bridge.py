@@ -18,15 +18,15 @@ from test_trainer_run import lasting, same_weights
 from tiny_pair import QUICK, perturb, prompt_texts
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from oprd import cli
 from oprd.bridge import Bridge, BridgeFitter
 from oprd.bridge.artifact import Projector
 from oprd.bridge.identity import identity
-from oprd.errors import UserError
-from oprd.losses import REPRESENTATION_LOSSES
-from oprd.selection import LayerMap
-from oprd.train import parse_training_recipe, train
-from oprd.trainer import OPRDConfig
+from oprd.cli import commands as cli
+from oprd.foundation.errors import UserError
+from oprd.objective.losses import REPRESENTATION_LOSSES
+from oprd.objective.selection import LayerMap
+from oprd.training.train import parse_training_recipe, train
+from oprd.training.trainer import OPRDConfig
 
 PAIRS = ((1, 1), (2, 3), (3, 5))
 SHARED = ((1, 2), (2, 2), (3, 5))  # two student layers look at one teacher layer

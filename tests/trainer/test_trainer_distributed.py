@@ -24,9 +24,9 @@ from transformers.integrations.deepspeed import (
     unset_hf_deepspeed_config,
 )
 
-from oprd.folder.recorder import read_metrics
-from oprd.sharding.zero import loaded_whole
-from oprd.train import parse_training_recipe, train
+from oprd.folders.recorder import read_metrics
+from oprd.models.sharding.zero import loaded_whole
+from oprd.training.train import parse_training_recipe, train
 
 pytestmark = pytest.mark.xdist_group("two ranks")  # which are started once
 

@@ -6,8 +6,9 @@ import by_hand
 import pytest
 import torch
 
-from oprd.engines.importance import importance_weights
-from oprd.engines.staleness import (
+from oprd.foundation.errors import UserError
+from oprd.rollouts.engines.importance import importance_weights
+from oprd.rollouts.engines.staleness import (
     CHECKED_TOKENS,
     READ_AGAIN_EVERY,
     FixedText,
@@ -16,9 +17,8 @@ from oprd.engines.staleness import (
     log_prob_gaps,
     student_log_probs,
 )
-from oprd.engines.student import Drawn
-from oprd.errors import UserError
-from oprd.trainer import OPRDConfig
+from oprd.rollouts.engines.student import Drawn
+from oprd.training.trainer import OPRDConfig
 
 CORRECTED = {"use_vllm": True, "output_loss": "sampled_token", "vllm_importance_sampling_correction": True}
 

@@ -13,7 +13,7 @@ from tiny_pair import prompt_texts
 from transformers import AutoModelForCausalLM, Trainer, TrainerCallback
 from trl import DistillationTrainer
 
-from oprd.batch import Batch
+from oprd.rollouts.rows import Batch
 
 LORA = LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "up_proj"], init_lora_weights=False)
 

@@ -4,8 +4,8 @@ import by_hand
 import pytest
 import torch
 
-from oprd.errors import UserError
-from oprd.losses import REPRESENTATION_LOSSES
+from oprd.foundation.errors import UserError
+from oprd.objective.losses import REPRESENTATION_LOSSES
 
 PAIRS = {"all": [(1, 1), (2, 2)], "last": [(2, 2)], "1": [(1, 1)], "1=2": [(1, 2)]}
 TOP_K = [

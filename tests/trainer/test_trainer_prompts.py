@@ -7,7 +7,7 @@ from datasets import Dataset, IterableDataset
 from tiny_pair import prompt_texts
 from transformers import AutoModelForCausalLM
 
-from oprd.errors import UserError
+from oprd.foundation.errors import UserError
 
 QUESTION = [{"role": "user", "content": "What is 3?"}]
 PARTIAL = [*QUESTION, {"role": "assistant", "content": "3 plus "}]

@@ -15,9 +15,9 @@ from tiny_pair import prompt_texts
 from tokenizers.processors import TemplateProcessing
 from transformers import GenerationConfig
 
-from oprd.batch import truncated_rollouts
-from oprd.errors import UserError
-from oprd.rollouts import left_pad
+from oprd.foundation.errors import UserError
+from oprd.rollouts.generation import left_pad
+from oprd.rollouts.rows import truncated_rollouts
 
 CALL = '<tool_call>\n{"name": "add", "arguments": {"a": 3, "b": 4}}\n</tool_call><|im_end|>'
 ANSWER = "The sum is 7.<|im_end|>"

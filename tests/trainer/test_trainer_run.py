@@ -14,12 +14,12 @@ from run_folders import files, lasting, same_weights
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
-from oprd.errors import UserError
-from oprd.folder.checkpoints import last_whole_checkpoint
-from oprd.folder.claims import is_finished
-from oprd.folder.recorder import keep_steps, read_metrics
-from oprd.folder.whole import SEAL_FILE
-from oprd.train import train
+from oprd.folders.checkpoints import last_whole_checkpoint
+from oprd.folders.claims import is_finished
+from oprd.folders.recorder import keep_steps, read_metrics
+from oprd.folders.whole import SEAL_FILE
+from oprd.foundation.errors import UserError
+from oprd.training.train import train
 
 KEYS = {
     "step",

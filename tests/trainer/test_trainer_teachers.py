@@ -13,9 +13,9 @@ from tiny_pair import prompt_texts
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import is_bitsandbytes_available, is_liger_kernel_available
 
-from oprd.errors import UserError
-from oprd.tiny.tokenizer import train_tokenizer
-from oprd.trainer import OPRDConfig, OPRDTrainer
+from oprd.foundation.errors import UserError
+from oprd.models.tiny.tokenizer import train_tokenizer
+from oprd.training.trainer import OPRDConfig, OPRDTrainer
 
 TEMPLATE = (
     "{%- if hint is defined -%}{{- 'Hint: ' + hint + ' ' -}}{%- endif -%}"

@@ -25,11 +25,11 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from oprd.batch import truncated_rollouts
-from oprd.errors import UserError
-from oprd.losses import REPRESENTATION_LOSSES
-from oprd.tiny import tokenizer as designs
-from oprd.tiny.tokenizer import train_tokenizer
+from oprd.foundation.errors import UserError
+from oprd.models.tiny import tokenizer as designs
+from oprd.models.tiny.tokenizer import train_tokenizer
+from oprd.objective.losses import REPRESENTATION_LOSSES
+from oprd.rollouts.rows import truncated_rollouts
 
 WORDS = ["the sum is twelve", "naïve café, 12345+67=12412", "the answer is 98765 and not 1"]
 END = "<|im_end|>"

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from oprd.trainer import OPRDTrainer
+from oprd.training.trainer import OPRDTrainer
 
 SIZES = {
     "hidden_size": 32,

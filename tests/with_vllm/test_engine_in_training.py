@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from oprd.models import TINY_MODELS, resolve_model
+from oprd.models.loading import TINY_MODELS, resolve_model
 
 pytest.importorskip("vllm")
 

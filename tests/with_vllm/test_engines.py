@@ -15,16 +15,16 @@ import torch
 
 pytest.importorskip("vllm")
 
-from oprd.engines.choose import ServerEngine, VLLMEngine, choose_engine
-from oprd.engines.vllm import check_server
-from oprd.errors import UserError
+from oprd.evaluation.evaluate import evaluate
 from oprd.evaluation.problems import EvalSettings
-from oprd.evaluation.run import evaluate
-from oprd.models import load_model, load_tokenizer, resolve_model
-from oprd.prompts import load_prompts
-from oprd.rendering import Renderer
-from oprd.rollouts import HFEngine, Sampling, eos_token_ids
-from oprd.trainer import OPRDConfig
+from oprd.foundation.errors import UserError
+from oprd.models.loading import load_model, load_tokenizer, resolve_model
+from oprd.rollouts.engines.choose import ServerEngine, VLLMEngine, choose_engine
+from oprd.rollouts.engines.vllm import check_server
+from oprd.rollouts.generation import HFEngine, Sampling, eos_token_ids
+from oprd.rollouts.prompts import load_prompts
+from oprd.text.rendering import Renderer
+from oprd.training.trainer import OPRDConfig
 
 BRIDGE = Path(__file__).parents[2] / "recipes" / "tiny" / "bridge.yaml"
 SETTINGS = EvalSettings(samples=4, sampling=Sampling(64, 1.0, 1.0), batch_size=8)

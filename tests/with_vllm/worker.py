@@ -12,10 +12,10 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig
 
-from oprd import cli
-from oprd.engines.student import StudentEngine
-from oprd.tiny import task
-from oprd.trainer import OPRDConfig, OPRDTrainer
+from oprd.cli import commands as cli
+from oprd.models.tiny import task
+from oprd.rollouts.engines.student import StudentEngine
+from oprd.training.trainer import OPRDConfig, OPRDTrainer
 
 VANILLA = Path(__file__).parents[2] / "recipes" / "tiny" / "vanilla.yaml"
 QUICK = {

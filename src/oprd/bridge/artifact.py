@@ -14,8 +14,8 @@ from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from oprd.errors import UserError, reason, whatever_fails_is, writing
-from oprd.selection import LayerMap
+from oprd.foundation.errors import UserError, reason, whatever_fails_is, writing
+from oprd.objective.selection import LayerMap
 
 BRIDGE_FILE = "bridge.safetensors"
 FORMAT = "oprd-bridge-1"

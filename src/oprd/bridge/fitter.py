@@ -16,8 +16,8 @@ from oprd.bridge.held_out import RowCounter, RowSample, is_held_out, rollout_has
 from oprd.bridge.moments import Key, Moments
 from oprd.bridge.pair import FitSettings, PairRows, Rank, alignment, fit_pair
 from oprd.bridge.solve import Joint, linear_cka
-from oprd.errors import UserError
-from oprd.selection import LayerMap
+from oprd.foundation.errors import UserError
+from oprd.objective.selection import LayerMap
 
 logger = logging.getLogger(__name__)
 

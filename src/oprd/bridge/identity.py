@@ -11,10 +11,10 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from oprd.bridge.artifact import Bridge
-from oprd.capture import num_layers
-from oprd.errors import UserError
-from oprd.folder.fingerprint import sampled
-from oprd.models import weights_are_here
+from oprd.folders.fingerprint import sampled
+from oprd.foundation.errors import UserError
+from oprd.models.capture import num_layers
+from oprd.models.loading import weights_are_here
 
 ADAPTER_PARTS = ("modules_to_save.", "trainable_tokens_")
 ADAPTER_WRAPPERS = (".base_layer.", ".original_module.", ".token_adapter.")

@@ -23,8 +23,8 @@ from oprd.bridge.solve import (
     principal_directions,
     shared_directions,
 )
-from oprd.errors import UserError
-from oprd.ranges import check_ranges
+from oprd.foundation.errors import UserError
+from oprd.foundation.ranges import check_ranges
 
 Method = Literal["pca", "rrr", "cca"]
 Directions = Literal["leading", "predictable"]

@@ -6,13 +6,13 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from oprd.answers import answer_text
-from oprd.errors import UserError
-from oprd.messages import Prompt, checked_prompt, excerpt
-from oprd.positions import num_positions
-from oprd.ranges import check_ranges
-from oprd.rendering import Refusal, Renderer
-from oprd.rollouts import Sampling
+from oprd.foundation.errors import UserError
+from oprd.foundation.ranges import check_ranges
+from oprd.models.positions import num_positions
+from oprd.rollouts.generation import Sampling
+from oprd.text.answers import answer_text
+from oprd.text.messages import Prompt, checked_prompt, excerpt
+from oprd.text.rendering import Refusal, Renderer
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from types import UnionType
 from typing import Any
 
 from oprd.evaluation.problems import Problem
-from oprd.folder.whole import write_whole
+from oprd.folders.whole import write_whole
 
 logger = logging.getLogger(__name__)
 

@@ -13,9 +13,9 @@ from accelerate.utils import gather_object
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from oprd.evaluation import metrics
+from oprd.evaluation.evaluate import derived_seed, graded
 from oprd.evaluation.problems import EvalSettings, check_context, read_problems
-from oprd.evaluation.run import derived_seed, graded
-from oprd.rollouts import generate
+from oprd.rollouts.generation import generate
 
 
 def evaluate_on_ranks(

@@ -1,0 +1,5 @@
+"""The command line: `oprd train`, `eval`, `bridge`, `doctor` and `demo`. May import every room."""
+
+from oprd.cli.commands import main
+
+__all__ = ["main"]

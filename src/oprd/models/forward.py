@@ -1,0 +1,213 @@
+"""One forward of a backbone over rollouts: what it reads, and which rows of which layers are kept.
+
+Row t, 0-based, is the state that predicts response token t: the last prompt token for t = 0. The
+last response token is read by no row, so it is not fed.
+"""
+
+import inspect
+import re
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from functools import cache
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor, nn
+
+from oprd.foundation.errors import UserError
+from oprd.models.activation_checkpointing import uncheckpointed
+from oprd.models.capture import backbone, capture
+from oprd.models.padding import heeds_padding
+
+# How transformers' stacks make their masks: a call, or arguments for several.
+MASK_CALL = re.compile(r"(?:create_causal_mask|mask_function)\(([^)]*)\)|mask_kwargs\s*=\s*\{([^}]*)\}")
+
+
+@dataclass(frozen=True)
+class Reading:
+    """Token ids that a model reads, their mask on the host, and where the response rows lie among them."""
+
+    input_ids: Int[Tensor, "B S"]
+    attention_mask: Int[Tensor, "B S"]
+    first_row: int
+    num_rows: int
+
+    @classmethod
+    def of(
+        cls,
+        prompt_ids: Int[Tensor, "B P"],
+        prompt_mask: Int[Tensor, "B P"],
+        completion_ids: Int[Tensor, "B T"],
+        completion_mask: Int[Tensor, "B T"],
+    ) -> "Reading":
+        """Left-padded prompts and right-padded completions, less the columns that are padding throughout.
+
+        With masks on the host, ids on an accelerator are not waited for.
+        """
+        skipped = prompt_ids.shape[1] - max(prompt_mask.sum(-1).tolist())
+        longest = max(*completion_mask.sum(-1).tolist(), 1)
+        ids = torch.cat([prompt_ids[:, skipped:], completion_ids[:, : longest - 1]], dim=1)
+        mask = torch.cat([prompt_mask[:, skipped:], completion_mask[:, : longest - 1]], dim=1)
+        return cls(ids, mask, prompt_ids.shape[1] - skipped - 1, longest)
+
+    @property
+    def is_padded(self) -> bool:
+        """Whether any rollout has padding in front."""
+        return bool((self.attention_mask[:, 0] == 0).any())
+
+    def part(self, rollouts: Int[Tensor, " N"], padding: int) -> "Reading":
+        """Some of the rollouts, less the padding that is in front of all of them."""
+        ids = self.input_ids[rollouts.to(self.input_ids.device), padding:]
+        mask = self.attention_mask[rollouts, padding:]
+        return Reading(ids, mask, self.first_row - padding, self.num_rows)
+
+    def rows(self, mask: Bool[Tensor, "B T"]) -> Bool[Tensor, "B S"]:
+        """A mask over response rows as a mask over the sequence."""
+        placed = torch.zeros(self.input_ids.shape, dtype=torch.bool, device=mask.device)
+        placed[:, self.first_row : self.first_row + self.num_rows] = mask[:, : self.num_rows]
+        return placed
+
+    def to(self, device: torch.device) -> "Reading":
+        """The same reading on another device."""
+        return replace(self, input_ids=self.input_ids.to(device))
+
+
+@dataclass(frozen=True)
+class Want:
+    """Layers to keep, the response rows to keep of them, and what to make of these at once."""
+
+    layers: tuple[int, ...]
+    mask: Bool[Tensor, "B T"]
+    final_norm: bool = True
+    transform: Callable[[int, Tensor], Tensor] | None = None
+
+
+class StateReader(nn.Module):
+    """`read_states` of one frozen model as the forward of a module, which FSDP2 takes for its root."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model, self.config = model, model.config
+
+    def forward(
+        self, reading: Reading, wants: Sequence[Want], padding_free: bool | None = None
+    ) -> list[dict[int, Tensor]]:
+        """`read_states`."""
+        return read_states(self.model, reading, wants, padding_free)
+
+
+def read_states(
+    model: nn.Module, reading: Reading, wants: Sequence[Want], padding_free: bool | None = None
+) -> list[dict[int, Tensor]]:
+    """Run the backbone once, no deeper than needed and without its LM head.
+
+    Returns, for every want, `{layer: [N, D]}`, transformed, with N the rows of its mask, row-major. With
+    `padding_free` all rollouts are read as one sequence of their tokens, in which none sees another; None:
+    where the model's attention takes sequences of any lengths. A model that ignores padding (`heeds_padding`)
+    is run once for every length of prompt.
+    """
+    if not padding_free and reading.is_padded and not heeds_padding(model, reading.input_ids.device):
+        return _read_by_padding(model, reading, wants)
+    # Among equally deep wants the last one stops the forward, once the others' hooks have run.
+    deepest = max(range(len(wants)), key=lambda i: (max(wants[i].layers), i))
+    inputs, real = _inputs(model, reading, padding_free)
+    with ExitStack() as captures:
+        if all(want.transform is not None for want in wants):  # losses are there: the backward is next
+            captures.enter_context(uncheckpointed(model, max(wants[deepest].layers)))
+        states = []
+        for i, want in enumerate(wants):
+            rows = reading.rows(want.mask)
+            rows = rows if real is None else rows[real.to(rows.device)][None]
+            captured = capture(model, want.layers, rows, want.final_norm, i == deepest, want.transform)
+            states.append(captures.enter_context(captured))
+        backbone(model)(**inputs, use_cache=False)
+    return states
+
+
+def _read_by_padding(model: nn.Module, reading: Reading, wants: Sequence[Want]) -> list[dict[int, Tensor]]:
+    """`read_states` without any padding in front: rollouts that had equally much of it share a forward.
+
+    All states are kept until the last forward; only then are they transformed.
+    """
+    padding = (reading.attention_mask == 0).long().cumprod(-1).sum(-1).cpu()
+    groups = [(padding == width).nonzero()[:, 0] for width in padding.unique()]
+    parts = []
+    for group in groups:
+        cut = [replace(want, mask=want.mask.cpu()[group], transform=None) for want in wants]
+        parts.append(read_states(model, reading.part(group, int(padding[group[0]])), cut, padding_free=False))
+    rollouts = torch.cat(groups)  # as they were read
+    whole = []
+    for number, want in enumerate(wants):
+        counts = want.mask.sum(-1).cpu()[rollouts].tolist()
+        states = {}
+        for layer in want.layers:
+            read = torch.cat([part[number][layer] for part in parts]).split(counts)
+            rows = torch.cat([read[place] for place in rollouts.argsort().tolist()])
+            states[layer] = rows if want.transform is None else want.transform(layer, rows)
+        whole.append(states)
+    return whole
+
+
+def _inputs(
+    model: nn.Module, reading: Reading, padding_free: bool | None
+) -> tuple[dict[str, Any], Bool[Tensor, "B S"] | None]:
+    """What the backbone is called with, and which of the padded tokens are in it, unless all are."""
+    ids, mask = reading.input_ids, reading.attention_mask
+    # Positions count real tokens, so the amount of padding does not shift them.
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    stack = backbone(model)
+    varlen = "flash" in str(getattr(stack.config, "_attn_implementation", ""))
+    mixing = _mixing(stack, varlen)
+    if padding_free and mixing is not None:
+        raise UserError(f"padding_free: true, but {type(stack).__name__} {mixing}: leave it out")
+    if not (varlen and mixing is None if padding_free is None else padding_free):
+        padded = {"attention_mask": mask, "position_ids": positions}
+        return {"input_ids": ids} | {name: x.to(ids.device) for name, x in padded.items()}, None
+    real = mask > 0
+    inputs = {
+        "input_ids": ids.flatten()[real.flatten().nonzero()[:, 0].to(ids.device)][None],
+        "position_ids": positions[real][None].to(ids.device),
+    }
+    return inputs | (_lengths(mask, ids.device) if varlen else {}), real
+
+
+def _is_attention_alone(stack: Any) -> bool:
+    """Whether all layers tell sequences apart by their positions: recurrent and convolutional ones do not."""
+    kinds = getattr(stack.config, "layer_types", None) or ()
+    return not getattr(stack, "_is_stateful", False) and all(
+        "attention" in k and "linear" not in k for k in kinds
+    )
+
+
+def _mixing(stack: Any, varlen: bool) -> str | None:
+    """How a stack mixes rollouts that it reads as one sequence, in words; None if it keeps them apart.
+
+    Its attention has to be told where they begin: by their lengths, or by positions in its mask.
+    """
+    if not _is_attention_alone(stack):
+        return "carries states from one rollout to the next"
+    if varlen:
+        is_told = getattr(stack, "_supports_attention_backend", False)
+    else:
+        is_told = _masks_by_position(type(stack).forward)
+    return None if is_told else "lets one rollout see another"
+
+
+@cache
+def _masks_by_position(forward: Any) -> bool:
+    """Whether a stack's mask heeds positions that begin anew, which nothing but its own source says."""
+    try:
+        source = inspect.getsource(forward)
+    except OSError:
+        return False
+    return any("position_ids" in "".join(found) for found in MASK_CALL.findall(source))
+
+
+def _lengths(mask: Int[Tensor, "B S"], device: torch.device) -> dict[str, Any]:
+    """Where sequences begin and end, as flash attention wants it: it would wait for the device to ask."""
+    lengths = mask.sum(-1)
+    ends = nn.functional.pad(lengths.cumsum(0), (1, 0)).to(torch.int32).to(device)
+    longest = int(lengths.max())
+    return {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends, "max_length_q": longest, "max_length_k": longest}

@@ -1,0 +1,51 @@
+"""The student by name: loaded as TRL would load it, with our checks."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from oprd.foundation.errors import UserError
+from oprd.models.init_kwargs import hub_kwargs, student_kwargs
+from oprd.models.loading import holds_adapters, load_model, load_with_tokenizer, resolve_model
+
+
+def load_student(
+    name: str, settings: Any, processing_class: Any = None, quantization_config: Any = None
+) -> tuple[PreTrainedModel, Any]:
+    """The model of a name in float32, unless `settings.model_init_kwargs` names a dtype, and its tokenizer.
+
+    A `processing_class` that is given stands for the tokenizer. One process alone spreads the model over its
+    accelerators, as TRL does. Raises `UserError` for what cannot be loaded or is no text model.
+    """
+    given = {"dtype": "float32"} | student_kwargs(settings)
+    if quantization_config is not None:
+        if "quantization_config" in given:
+            raise UserError("quantization_config is given twice, and in model_init_kwargs too: drop one")
+        given["quantization_config"] = quantization_config
+    if settings.distributed_state.distributed_type in ("MULTI_GPU", "DEEPSPEED"):
+        given["device_map"] = None
+    elif settings.distributed_state.device.type not in ("cpu", "mps"):
+        given.setdefault("device_map", "auto")
+    if holds_adapters(name):
+        raise UserError(f"{name} holds adapters, which are not trained further: name its folder merged")
+    located = resolve_model(name, **hub_kwargs(given))
+    if processing_class is None:
+        model, processing_class = load_with_tokenizer(located, **given)
+        processing_class.truncation_side = "left"
+    else:
+        model = load_model(located, **given)
+    if model.config.get_text_config() is not model.config:
+        raise UserError(f"{name} is a vision-language model, or another of several parts: name a text model")
+    return model, processing_class
+
+
+@contextmanager
+def taken_as_loaded(settings: Any) -> Iterator[None]:
+    """Within it a config names no arguments of loading: TRL would warn that a loaded student ignores them."""
+    kept, settings.model_init_kwargs = settings.model_init_kwargs, None
+    try:
+        yield
+    finally:
+        settings.model_init_kwargs = kept

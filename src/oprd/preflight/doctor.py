@@ -1,0 +1,197 @@
+"""`oprd doctor RECIPE`: what is found out about a run before it starts, from its recipe and this machine."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from transformers import AutoConfig, PreTrainedTokenizerBase
+
+from oprd.folders.run_folder import default_settings, holds_results, resolved_settings
+from oprd.foundation.meters import MB
+from oprd.models.init_kwargs import hub_kwargs, student_kwargs, teacher_kwargs
+from oprd.models.lengths import Reader, fitting_length, run_readers
+from oprd.models.loading import base_model, load_tokenizer, resolve_model
+from oprd.preflight.planning.checks import Finding, check_disk, check_engine, check_output, checked
+from oprd.preflight.planning.knobs import Knob, advice, first_knob
+from oprd.preflight.planning.longest import Longest
+from oprd.preflight.planning.machine import Machine, launched_ranks
+from oprd.preflight.planning.memory_plan import MemoryPlan, plan_memory
+from oprd.preflight.planning.parts import ORDER
+from oprd.rollouts.intake import prompts_per_step, settle_steps, usable_prompts
+from oprd.rollouts.prompts import load_prompts
+from oprd.rollouts.translation import Translation
+from oprd.text.rendering import Renderer
+from oprd.training.train import RunArguments, prompts_of, rows_streamed, run_inputs
+from oprd.training.trainer import OPRDConfig
+
+AMPLE = 0.8  # of the free memory: a run that takes less has room, and nothing needs turning
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """What the doctor found."""
+
+    plan: MemoryPlan
+    machine: Machine
+    knob: Knob | None
+    findings: tuple[Finding, ...]
+
+    @property
+    def is_well(self) -> bool:
+        """Whether nothing that was looked at would make the run fail."""
+        return all(finding.is_well for finding in self.findings)
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain values; sizes in 10⁶ bytes."""
+        parts = {
+            phase: {part: size / MB for part, size in getattr(self.plan, phase).items()}
+            for phase in ("rollout", "update")
+        }
+        return {
+            "is_well": self.is_well,
+            "findings": [asdict(finding) for finding in self.findings],
+            "device": self.machine.device.type,
+            "ranks": self.machine.ranks,
+            "sharded": self.machine.sharded,
+            "free_mb": self.machine.free_bytes / MB,
+            "rollout_peak_mb": self.plan.rollout_mb,
+            "update_peak_mb": self.plan.update_mb,
+            "peak_mb": self.plan.peak_mb,
+            "parts_mb": parts,
+            "first_knob": asdict(self.knob) if self.knob else None,
+        }
+
+
+def examine(
+    run: RunArguments,
+    config: OPRDConfig,
+    ranks: int | None = None,
+    tell: Callable[[Finding], None] = lambda _: None,
+) -> Diagnosis:
+    """Look at a recipe on this machine, and `tell` each finding as it is made, what is quickest first.
+
+    What could be turned is planned only where memory is short. Raises `UserError` for what a run would
+    refuse.
+    """
+    findings: list[Finding] = []
+
+    def found(finding: Finding) -> None:
+        findings.append(finding)
+        tell(finding)
+
+    longest, count = longest_rollout(run, config, ranks or launched_ranks())
+    machine = Machine.here(config, ranks)  # beside the prompts
+    settle_steps(config, count, machine.ranks)
+    folder = Path(config.output_dir)
+    settings = resolved_settings(config, run) | {"num_processes": machine.ranks}
+    found(Finding("recipe", f"{run.model_name_or_path} learns from {config.teacher_model_name_or_path}"))
+    found(Finding("prompts", f"{count}, the longest of {len(longest.prompt_ids)} tokens"))
+    found(Finding("rollouts", f"up to {len(longest.response_ids)} tokens after the prompt"))
+    found(checked("engine", lambda: check_engine(config)))
+    inputs = run_inputs(run, config, prompts_of(run, config)) if holds_results(folder) else {}
+    defaults = default_settings(config, run)
+    found(checked("folder", lambda: check_output(folder, settings, inputs, defaults)))
+    plan = plan_memory(run.model_name_or_path, config, longest, machine, run.lora)
+    found(checked("disk", lambda: check_disk(folder, config, plan)))
+    knob = None
+    if plan.peak_mb * MB > AMPLE * machine.free_bytes:
+        knob = first_knob(run.model_name_or_path, config, longest, machine, plan, run.lora)
+    found(_memory(plan, machine, knob))
+    return Diagnosis(plan, machine, knob, tuple(findings))
+
+
+def longest_rollout(run: RunArguments, config: OPRDConfig, ranks: int = 1) -> tuple[Longest, int]:
+    """The longest rollout of a recipe, and how many prompts it can use.
+
+    Raises `UserError` for data, batches or lengths that a run on so many ranks would refuse.
+    """
+    (readers, models), drops = prompt_readers(run, config), config.drop_unrenderable_prompts
+    streamed = rows_streamed(run, config, ranks)
+    place = run.dataset_name, run.dataset_train_split, run.dataset_config
+    rows = load_prompts(*place, drops, streamed, answers=False)
+    needed = prompts_per_step(config, ranks)
+    prompts = usable_prompts(rows, readers, config.max_prompt_length, needed, drops)
+    length = config.max_completion_length
+    if length is not None:
+        who = models(prompts.lengths.max(axis=1).tolist())
+        length = fitting_length(who, length, length == OPRDConfig.max_completion_length)
+    return Longest.of(prompts, readers[0], length), len(prompts.dataset)
+
+
+def prompt_readers(
+    run: RunArguments, config: OPRDConfig
+) -> tuple[list[Renderer], Callable[[Sequence[int]], list[Reader]]]:
+    """How the student of a recipe reads prompts and, unless it reads the same ids, how its teacher does.
+
+    Also what makes readers with positions of the two, given the longest prompt for each.
+    """
+    tokenizer, ours = _tokenizer(run.model_name_or_path, student_kwargs(config))
+    vocabulary = ours.get_text_config().vocab_size
+    student = Renderer(tokenizer, config.chat_template_kwargs or {}, vocabulary=vocabulary)
+    assert config.teacher_model_name_or_path is not None  # or the recipe would have been refused
+    teacher, theirs = _tokenizer(config.teacher_model_name_or_path, teacher_kwargs(config))
+    translation = Translation(
+        tokenizer,
+        teacher,
+        config.teacher_chat_template,
+        config.teacher_tokenization,
+        config.teacher_chat_template_kwargs,
+    )
+    models = partial(run_readers, ours, theirs, are_its_own=translation.aligner is None)
+    if translation.is_identity:
+        return [student], models
+    return [student, translation.renderer(theirs.get_text_config().vocab_size)], models
+
+
+def _tokenizer(name: str, given: dict[str, Any]) -> tuple[PreTrainedTokenizerBase, Any]:
+    """The tokenizer and the config of a model."""
+    shared = hub_kwargs(given)
+    located = resolve_model(name, **shared)
+    config = AutoConfig.from_pretrained(base_model(located), **shared)
+    return load_tokenizer(located, **shared), config
+
+
+def _memory(plan: MemoryPlan, machine: Machine, knob: Knob | None) -> Finding:
+    needs = f"needs {plan.peak_mb:,.0f} MB a rank, and this {_named(machine.device)} has {{}} MB for it"
+    says = needs.format(f"{machine.free_bytes / MB:,.0f}")
+    fits = plan.peak_mb * MB <= machine.free_bytes
+    return Finding(
+        "memory", f"{says}: {'it fits' if fits else f'it does not fit; {advice(plan, knob)}'}", fits
+    )
+
+
+def _named(device: torch.device) -> str:
+    return "machine" if device.type == "cpu" else torch.cuda.get_device_name(device)
+
+
+def show_finding(finding: Finding) -> None:
+    """Print one finding."""
+    mark = "ok  " if finding.is_well else "BAD "
+    Console().print(f"{mark} {finding.about}: {finding.says}", soft_wrap=True, markup=False)
+
+
+def show_memory(diagnosis: Diagnosis) -> None:
+    """Print the memory by part and, where it is nearly all taken, what could be turned."""
+    console = Console()
+    console.print(memory_table(diagnosis.plan))
+    if diagnosis.is_well and diagnosis.knob is not None:
+        console.print(f"If memory runs short: {advice(diagnosis.plan, diagnosis.knob)}.", soft_wrap=True)
+
+
+def memory_table(plan: MemoryPlan) -> Table:
+    """MB by part, at the fullest moments of a step's rollouts and of its update."""
+    table = Table("MB on one rank, at most", title="Memory plan", title_justify="left")
+    for column in ("rollouts", "update"):
+        table.add_column(column, justify="right")
+    for part in ORDER:
+        sizes = [phase.get(part, 0) / MB for phase in (plan.rollout, plan.update)]
+        if max(sizes) >= 0.05:
+            table.add_row(part, *(f"{size:,.1f}" for size in sizes))
+    table.add_section()
+    table.add_row("sum", f"{plan.rollout_mb:,.1f}", f"{plan.update_mb:,.1f}")
+    return table

@@ -1,0 +1,71 @@
+"""The longest rollout that a run can meet, for what has to be tried at it."""
+
+from dataclasses import dataclass
+from itertools import cycle, islice
+
+import torch
+
+from oprd.objective.settings import ObjectiveSettings
+from oprd.rollouts.intake import UsablePrompts
+from oprd.rollouts.rows import Inputs
+from oprd.text.messages import Prompt
+from oprd.text.rendering import Renderer
+
+ANY_LENGTH = 1024  # stands for an endless response, where max_completion_length is none
+
+
+@dataclass(frozen=True)
+class Longest:
+    """The dataset's longest prompt, as it stands there and in ids, and the longest response to it.
+
+    The response repeats the prompt's text, so that another tokenizer has real text to cut.
+    """
+
+    prompt: Prompt
+    prompt_ids: list[int]
+    response_ids: list[int]
+
+    @classmethod
+    def of(
+        cls,
+        prompts: UsablePrompts,
+        render: Renderer,
+        max_completion_length: int | None,
+    ) -> "Longest":
+        """The longest of `prompts` and a response of `max_completion_length` tokens."""
+        prompt = prompts.dataset[int(prompts.lengths[0].argmax())]["prompt"]
+        (rendered,) = render([prompt])
+        special = set(render.tokenizer.all_special_ids)
+        text = [i for i in rendered if i not in special] or rendered
+        response = list(islice(cycle(text), max_completion_length or ANY_LENGTH))
+        return cls(prompt, rendered, response)
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of prompt and response."""
+        return len(self.prompt_ids) + len(self.response_ids)
+
+    def rollouts(self, count: int, device: torch.device) -> Inputs:
+        """A batch of `count` such rollouts; all but the first miss a token, so that there is padding."""
+        prompt_ids = torch.tensor(self.prompt_ids).repeat(count, 1)
+        prompt_mask = torch.ones_like(prompt_ids)
+        if len(self.prompt_ids) > 1:
+            prompt_ids[1:, 0] = prompt_mask[1:, 0] = 0
+        ids = torch.tensor(self.response_ids).expand(count, -1).contiguous()
+        return {
+            "prompt_ids": prompt_ids.to(device),
+            "prompt_mask": prompt_mask,
+            "completion_ids": ids.to(device),
+            "completion_mask": torch.ones_like(ids),
+        }
+
+
+def rollouts_at_once(
+    settings: ObjectiveSettings, longest: Longest, micro_batch: int, accumulation: int
+) -> tuple[int, int]:
+    """How many of the longest rollouts one micro-batch holds, and how many micro-batches a step has."""
+    budget, window = settings.max_tokens_per_micro_batch, micro_batch * accumulation
+    if budget is None:
+        return micro_batch, accumulation
+    size = min(max(budget // longest.num_tokens, 1), window)
+    return size, -(-window // size)

@@ -1,0 +1,88 @@
+"""What a rank runs on: its device, the memory there, and who shares the weights."""
+
+import math
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import parse_flag_from_env
+from torch import nn
+
+from oprd.foundation.meters import MB, resident_mb
+
+CONTAINER = Path("/sys/fs/cgroup")
+TRAINER_BYTES = 16_000_000  # a trainer, and pages of libraries that it is the first to read: as measured
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Where one rank runs, in bytes: its device, what is free there, what lies there before weights do."""
+
+    device: torch.device
+    device_bytes: int
+    free_bytes: int
+    process_bytes: int = 0
+    ranks: int = 1
+    sharded: bool = False
+
+    @classmethod
+    def here(cls, settings: Any, ranks: int | None = None) -> "Machine":
+        """This machine under the launcher's environment and the keys of `settings`, an `OPRDConfig`.
+
+        `ranks` overrides the number of processes. On a CPU the free memory is shared by the ranks of the
+        machine, and what this process holds now stands for what a run's does before it makes a trainer; ranks
+        that are launched there are not sharded by accelerate, those that `ranks` imagines are.
+        """
+        world = ranks or launched_ranks()
+        sharded = bool(settings.fsdp) or parse_flag_from_env("ACCELERATE_USE_FSDP")
+        if not settings.use_cpu and torch.cuda.is_available():
+            free, total = torch.cuda.mem_get_info()
+            return cls(torch.device("cuda"), total, free, ranks=world, sharded=sharded)
+        sharded = sharded and ranks is not None
+        _compute()
+        here = int(resident_mb("VmRSS") * MB) if Path("/proc/self/status").exists() else 0
+        process = here + TRAINER_BYTES if here else 0
+        free, total = _host_memory()
+        local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        return cls(torch.device("cpu"), total, free // local + here, process, world, sharded)
+
+
+def launched_ranks() -> int:
+    """How many processes the launcher started."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def _compute() -> None:
+    """A little of what training does: what torch first reads of its libraries then stays resident."""
+    with torch.random.fork_rng(devices=()):
+        layer = nn.TransformerEncoderLayer(16, 2, 32)
+        optimizer = torch.optim.AdamW(layer.parameters())
+        layer(torch.randn(4, 2, 16)).log_softmax(-1).sum().backward()
+        optimizer.step()
+
+
+def _host_memory() -> tuple[int, int]:
+    """Bytes that this machine has for new work, and in all."""
+    info = Path("/proc/meminfo")
+    if not info.exists():
+        total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        return total, total
+    fields = dict(line.split(":", 1) for line in info.read_text(encoding="ascii").splitlines())
+    free, total = (int(fields[name].split()[0]) * 1024 for name in ("MemAvailable", "MemTotal"))
+    return int(min(free, _container_memory())), total
+
+
+def _container_memory() -> float:
+    """Bytes that a container may still take, cached files given up; endless where nothing limits it."""
+    try:
+        limit, used = (_read(f"memory.{name}").strip() for name in ("max", "current"))
+        stat = dict(line.split() for line in _read("memory.stat").splitlines())
+    except OSError:
+        return math.inf
+    return math.inf if limit == "max" else int(limit) - int(used) + int(stat["inactive_file"])
+
+
+def _read(name: str) -> str:
+    return (CONTAINER / name).read_text(encoding="ascii")

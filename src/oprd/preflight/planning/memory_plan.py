@@ -1,0 +1,147 @@
+"""What a training run will hold in memory, from its recipe alone.
+
+The run's own optimiser, last sampled token and update are carried out at the longest rollout, on models
+without values, so there is no formula that could drift from the code.
+"""
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from oprd.foundation.errors import UserError, is_out_of_memory
+from oprd.foundation.meters import MB
+from oprd.preflight.planning.longest import Longest
+from oprd.preflight.planning.machine import Machine
+from oprd.preflight.planning.parts import BUCKETS, ENGINE, PROCESS, TEACHER
+from oprd.preflight.planning.pretended import pretended_ranks
+from oprd.preflight.planning.rehearsal import Rehearsal
+from oprd.rollouts.engines.vllm import CPU_CACHE_GIB
+
+Parts = dict[str, int]
+
+# Updates that are gone through on a CPU, of which the fullest counts: holes in malloc's heap are others each
+# time, and a run meets the fullest of many steps.
+HEAP_PASSES = 3
+
+
+class Unplannable(UserError):
+    """What a model computes cannot be carried out on shapes alone."""
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """Bytes by part on one rank, at the fullest moment of the rollouts and of the update.
+
+    `step` is the update, 0-based, that holds most: schedules switch terms on and off. On disk the trained
+    model takes `model_bytes` and a checkpoint, which has the optimiser's state too, `checkpoint_bytes`; the
+    run ends with `final_bytes`: the model or, of adapters, these and the whole model that they make.
+    """
+
+    rollout: Parts
+    update: Parts
+    step: int
+    model_bytes: int
+    checkpoint_bytes: int
+    final_bytes: int
+
+    @property
+    def rollout_mb(self) -> float:
+        """The fullest moment of the rollouts, in 10⁶ bytes: what `memory/rollout_peak_mb` measures."""
+        return sum(self.rollout.values()) / MB
+
+    @property
+    def update_mb(self) -> float:
+        """The fullest moment of the update, in 10⁶ bytes: what `memory/peak_mb` measures."""
+        return sum(self.update.values()) / MB
+
+    @property
+    def peak_mb(self) -> float:
+        """The fullest moment of all, in 10⁶ bytes."""
+        return max(self.rollout_mb, self.update_mb)
+
+
+def plan_memory(
+    student: str, settings: Any, longest: Longest, machine: Machine, peft_config: Any = None
+) -> MemoryPlan:
+    """The plan of a run with the keys of `settings`, an `OPRDConfig`.
+
+    Raises `UserError` as the run would, and `Unplannable` where only the run itself can tell.
+    """
+    with _told_once(), _explained(student), pretended_ranks(machine) as mesh:
+        rehearsal = Rehearsal(student, settings, longest, machine, peft_config, mesh)
+        measure = rehearsal.footprint.peak_of
+        measure(rehearsal.first_step)
+        roll_out = (lambda: None) if settings.use_vllm else rehearsal.roll_out
+        if rehearsal.footprint.is_unread:
+            measure(roll_out)  # what either reads of a file is there when the other comes again
+        passes = HEAP_PASSES if machine.device.type == "cpu" else 1
+        updates = [(measure(partial(rehearsal.update, step)), step) for step in _steps(settings) * passes]
+        rollout = measure(roll_out)
+        update, step = max(updates, key=lambda each: sum(each[0].values()))
+        rollout, update = (_beside(rehearsal, parts, machine) for parts in (rollout, update))
+    if settings.use_vllm and settings.vllm_mode == "colocate":
+        engine = rollout[ENGINE] = _engine_bytes(settings, rehearsal, machine)
+        update |= {} if settings.vllm_enable_sleep_mode else {ENGINE: engine}
+    return MemoryPlan(rollout, update, step, *rehearsal.saved_bytes)
+
+
+def _beside(rehearsal: Rehearsal, parts: Parts, machine: Machine) -> Parts:
+    """The parts with what no rehearsal shows: libraries, weights that rest elsewhere, buffers of messages."""
+    parts = {PROCESS: machine.process_bytes} | parts if machine.process_bytes else dict(parts)
+    if (resting := rehearsal.resting_teacher_bytes) is not None and TEACHER in parts:
+        parts[TEACHER] = resting
+    repeats = machine.ranks > 1 and not machine.sharded
+    return parts | {BUCKETS: rehearsal.trained_bytes} if repeats else parts
+
+
+def _engine_bytes(settings: Any, rehearsal: Rehearsal, machine: Machine) -> int:
+    """A colocated engine's share of an accelerator; on a CPU its cache and the weights, in float32."""
+    if machine.device.type != "cpu":
+        return int(settings.vllm_gpu_memory_utilization * machine.device_bytes)
+    return CPU_CACHE_GIB * 2**30 + 4 * sum(weight.numel() for weight in rehearsal.student.parameters())
+
+
+def fullest_step(settings: Any) -> int:
+    """The update, 0-based, with most terms: which one to try where none can be planned."""
+    schedules = settings.schedules.values()
+    return max(_steps(settings), key=lambda step: sum(schedule(step) > 0 for schedule in schedules))
+
+
+def _steps(settings: Any) -> list[int]:
+    """One update, 0-based, of every kind: those that differ in the terms that are on."""
+    schedules = settings.schedules.values()
+    knots = {step + after for schedule in schedules for step, _ in schedule.knots for after in (0, 1)}
+    last = settings.max_steps - 1 if settings.max_steps > 0 else max(knots)
+    kinds: dict[tuple[bool, ...], int] = {}
+    for step in sorted(min(knot, last) for knot in knots):
+        kinds.setdefault(tuple(schedule(step) > 0 for schedule in schedules), step)
+    return list(kinds.values())
+
+
+@contextmanager
+def _told_once() -> Iterator[None]:
+    """The run will say what it freezes and ties; a plan is made many times."""
+    logger = logging.getLogger("oprd")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+@contextmanager
+def _explained(student: str) -> Iterator[None]:
+    """Speak for architectures whose computation depends on values, or is only defined for some dtypes."""
+    try:
+        yield
+    except (NotImplementedError, RuntimeError) as error:
+        if is_out_of_memory(error):
+            raise
+        raise Unplannable(
+            f"the memory of {student} and its teacher cannot be planned, since what they compute does not "
+            f"follow from shapes alone ({error}): try it with oprd train --dry_run"
+        ) from error

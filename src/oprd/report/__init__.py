@@ -1,1 +1,0 @@
-"""Plots from the files of runs; never imports the trainer."""

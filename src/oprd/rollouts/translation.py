@@ -1,0 +1,144 @@
+"""What the teacher reads of the student's rollouts: prompts in a template, responses in its own tokens."""
+
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from transformers import PreTrainedTokenizerBase
+
+from oprd.foundation.errors import UserError
+from oprd.rollouts.generation import left_pad
+from oprd.text.alignment import AlignedResponse, Aligner, Stop, same_vocabulary
+from oprd.text.messages import Prompt
+from oprd.text.rendering import Renderer
+
+logger = logging.getLogger(__name__)
+
+FEW_PAIRS = 0.5  # share of paired rows below which the user should know
+
+
+class Translation:
+    """From the student's rollouts to the teacher's, with the rows of both that have read the same text.
+
+    `template`: `student`, the teacher reads the prompt as the student does; `own`, as its own chat template
+    renders it. `tokenization` counts for another vocabulary alone: `own`, template and responses are the
+    teacher's; `student`, it is fed the student's ids, whatever they mean to it. `student_ends` are the ids
+    that end the student's responses (`oprd.rollouts.generation.eos_token_ids`). Raises `UserError` where a tokenizer
+    lacks what this needs.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        teacher_tokenizer: PreTrainedTokenizerBase | None,
+        template: str = "student",
+        tokenization: str = "own",
+        template_kwargs: Any = None,
+        student_ends: Sequence[int] = (),
+    ) -> None:
+        if template == "own" and teacher_tokenizer is None:
+            raise UserError("teacher_chat_template: own needs a tokenizer: name the teacher or its folder")
+        other = teacher_tokenizer is not None and not same_vocabulary(tokenizer, teacher_tokenizer)
+        self.feeds_foreign_ids = other and tokenization == "student"
+        self.aligner = (
+            Aligner(tokenizer, teacher_tokenizer, student_ends) if other and tokenization == "own" else None
+        )
+        self.own_template = template == "own" or self.aligner is not None
+        self.tokenizer: Any = teacher_tokenizer if self.own_template else tokenizer
+        self.template_kwargs = dict(template_kwargs or {})
+        self._is_first, self._warned, self._warned_of_collapse = True, False, False
+
+    @property
+    def is_identity(self) -> bool:
+        """Whether the teacher reads exactly what the student reads."""
+        return not (self.own_template or self.template_kwargs)
+
+    def renderer(self, vocabulary: int | None = None, **template_kwargs: Any) -> Renderer:
+        """How the teacher reads prompts."""
+        kwargs = self.template_kwargs | template_kwargs
+        return Renderer(self.tokenizer, kwargs, "the teacher", vocabulary)
+
+    def prompts(self, prompts: Sequence[Prompt], **template_kwargs: Any) -> dict[str, Tensor]:
+        """`teacher_prompt_ids` and `teacher_prompt_mask`, left-padded."""
+        ids = self.renderer(**template_kwargs)(prompts)
+        return dict(
+            zip(("teacher_prompt_ids", "teacher_prompt_mask"), left_pad(ids, self._pad_id), strict=True)
+        )
+
+    def responses(
+        self, ids: Int[Tensor, "B T"], mask: Int[Tensor, "B T"], room: Sequence[int] | None = None
+    ) -> tuple[dict[str, Tensor], list[AlignedResponse]]:
+        """`teacher_completion_ids`, mask, `teacher_rows`, `ends_together`; nothing if they are the student's.
+
+        All but the ids is on the host. `teacher_rows[b, t]` is the teacher's row that has read what the
+        student's row t has, −1 without one; `ends_together[b]`, whether both end with all read in common.
+        Of a response that is longer in the teacher's tokens than its `room`, the rows beyond have no partner.
+        """
+        if self.aligner is None:
+            return {}, []
+        lengths = mask.sum(-1).tolist()
+        aligned = [self.aligner.align(row[:n]) for row, n in zip(ids.tolist(), lengths, strict=True)]
+        if room is not None:
+            aligned = [response.within(most) for response, most in zip(aligned, room, strict=True)]
+        teacher_rows = torch.full(ids.shape, -1)
+        for i, response in enumerate(aligned):
+            if response.rows:
+                student, teacher = torch.tensor(response.rows).T
+                teacher_rows[i, student] = teacher
+        read = [torch.tensor(response.teacher_ids, dtype=torch.long) for response in aligned]
+        column = torch.zeros(1, dtype=torch.long)  # at least one, though all responses be empty
+        padded = pad_sequence([*read, column], batch_first=True, padding_value=self._pad_id)[:-1]
+        self._check_coverage(aligned)
+        masks = pad_sequence([*map(torch.ones_like, read), column], batch_first=True)[:-1]
+        return {
+            "teacher_completion_ids": padded.to(ids.device),
+            "teacher_completion_mask": masks,
+            "teacher_rows": teacher_rows,
+            "ends_together": torch.tensor([response.ends_together for response in aligned]),
+        }, aligned
+
+    @property
+    def _pad_id(self) -> int:
+        return self.tokenizer.pad_token_id or 0
+
+    def _check_coverage(self, aligned: Sequence[AlignedResponse]) -> None:
+        """Refuse first rollouts of which the first rows alone are paired; warn, once, when few are."""
+        rows, paired = sum(a.num_rows for a in aligned), sum(len(a.rows) for a in aligned)
+        is_first, self._is_first = self._is_first, False
+        if is_first and rows > len(aligned) and all(len(a.rows) < 2 for a in aligned):
+            raise UserError(
+                f"of {rows} rows of {len(aligned)} responses none but the first is paired: student and "
+                "teacher never agree on the text (coverage 0); check the tokenizers and the rollouts"
+            )
+        if paired < FEW_PAIRS * rows and not self._warned:
+            self._warned = True
+            logger.warning(
+                "only %.0f%% of the student's rows have a partner among the teacher's: the tokenizers cut "
+                "the text very differently, or the student writes invalid UTF-8",
+                100 * paired / rows,
+            )
+        self._tell_collapse([a.stop for a in aligned if a.collapsed and a.stop], len(aligned))
+
+    def _tell_collapse(self, stops: Sequence[Stop], num_rollouts: int) -> None:
+        """Say, once, that pairing stopped within rollouts, and show where the first did."""
+        if not stops or self._warned_of_collapse:
+            return
+        self._warned_of_collapse, first = True, stops[0]
+        reason = (
+            "the student's next bytes are no valid UTF-8"
+            if first.invalid_utf8
+            else f"the student writes {first.student!r}, the teacher's tokenizer reads {first.teacher!r}"
+        )
+        logger.warning(
+            "in %d of %d rollouts pairing stops well before the end; in the first of them %d rows come after "
+            "%r and have no partner: %s",
+            len(stops),
+            num_rollouts,
+            first.rows,
+            first.before,
+            reason,
+        )

@@ -1,0 +1,252 @@
+"""A trainer's rollouts: drawn, read by the teacher's tokenizer, weighed, described, packed."""
+
+import logging
+import math
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from datasets import Dataset
+from torch import Tensor
+from transformers import Trainer
+
+from oprd.folders.recorder import Recorder
+from oprd.foundation.errors import UserError
+from oprd.foundation.ranks import Ranks
+from oprd.models.activation_checkpointing import checkpointing_restored, old_names_unheard
+from oprd.models.finite import check_loaded, check_trained, finite_logits
+from oprd.models.generation_config import generation_config_aside, options_aside
+from oprd.models.lengths import fitting_length, run_readers
+from oprd.models.loading import eval_mode
+from oprd.models.padding import check_sharded, generation_batches, in_batches
+from oprd.models.sharding.fsdp import Sharding
+from oprd.models.teacher import Teacher
+from oprd.rollouts.engines.staleness import FixedText, check_gap, check_moved_alone, log_prob_gaps
+from oprd.rollouts.engines.student import StudentEngine
+from oprd.rollouts.intake import prompts_per_step, usable_prompts
+from oprd.rollouts.packing import repack
+from oprd.rollouts.progress import tokens_shown
+from oprd.rollouts.rows import TERMS, Batch, on_host, truncated_rollouts, weigh_rows
+from oprd.rollouts.translation import Translation
+from oprd.text.alignment import AlignedResponse
+from oprd.text.rendering import Renderer
+from oprd.training.step import Update
+from oprd.training.supervision import SupervisionWatch
+
+logger = logging.getLogger(__name__)
+
+PACKED = "micro_batches"  # where a buffered batch is a list of others
+
+
+class RolloutTrainer(Trainer):
+    """What happens between TRL's rollouts and the update, for a trainer that extends TRL's."""
+
+    update: Update
+    translation: Translation
+    renderer: Renderer
+    teacher: Teacher
+    train_dataset: Any
+    eval_dataset: Any
+    sharding: Sharding | None
+    engine: StudentEngine | None
+    fixed_text: FixedText
+    recorder: Recorder
+    supervision: SupervisionWatch
+    _buffered_inputs: Any
+    _longest_prompts: list[int]
+
+    @property
+    def _prompts_per_step(self) -> int:
+        return prompts_per_step(self.args, self.accelerator.num_processes)
+
+    def _check_prompts(self) -> None:
+        """Keep what all templates can render; from now on `renderer` is how the student reads prompts."""
+        vocabulary = self.model.config.get_text_config().vocab_size
+        tools = {"tools": self.tools, "chat_template": self.chat_template} if self.tools else {}
+        self.renderer = Renderer(self._tokenizer, self.chat_template_kwargs | tools, vocabulary=vocabulary)
+        readers = [self.renderer]
+        if not self.translation.is_identity:
+            kwargs = self._tool_kwargs(self.translation)
+            readers.append(self.translation.renderer(self.teacher.vocabulary, **kwargs))
+        self._longest_prompts = [0] * len(readers)
+        needed = self._prompts_per_step
+        self.train_dataset = self._usable(self.train_dataset, readers, self.args.max_prompt_length, needed)
+        held_out = self.eval_dataset
+        named = held_out.items() if isinstance(held_out, dict) else ()
+        usable = {name: self._usable(rows, readers) for name, rows in named}
+        self.eval_dataset = usable or self._usable(held_out, readers)
+
+    def _usable(
+        self, dataset: Any, readers: list[Renderer], longest: int | None = None, needed: int = 1
+    ) -> Any:
+        """The rows of a dataset that can be rolled out; a stream, and what is no dataset, as it is."""
+        if not isinstance(dataset, Dataset):
+            return dataset
+        args = self.args
+        drops, ranks = args.drop_unrenderable_prompts, Ranks(args.process_index, args.world_size)
+        usable = usable_prompts(dataset, readers, longest, needed, drops, ranks)
+        found = usable.lengths.max(axis=1).tolist()
+        self._longest_prompts = list(map(max, self._longest_prompts, found))
+        if self.tools and isinstance(usable.dataset[0]["prompt"], str):
+            raise UserError("tools are called in chats, and the prompts are text: give them as messages")
+        return usable.dataset
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Train, and tell at the end how many steps supervised nothing."""
+        result = super().train(*args, **kwargs)
+        self.supervision.tell()
+        return result
+
+    def _check_models(self) -> None:
+        """Raise `UserError` for weights that are not finite, or a model that cannot be sharded."""
+        check_loaded(self.model, "the student")
+        check_loaded(self.teacher.model, "the teacher")
+        if self.sharding is not None:
+            check_sharded((self.model, self.teacher.model))
+
+    def _prepare_rollouts(self) -> None:
+        """Fit the default length of responses to both models' positions; say what rollouts set aside.
+
+        Raises `UserError` for lengths that do not fit.
+        """
+        configs = self.model.config, self.teacher.model.config
+        who = run_readers(*configs, self._longest_prompts, are_its_own=self.translation.aligner is None)
+        asked = self.generation_config.max_new_tokens
+        length = (
+            fitting_length(who, asked, asked == type(self.args).max_completion_length) if asked else asked
+        )
+        if length != asked:
+            self.args.max_completion_length = self.max_completion_length = length
+            self.generation_config.max_new_tokens = self.generation_kwargs["max_new_tokens"] = length
+            if self.use_vllm:
+                self.vllm_generation.max_completion_length = length
+        if aside := options_aside(self.model, self.generation_kwargs):
+            options = ", ".join(f"{name} {str(value)[:40]}" for name, value in aside.items())
+            logger.info(
+                "rollouts follow the recipe; set aside from the student's generation config: %s", options
+            )
+
+    def _tokenize_prompts(self, prompts: list[Any]) -> Any:
+        """The ids that were checked before the run; TRL would close an assistant's turn to be continued."""
+        return self.renderer(prompts), None, {}
+
+    def _generate_single_turn(self, prompt_ids: Any, *args: Any, **kwargs: Any) -> Any:
+        """TRL's responses, drawn from the student's own distribution in batches that it reads aright."""
+        turn = super()._generate_single_turn
+        shown = tokens_shown(self.recorder.bar, "rollouts", self.model, self.max_completion_length)
+        with checkpointing_restored(self.model), shown, old_names_unheard():
+            if self.use_vllm:
+                return turn(prompt_ids, *args, **kwargs)
+            batches = generation_batches(self.model, prompt_ids)
+            if self.args.pad_to_multiple_of and len(generation_batches(self.model, [[0], [0, 0]])) > 1:
+                self.pad_to_multiple_of = None  # such a model is given no padding at all
+            with (
+                self.whole_student(),
+                generation_config_aside(self.model),
+                finite_logits(self.model, f"step {self.state.global_step + 1}: the student"),
+            ):
+                return in_batches(
+                    batches, lambda batch: turn([prompt_ids[i] for i in batch], *args, **kwargs)
+                )
+
+    def whole_student(self) -> AbstractContextManager[None]:
+        """Within it the student generates with weights of its own on every rank, at its own pace."""
+        return nullcontext() if self.sharding is None else self.sharding.whole(self.model)
+
+    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        """TRL's rollouts, with the weight of every row, counted over ranks and the whole window."""
+        with self.update.stopwatch.part("rollout"), self.memory.rollout():
+            batch = on_host(super()._generate_and_score_completions(inputs))
+        if self.engine is not None:
+            batch |= self._read_engine(self.engine, batch)
+        aligned: list[AlignedResponse] = []
+        if not self.translation.is_identity:
+            prompts = [row["prompt"] for row in inputs]
+            read = self.translation.prompts(prompts, **self._tool_kwargs(self.translation))
+            ids = {"teacher_prompt_ids": read["teacher_prompt_ids"].to(self.accelerator.device)}
+            batch |= read | ids
+            room = self.teacher.room(read["teacher_prompt_mask"])
+            completions = batch["completion_ids"], batch["completion_mask"]
+            read, aligned = self.translation.responses(*completions, room)
+            batch |= read
+        batch |= self._row_weights(batch)
+        if self.model.training:
+            self._describe(batch, aligned)
+            self._observe(batch)
+        return batch
+
+    def _read_engine(self, engine: StudentEngine, batch: dict[str, Any]) -> dict[str, Tensor]:
+        """The engine's log-probs of the sampled tokens, after a check that it holds the student's weights."""
+        drawn, device = engine.take(), self.accelerator.device
+        if engine.unchecked:
+            with self.update.stopwatch.part("check"), eval_mode(self.model), self.accelerator.autocast():
+                gaps = log_prob_gaps(self.model_wrapped, drawn, device)
+                moved = self.fixed_text.moved_alone(engine, self.model_wrapped, drawn, device)
+            self.update.averages.add("rollout/logprob_gap", gaps.sum(), len(gaps))
+            found = torch.stack([gaps.mean(), gaps.new_tensor(moved)])[None]
+            gap, moved = self.accelerator.gather(found).amax(0).tolist()  # every rank stops, or none
+            if math.isnan(gap):
+                check_trained(self.model, self.state.global_step)
+            dtypes = (engine.dtype, self.model.dtype, _computed_in(self.args))
+            check_gap(gap, dtypes, self.state.global_step + 1)
+            check_moved_alone(moved, dtypes, self.state.global_step + 1)
+            engine.unchecked = False
+        width = batch["completion_ids"].shape[1]
+        return {} if self.tools else {"engine_log_probs": drawn.padded(width, device)}
+
+    def _prepare_inputs(self, generation_batch: Any) -> Any:
+        """The next micro-batch of the window; with a token budget, a list of them in its place."""
+        inputs = super()._prepare_inputs(generation_batch)
+        budget = self.args.max_tokens_per_micro_batch
+        if budget is None or not self.model.training:
+            return inputs
+        if PACKED not in inputs:  # a window that has just been rolled out
+            window = self._buffered_inputs
+            self._buffered_inputs = [{PACKED: parts} for parts in repack(window, budget, self._most)]
+            inputs = self._buffered_inputs[self._step % self.args.gradient_accumulation_steps]
+        return inputs
+
+    def _most(self, count: int) -> int:
+        counts = torch.tensor([count], device=self.accelerator.device)
+        return int(self.accelerator.gather(counts).max())
+
+    def _row_weights(self, batch: dict[str, Any]) -> dict[str, Tensor]:
+        truncated = truncated_rollouts(batch, self.eos_token_ids)
+        vocabulary = self.update.output.vocabulary
+        return weigh_rows(batch, truncated, self.args, self._sum_over_ranks, vocabulary)
+
+    def _describe(self, batch: dict[str, Any], aligned: list[AlignedResponse]) -> None:
+        averages, lengths = self.update.averages, batch["completion_mask"].sum(-1).float()
+        truncated = truncated_rollouts(batch, self.eos_token_ids)
+        left_out = truncated.sum() * self.args.mask_truncated_completions
+        averages.add("rollout/mean_length", lengths.sum(), len(lengths))
+        averages.add("rollout/truncated_share", truncated.sum(), len(lengths))
+        averages.add("rollout/left_out", left_out)
+        if aligned:
+            paired, rows = sum(len(a.rows) for a in aligned), sum(a.num_rows for a in aligned)
+            averages.add("rollout/coverage", paired, rows)
+            averages.add("rollout/invalid_utf8", sum(a.invalid_utf8 for a in aligned))
+            averages.add("rollout/collapsed_alignment", sum(a.collapsed for a in aligned), len(aligned))
+        for term in TERMS[:2]:
+            if self.args.schedules[term].ever_active:
+                averages.add(f"rollout/{term}_rows", (batch[f"{term}_weights"] > 0).sum())
+
+    def _observe(self, batch: dict[str, Any]) -> None:
+        every = self.args.diagnostics_steps
+        if every and (self.state.global_step + 1) % every == 0:
+            size = self.args.per_device_train_batch_size
+            first = Batch.of({key: value[:size] for key, value in batch.items() if value.ndim})
+            with self.update.stopwatch.part("diagnostics"), torch.no_grad():
+                self._through(self.model_wrapped, self.update.observe, first)
+
+    def _tool_kwargs(self, translation: Translation) -> dict[str, Any]:
+        """Template arguments by which the teacher's prompts show the tools."""
+        if not self.tools:
+            return {}
+        return {"tools": self.tools} | (
+            {} if translation.own_template else {"chat_template": self.chat_template}
+        )
+
+
+def _computed_in(args: Any) -> torch.dtype:
+    return torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32

@@ -1,0 +1,268 @@
+"""`oprd train`: a recipe becomes a run folder; the same command on the same folder resumes."""
+
+import logging
+import math
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from accelerate.utils import broadcast_object_list
+from datasets import Dataset
+
+from oprd.bridge.artifact import bridge_file
+from oprd.evaluation.problems import EvalSettings, response_room
+from oprd.evaluation.shared import evaluate_on_ranks
+from oprd.folders.checkpoints import last_whole_checkpoint, publish, written_whole
+from oprd.folders.claims import CARD_FILE, PARTIAL, check_final, is_done, is_finished
+from oprd.folders.fingerprint import file_fingerprint, model_fingerprints, rows_fingerprint
+from oprd.folders.lock import hold
+from oprd.folders.recorder import METRICS_FILE, read_metrics
+from oprd.folders.run_folder import STATE_FILE, Inputs, default_settings, resolved_settings, write_resolved
+from oprd.folders.starting import set_aside, tell_schedule
+from oprd.folders.stopping import standing
+from oprd.foundation.errors import UserError, refusals_told
+from oprd.foundation.ranges import check_ranges
+from oprd.foundation.recipe import parse_recipe
+from oprd.foundation.signals import Stopped, signals_handled
+from oprd.models.adapters import MERGED_FOLDER, AdapterArguments, note_commit, save_merged
+from oprd.models.init_kwargs import hub_kwargs, student_kwargs, teacher_kwargs
+from oprd.models.loading import holds_adapters
+from oprd.models.sharding.zero import loaded_whole
+from oprd.rollouts.generation import Sampling
+from oprd.rollouts.intake import stream_length
+from oprd.rollouts.progress import tokens_shown
+from oprd.rollouts.prompts import load_prompts
+from oprd.training.trainer import OPRDConfig, OPRDTrainer
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class RunArguments(AdapterArguments):
+    """The models' and the dataset's names, and the student's adapters, under TRL's keys."""
+
+    model_name_or_path: str = field(
+        default="", metadata={"help": "Student: a Hub name, a folder or tiny:student."}
+    )
+    dataset_name: str = field(
+        default="",
+        metadata={"help": "Prompts: a Hub name, a folder, a parquet, jsonl or json file, or tiny."},
+    )
+    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a Hub dataset."})
+    dataset_train_split: str = field(default="train", metadata={"help": "Split of the dataset."})
+    dataset_streaming: bool = field(
+        default=False, metadata={"help": "Fetch only the rows of a Hub dataset that max_steps steps take."}
+    )
+    accuracy_dataset_name: str | None = field(
+        default=None, metadata={"help": "Problems with answers, to follow accuracy during the run."}
+    )
+    accuracy_steps: int = field(
+        default=50, metadata={"help": "Measure accuracy every n steps, and at the first and last."}
+    )
+    accuracy_problems: int = field(default=64, metadata={"help": "How many problems, from the first on."})
+    accuracy_samples: int = field(default=4, metadata={"help": "Samples per problem."})
+    dry_run: bool = field(
+        default=False, metadata={"help": "Try an update of the longest rollouts, report its memory and stop."}
+    )
+
+
+def parse_training_recipe(
+    path: str | Path | None, flags: Sequence[str] = ()
+) -> tuple[RunArguments, OPRDConfig]:
+    """Read and validate a training recipe, or flags alone; raises `UserError`."""
+    told = path or "the command line"
+    try:
+        run, config = parse_recipe(path, flags, (RunArguments, OPRDConfig))
+    except UserError:
+        raise
+    except (ValueError, TypeError, ImportError, OSError) as error:
+        raise UserError(f"{told}: {error}") from error
+    names = {
+        "model_name_or_path": run.model_name_or_path,
+        "teacher_model_name_or_path": config.teacher_model_name_or_path,
+        "dataset_name": run.dataset_name,
+    }
+    for key, name in names.items():
+        if not name:
+            raise UserError(f"{told} names no {key}: add it to the recipe or as a flag")
+    check_ranges(vars(run))
+    return run, config
+
+
+def train(
+    run: RunArguments,
+    config: OPRDConfig,
+    label: str = "distil",
+) -> Path:
+    """Start, resume or leave alone the run in `config.output_dir`; returns the folder.
+
+    Raises `UserError` for what the user can mend, before anything is written, and `Stopped` if a signal ended
+    the run before its last step.
+    """
+    folder = Path(config.output_dir)
+    settings = resolved_settings(config, run) | {"num_processes": config.world_size}
+    prompts = prompts_of(run, config)
+    known = settings, run_inputs(run, config, prompts), default_settings(config, run)
+    if is_done(folder, *known):
+        logger.warning("%s is finished: nothing to do", folder)
+        return folder
+    with hold(folder, "oprd train", config.process_index == 0, _as_the_first_rank):
+        if not is_done(folder, *known):  # by a process that has just let go of it
+            _train(run, config, prompts, label, *known[:2])
+    return folder
+
+
+def _train(
+    run: RunArguments,
+    config: OPRDConfig,
+    prompts: Dataset,
+    label: str,
+    settings: dict[str, Any],
+    inputs: Inputs,
+) -> None:
+    folder = Path(config.output_dir)
+    checkpoint = last_whole_checkpoint(folder) if config.process_index == 0 else None
+    checkpoint = _as_the_first_rank(checkpoint)  # ranks may see a shared file system at different times
+    check_final(folder, checkpoint)
+    read_metrics(folder / METRICS_FILE)  # which a resumed run goes on with
+    trainer = _make_trainer(run, config, prompts, label)
+    if is_finished(folder, config.max_steps):  # which for epochs is known by now
+        logger.warning("%s is finished: nothing to do", folder)
+        return
+    tell_schedule(checkpoint, config.max_steps)
+    if trainer.is_world_process_zero():
+        if checkpoint is None:
+            set_aside(folder)
+        settings = settings | {"max_steps": config.max_steps}
+        write_resolved(folder, settings, inputs)
+    trainer.resolved = settings
+    with signals_handled(trainer.stopping.handle):
+        try:
+            _to_the_end(trainer, folder, run.dataset_name, checkpoint)
+        except Stopped as stop:
+            raise Stopped(stop.number, standing(folder, config.max_steps), stop.by_all) from None
+
+
+def _to_the_end(trainer: OPRDTrainer, folder: Path, dataset: str, checkpoint: Path | None) -> None:
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    told = trainer.stopping.agreed
+    if told is not None and trainer.state.global_step < trainer.state.max_steps:
+        raise Stopped(told, by_all=True)
+    trainer.supervision.check()
+    trainer.create_model_card(model_name=folder.name, dataset_name=dataset)
+    _save_final(trainer, folder)
+
+
+def _as_the_first_rank(value: Any) -> Any:
+    """The `value` of the first rank, on every rank."""
+    values = [value]
+    broadcast_object_list(values)
+    return values[0]
+
+
+def prompts_of(run: RunArguments, config: OPRDConfig) -> Dataset:
+    """The prompts that a run names; raises `UserError`."""
+    streamed = rows_streamed(run, config, config.world_size)
+    place = run.dataset_name, run.dataset_train_split, run.dataset_config
+    return load_prompts(*place, config.drop_unrenderable_prompts, streamed, answers=False)
+
+
+def run_inputs(run: RunArguments, config: OPRDConfig, prompts: Dataset) -> Inputs:
+    """Fingerprints of what a run is made from, by the keys that name it; raises `UserError`."""
+    student, teacher = student_kwargs(config), teacher_kwargs(config)
+    inputs = {
+        "model_name_or_path": model_fingerprints(run.model_name_or_path, **hub_kwargs(student)),
+        "dataset_name": {"rows": rows_fingerprint(prompts)},
+    }
+    if config.teacher_model_name_or_path:
+        name = config.teacher_model_name_or_path
+        inputs["teacher_model_name_or_path"] = model_fingerprints(name, **hub_kwargs(teacher))
+    if config.bridge and bridge_file(config.bridge).is_file():
+        inputs["bridge"] = {"file": file_fingerprint(bridge_file(config.bridge))}
+    return inputs
+
+
+def _save_final(trainer: OPRDTrainer, folder: Path) -> None:
+    """Put the final model at the root of `folder`: written aside, then moved there and sealed."""
+    partial, is_writer = folder / PARTIAL, trainer.args.should_save
+    with written_whole(partial, is_writer=is_writer, wait=trainer.accelerator.wait_for_everyone):
+        trainer.save_model(str(partial), _internal_call=True)
+        if is_writer:
+            if holds_adapters(str(partial)):
+                (partial / CARD_FILE).unlink(missing_ok=True)  # peft's, a form to be filled in
+                with loaded_whole():
+                    save_merged(partial, trainer.processing_class, trainer.args.trust_remote_code)
+                shutil.copy(folder / CARD_FILE, partial / MERGED_FOLDER)
+            trainer.state.save_to_json(str(partial / STATE_FILE))
+    if is_writer:
+        publish(partial, folder)
+    if trainer.args.push_to_hub:
+        trainer.push_to_hub(commit_message="Model save")
+
+
+def _make_trainer(run: RunArguments, config: OPRDConfig, prompts: Dataset, label: str) -> OPRDTrainer:
+    with refusals_told():
+        trainer = OPRDTrainer(
+            model=run.model_name_or_path,
+            teacher_model=config.teacher_model_name_or_path,
+            args=config,
+            train_dataset=prompts,
+            peft_config=run.lora,
+        )
+        trainer.recorder.label = label
+        if run.use_peft:
+            note_commit(trainer.model, (config.model_init_kwargs or {}).get("revision"))
+        if run.accuracy_dataset_name:
+            trainer.recorder.observers.append(_accuracy_observer(run, config, trainer))
+    return trainer
+
+
+def rows_streamed(run: RunArguments, config: OPRDConfig, ranks: int) -> int | None:
+    """How many rows of a streamed dataset a run takes; None where it is not streamed."""
+    return stream_length(config, ranks) if run.dataset_streaming else None
+
+
+def _accuracy_observer(
+    run: RunArguments, config: OPRDConfig, trainer: OPRDTrainer
+) -> Callable[[int, dict[str, float]], dict[str, float]]:
+    """Measures accuracy every `accuracy_steps` steps, and at the first and last one.
+
+    The run's random state is not touched.
+    """
+    assert run.accuracy_dataset_name is not None
+    rows = load_prompts(run.accuracy_dataset_name, "test")
+    rows = rows.select(range(min(run.accuracy_problems, len(rows))))
+    settings = EvalSettings(
+        samples=run.accuracy_samples,
+        batch_size=_responses_at_once(config),
+        chat_template_kwargs=config.chat_template_kwargs,
+    )
+    room = response_room(trainer.model, trainer.processing_class, rows, settings)
+    if room is not None and room < 1:
+        raise UserError(f"a prompt of accuracy_dataset_name: {run.accuracy_dataset_name} leaves no position")
+    longest = min(config.max_completion_length or 512, math.inf if room is None else room)
+    settings = replace(settings, sampling=Sampling(max_new_tokens=int(longest)))
+
+    def observe(step: int, _: dict[str, float]) -> dict[str, float]:
+        if step % run.accuracy_steps and step not in (1, trainer.state.max_steps):
+            return {}
+        model = trainer.accelerator.unwrap_model(trainer.model)
+        shown = tokens_shown(trainer.recorder.bar, "accuracy", model, settings.sampling.max_new_tokens)
+        with trainer.whole_student(), shown:
+            summary = evaluate_on_ranks(model, trainer.processing_class, rows, settings)
+        found = summary["avg_at_k"], summary["ci95_low"], summary["ci95_high"]
+        logger.info(
+            "step %d: accuracy %s, 95 %% interval %s–%s, of %d problems × %d samples",
+            *(step, *(f"{share:.1%}" for share in found), len(rows), settings.samples),
+        )
+        return {f"eval/{name}": value for name, value in summary.items()}
+
+    return observe
+
+
+def _responses_at_once(config: OPRDConfig) -> int:
+    """As many as a rank has room for: its rollouts of a step or, where vLLM holds those, a micro-batch."""
+    micro_batch = config.per_device_train_batch_size
+    return micro_batch if config.use_vllm else micro_batch * config.gradient_accumulation_steps

@@ -1,0 +1,109 @@
+"""A trainer's update: the losses of a window of rollouts, and the gradient norm that ends its step."""
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+from accelerate.utils import DistributedType
+from torch import Tensor
+
+from oprd.foundation.meters import MemoryMeter
+from oprd.models.finite import NonFiniteLoss
+from oprd.rollouts.rows import Batch, on_host
+from oprd.training.rollout_trainer import PACKED, RolloutTrainer
+
+
+class UpdateTrainer(RolloutTrainer):
+    """What happens between rollouts and the optimiser's step, for a trainer that extends TRL's."""
+
+    memory: MemoryMeter
+
+    def training_step(self, model: torch.nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
+        with self.update.stopwatch.part("student"):
+            return super().training_step(model, inputs, num_items_in_batch)
+
+    def compute_loss(
+        self,
+        model: torch.nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
+    ) -> Any:
+        """Eq. 7 on one micro-batch, run inside the wrapper's forward so that DDP and FSDP see it."""
+        if self.model.training and self._step % self.args.gradient_accumulation_steps == 0:
+            self.memory.start()
+            self.update.watch.clear()
+        if "representation_weights" not in inputs and PACKED not in inputs:
+            inputs = on_host(inputs)  # rollouts that somebody gave: a window of their own
+            inputs = inputs | self._row_weights(inputs)
+        loss = self._packed_loss(model, inputs[PACKED]) if PACKED in inputs else self._one_loss(model, inputs)
+        return (loss, None) if return_outputs else loss
+
+    def _packed_loss(self, model: torch.nn.Module, parts: list[dict[str, Any]]) -> Tensor:
+        """The loss of the last micro-batch, plus those of the others, whose gradients are taken here."""
+        total = torch.zeros((), device=self.accelerator.device, requires_grad=True)
+        for part in parts[:-1]:
+            with self._more_to_come(model) as keys:
+                loss = self._one_loss(model, part)
+                self.accelerator.backward(loss, **keys)
+            total = total + loss.detach()
+        return total + self._one_loss(model, parts[-1]) if parts else total
+
+    @contextmanager
+    def _more_to_come(self, model: torch.nn.Module) -> Iterator[dict[str, Any]]:
+        """Within it a backward is not the step's last: no exchange of gradients; yields its arguments."""
+        if self.accelerator.distributed_type == DistributedType.DEEPSPEED:
+            state = self.accelerator.gradient_state
+            is_last = state.sync_gradients
+            state._set_sync_gradients(False)  # or the engine would step
+            try:
+                yield {"scale_wrt_gas": False}  # as the base class has it
+            finally:
+                state._set_sync_gradients(is_last)
+            return
+        with self.accelerator.no_sync(model) if self.sharding is None else nullcontext():
+            yield {}
+
+    def _one_loss(self, model: torch.nn.Module, inputs: dict[str, Any]) -> Tensor:
+        loss = self._through(model, self.update.loss, Batch.of(inputs))
+        # DDP and FSDP average gradients over ranks; the weights already sum to one over all of them.
+        return loss * self.accelerator.num_processes
+
+    def _through(self, model: torch.nn.Module, function: Callable[..., Any], batch: Batch) -> Any:
+        """`function(batch, step)` inside the wrapper's forward, where DDP and FSDP have the weights ready."""
+        unwrapped = self.accelerator.unwrap_model(model)
+        # TRL's redirection goes past the forward that accelerate wrapped in autocast.
+        with self.accelerator.autocast():
+            return self._forward_redirection(model, unwrapped, function, batch, self.state.global_step)
+
+    def prediction_step(self, *args: Any, **kwargs: Any) -> Any:
+        result = super().prediction_step(*args, **kwargs)
+        self.update.stopwatch.pop()
+        self._check_finite()
+        for name, value in self.update.averages.pop(self._sum_over_ranks).items():
+            self._metrics["eval"][name].append(value)
+        return result
+
+    def _get_grad_norm(self, model: torch.nn.Module, grad_norm: Any = None) -> Any:
+        """This step's gradient norm; the run ends before a step whose losses or gradient are not finite."""
+        self._check_finite()
+        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        if norm is not None:
+            self.recorder.grad_norm = float(norm)
+            # A gradient scaler, in float16, skips such a step and scales less from then on.
+            if self.accelerator.scaler is None and not math.isfinite(self.recorder.grad_norm):
+                raise RuntimeError(
+                    f"step {self.state.global_step + 1}: the gradient is not finite although the loss is; "
+                    "lower the learning rate or the loss weights"
+                )
+        return norm
+
+    def _check_finite(self) -> None:
+        try:
+            self.update.watch.check()
+        except NonFiniteLoss as error:
+            prompts = [text[:300] for text in self._tokenizer.batch_decode(error.rollouts[:4])]
+            where = f"step {self.state.global_step + 1}: {error}"
+            raise RuntimeError(f"{where}, in rollouts of {prompts}") from error

@@ -11,12 +11,20 @@ from pathlib import Path
 import pytest
 
 SOURCES = Path(__file__).parents[1] / "src" / "oprd"
-LEAVES = ["selection", "capture", "losses", "output_space"]
-BELOW_THE_TRAINER = [
-    *LEAVES,
-    *("objective", "alignment", "bridge", "prompts", "rollouts", "evaluation", "report", "teacher", "tiny"),
-    *("engines", "sharding", "folder", "planning"),
-]
+ROOMS = {  # what each room may import, in the order in which data flows
+    "foundation": "",
+    "objective": "foundation",
+    "text": "foundation",
+    "models": "foundation objective text",
+    "rollouts": "foundation objective text models",
+    "folders": "foundation objective models",
+    "bridge": "foundation objective text models rollouts folders",
+    "evaluation": "foundation text models rollouts folders",
+    "training": "foundation objective text models rollouts folders bridge evaluation",
+    "preflight": "foundation objective text models rollouts folders bridge training",
+    "cli": "foundation objective text models rollouts folders bridge evaluation training preflight",
+}
+LEAVES = ["objective.selection", "objective.losses", "objective.output_space", "models.capture"]
 
 
 def module_name(path: Path) -> str:
@@ -52,43 +60,39 @@ def own_imports(name: str) -> set[str]:
     return {n for n in found if not any(other.startswith(n + ".") for other in found)}
 
 
-def reachable(name: str) -> set[str]:
-    """A module and all the modules of the package behind it."""
-    seen, waiting = set(), [name]
-    while waiting:
-        module = waiting.pop()
-        if module not in seen:
-            seen.add(module)
-            waiting += own_imports(module)
-    return seen
-
-
-def existing(parts: list[str]) -> list[str]:
-    return [name for name in MODULES if any(is_within(name, f"oprd.{part}") for part in parts)]
+def room(name: str) -> str:
+    return name.split(".")[1]
 
 
 def test_the_sources_are_found():
-    assert {f"oprd.{name}" for name in [*LEAVES, "errors"]} <= MODULES.keys()
+    assert {room(name) for name in MODULES if name != "oprd"} == ROOMS.keys()
     assert "oprd.foundation.errors.UserError" in imported_names("oprd.objective.losses")
 
 
-@pytest.mark.parametrize("name", existing(BELOW_THE_TRAINER))
-def test_nothing_below_the_trainer_reaches_it(name):
-    for module in reachable(name):
-        assert not is_within(module, "oprd.training.trainer") and not is_within(
-            module, "oprd.cli.commands"
-        ), module
-        assert not any(is_within(imported, "trl") for imported in imported_names(module)), module
+def test_the_top_of_the_package_is_its_rooms():
+    entries = {path.name for path in SOURCES.iterdir() if path.name != "__pycache__"}
+    assert entries == {"__init__.py", *ROOMS}
 
 
-@pytest.mark.parametrize("name", existing(LEAVES))
+@pytest.mark.parametrize("name", [name for name in MODULES if name != "oprd"])
+def test_a_room_imports_those_before_it(name):
+    assert {room(imported) for imported in own_imports(name)} <= {room(name), *ROOMS[room(name)].split()}
+
+
+@pytest.mark.parametrize("name", ROOMS)
+def test_each_room_says_what_it_holds(name):
+    docstring = ast.get_docstring(ast.parse(MODULES[f"oprd.{name}"].read_text(encoding="utf-8")))
+    assert docstring is not None and "mport" in docstring
+
+
+@pytest.mark.parametrize("name", LEAVES)
 def test_leaves_import_only_the_errors(name):
-    assert own_imports(name) <= {"oprd.foundation.errors"}
+    assert own_imports(f"oprd.{name}") <= {"oprd.foundation.errors"}
 
 
 def test_only_the_trainer_imports_trl():
     importers = {name for name in MODULES if any(is_within(n, "trl") for n in imported_names(name))}
-    assert {name for name in importers if not name.startswith("oprd.training.trainer")} == set()
+    assert importers == {"oprd.training.trainer"}
 
 
 def test_imports_have_no_cycle():

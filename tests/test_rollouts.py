@@ -3,8 +3,9 @@ import torch
 from transformers import GenerationConfig, Qwen3Config, Qwen3ForCausalLM
 
 from oprd.foundation.errors import UserError
+from oprd.models.eos import eos_token_ids, listed_eos_ids
 from oprd.models.tiny.tokenizer import train_tokenizer
-from oprd.rollouts.generation import Rollout, Sampling, eos_token_ids, generate, listed_eos_ids
+from oprd.rollouts.generation import Rollout, Sampling, generate
 from oprd.text.rendering import Renderer
 
 torch.set_num_threads(1)

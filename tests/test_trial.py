@@ -7,7 +7,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from oprd.foundation.errors import UserError
 from oprd.models.capture import capture, num_layers
 from oprd.models.tiny.tokenizer import train_tokenizer
-from oprd.models.trial import try_rollout, try_states
+from oprd.models.trial import try_states
+from oprd.rollouts.trial import try_rollout
 
 SIZES = {
     "vocab_size": 40,

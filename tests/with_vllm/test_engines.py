@@ -18,10 +18,11 @@ pytest.importorskip("vllm")
 from oprd.evaluation.evaluate import evaluate
 from oprd.evaluation.problems import EvalSettings
 from oprd.foundation.errors import UserError
+from oprd.models.eos import eos_token_ids
 from oprd.models.loading import load_model, load_tokenizer, resolve_model
 from oprd.rollouts.engines.choose import ServerEngine, VLLMEngine, choose_engine
 from oprd.rollouts.engines.vllm import check_server
-from oprd.rollouts.generation import HFEngine, Sampling, eos_token_ids
+from oprd.rollouts.generation import HFEngine, Sampling
 from oprd.rollouts.prompts import load_prompts
 from oprd.text.rendering import Renderer
 from oprd.training.trainer import OPRDConfig

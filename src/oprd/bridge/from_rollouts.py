@@ -38,6 +38,7 @@ from oprd.folders.whole import write_whole
 from oprd.foundation.errors import UserError
 from oprd.foundation.ranks import Ranks, joined_ranks
 from oprd.models.capture import num_layers
+from oprd.models.eos import eos_token_ids
 from oprd.models.finite import check_loaded
 from oprd.models.forward import Want, read_states
 from oprd.models.lengths import fitting_length, run_readers
@@ -46,7 +47,7 @@ from oprd.models.teacher import Teacher
 from oprd.models.trial import try_states
 from oprd.objective.selection import LayerMap, Positions
 from oprd.rollouts.engines.choose import choose_engine
-from oprd.rollouts.generation import Engine, Rollout, Sampling, eos_token_ids, left_pad
+from oprd.rollouts.generation import Engine, Rollout, Sampling, left_pad
 from oprd.rollouts.intake import usable_prompts
 from oprd.rollouts.progress import tokens_shown
 from oprd.rollouts.prompts import load_prompts

@@ -1,7 +1,5 @@
 """`python -m oprd.cli`, for launchers that take a module."""
 
-import sys
-
 from oprd.cli.commands import main
 
-sys.exit(main())
+main()

@@ -1,1 +1,4 @@
-"""Sampling, grading and summarising: `oprd eval` and the table of `oprd demo`."""
+"""Sampling, grading and summarising: `oprd eval` and the tables of `oprd demo`.
+
+Imports `folders`, `rollouts` and what they may import.
+"""

@@ -27,7 +27,8 @@ from oprd.folders.fingerprint import sampled
 from oprd.folders.lock import check_held, hold
 from oprd.folders.whole import check_place, write_whole
 from oprd.foundation.errors import UserError, writing
-from oprd.rollouts.generation import Engine, HFEngine, Rollout, eos_token_ids
+from oprd.models.eos import eos_token_ids
+from oprd.rollouts.generation import Engine, HFEngine, Rollout
 from oprd.rollouts.progress import tokens_shown
 
 logger = logging.getLogger(__name__)

@@ -1,4 +1,4 @@
 """Output folders: locks, whole files, checkpoints, metrics, and what a resumed run may change.
 
-Imports `rollouts` and what that may import.
+Imports `models` and what that may import.
 """

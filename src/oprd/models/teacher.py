@@ -14,6 +14,7 @@ from transformers.utils import is_bitsandbytes_available
 
 from oprd.foundation.errors import UserError
 from oprd.models.capture import num_layers
+from oprd.models.eos import listed_eos_ids
 from oprd.models.forward import Reading, StateReader, Want
 from oprd.models.init_kwargs import hub_kwargs
 from oprd.models.loading import base_model, load_tokenizer, load_with_tokenizer, resolve_model
@@ -21,7 +22,6 @@ from oprd.models.positions import num_positions
 from oprd.models.precision import Precision, store_products_in
 from oprd.models.sharding.fsdp import Sharding
 from oprd.models.trial import try_states
-from oprd.rollouts.generation import listed_eos_ids
 from oprd.text.alignment import same_vocabulary
 
 logger = logging.getLogger(__name__)

@@ -6,13 +6,11 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from oprd.foundation.errors import UserError, reason, whatever_fails_is
 from oprd.models.capture import backbone, capture
 from oprd.models.checks import num_embeddings
 from oprd.models.loading import eval_mode, weights_are_here
-from oprd.rollouts.generation import Sampling, generate
 
 NUM_TOKENS = 6
 SAME = 0.05  # of the largest state: rounding is far below, another text far above
@@ -37,21 +35,15 @@ def try_states(role: str, model: Any, layers: Sequence[int], final_norm: bool = 
     with told_of_architecture(role, model), eval_mode(model):
         if getattr(model.config, "is_encoder_decoder", False):
             raise UserError(f"{_named(role, model)} has an encoder: use a decoder-only causal language model")
-        ids = _texts(model)
+        ids = texts(model)
         with capture(model, layers, final_norm=final_norm) as states:
             backbone(model)(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
         for layer, state in states.items():
             _check(f"{_named(role, model)}, layer {layer},", state)
 
 
-def try_rollout(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Sample two tokens; raises `UserError` where the student cannot be generated from."""
-    if weights_are_here(model):
-        with told_of_architecture("student", model):
-            generate(model, tokenizer, _texts(model).tolist(), Sampling(2), seed=0)
-
-
-def _texts(model: Any) -> torch.Tensor:
+def texts(model: Any) -> torch.Tensor:
+    """Two texts of a few tokens that differ in the last, where the model has its embeddings."""
     device = model.get_input_embeddings().weight.device
     ids = torch.arange(NUM_TOKENS).repeat(2, 1)
     ids[1, -1] += 1

@@ -23,13 +23,12 @@ from transformers.generation import (
     TopPLogitsWarper,
 )
 
-from oprd.foundation.errors import UserError
 from oprd.foundation.ranges import EVALUATION_RANGES, check_ranges
+from oprd.models.eos import eos_token_ids
 from oprd.models.finite import finite_logits
 from oprd.models.generation_config import generation_config_aside
 from oprd.models.loading import eval_mode
 from oprd.models.padding import generation_batches, in_batches
-from oprd.text.spelling import end_of_turn
 
 
 @dataclass(frozen=True)
@@ -86,38 +85,6 @@ class HFEngine:
     def generate(self, prompt_ids: Sequence[list[int]], sampling: Sampling, seed: int) -> list[Rollout]:
         """One response per prompt, exactly determined."""
         return generate(self.model, self.tokenizer, prompt_ids, sampling, seed)
-
-
-def eos_token_ids(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *configs: GenerationConfig
-) -> list[int]:
-    """The ids that end a response, in training, evaluation, bridge and alignment alike.
-
-    They are the tokenizer's EOS, all that the model's generation config lists (and `configs`, if given), and
-    the end of turn of the chat template. Raises `UserError` when the first two name none.
-    """
-    ids = listed_eos_ids(model, tokenizer, *configs)
-    if not ids:
-        raise UserError(
-            "neither the tokenizer nor the model's generation config names an EOS token, so no response "
-            "would ever end: set eos_token in the tokenizer's files"
-        )
-    return _known([*ids, end_of_turn(tokenizer)])
-
-
-def listed_eos_ids(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *configs: GenerationConfig
-) -> list[int]:
-    """The tokenizer's EOS and what the generation configs list: what a saved model stops at."""
-    ids: list[int | None] = [tokenizer.eos_token_id]
-    for config in (model.generation_config, *configs):
-        listed = getattr(config, "eos_token_id", None)
-        ids += listed if isinstance(listed, list) else [listed]
-    return _known(ids)
-
-
-def _known(ids: list[int | None]) -> list[int]:
-    return list(dict.fromkeys(i for i in ids if i is not None))
 
 
 def left_pad(prompts: Sequence[list[int]], pad_id: int) -> tuple[Int[Tensor, "B P"], Int[Tensor, "B P"]]:

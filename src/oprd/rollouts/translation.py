@@ -27,7 +27,7 @@ class Translation:
     `template`: `student`, the teacher reads the prompt as the student does; `own`, as its own chat template
     renders it. `tokenization` counts for another vocabulary alone: `own`, template and responses are the
     teacher's; `student`, it is fed the student's ids, whatever they mean to it. `student_ends` are the ids
-    that end the student's responses (`oprd.rollouts.generation.eos_token_ids`). Raises `UserError` where a tokenizer
+    that end the student's responses (`oprd.models.eos`). Raises `UserError` where a tokenizer
     lacks what this needs.
     """
 

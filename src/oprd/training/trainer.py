@@ -42,6 +42,7 @@ from oprd.foundation.ranges import check_ranges
 from oprd.models.activation_checkpointing import check_attention_kept
 from oprd.models.capture import blocks
 from oprd.models.checks import check_tokenizer
+from oprd.models.eos import eos_token_ids
 from oprd.models.freezing import apart_from
 from oprd.models.init_kwargs import check_loaded_teacher, teacher_kwargs
 from oprd.models.padding import heeds_padding
@@ -50,15 +51,15 @@ from oprd.models.sharding.fsdp import Sharding
 from oprd.models.sharding.zero import check_zero3
 from oprd.models.student import load_student, taken_as_loaded
 from oprd.models.teacher import Teacher, quantization
-from oprd.models.trial import told_of_architecture, try_rollout, try_states
+from oprd.models.trial import told_of_architecture, try_states
 from oprd.objective.settings import ObjectiveSettings, check_dtype, mapping
 from oprd.rollouts.engines.importance import check_correction
 from oprd.rollouts.engines.staleness import FixedText
 from oprd.rollouts.engines.student import StudentEngine
 from oprd.rollouts.engines.vllm import check_server, check_training, training_engines
-from oprd.rollouts.generation import eos_token_ids
 from oprd.rollouts.intake import look_ahead, settle_steps, stream_length
 from oprd.rollouts.translation import Translation
+from oprd.rollouts.trial import try_rollout
 from oprd.training.installed import check_installed
 from oprd.training.origin import warn_of_another_origin
 from oprd.training.start_line import start_line

@@ -14,11 +14,12 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from oprd.foundation.errors import UserError, reason, whatever_fails_is
+from oprd.models.eos import eos_token_ids
 from oprd.models.loading import holds_adapters
 from oprd.rollouts.engines.staleness import CHECKED_TOKENS, log_prob_gaps
 from oprd.rollouts.engines.student import Drawn
 from oprd.rollouts.engines.vllm import INSTALL, is_installed, make_llm
-from oprd.rollouts.generation import Engine, HFEngine, Rollout, Sampling, cut_at_eos, eos_token_ids
+from oprd.rollouts.generation import Engine, HFEngine, Rollout, Sampling, cut_at_eos
 
 ENGINES = ("auto", "hf", "vllm")
 REQUESTS_AT_A_TIME = 64

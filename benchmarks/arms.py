@@ -167,6 +167,7 @@ class Arm:
         self.loss: Callable[[], Tensor] = getattr(self, f"_{name}", self._ours)
         if name in OURS:
             self.update = Update.bind(settings, self.student, None, self.teacher, self.device)  # type: ignore[arg-type]
+            self.update.freeze_unreached()
             if name == "oprd_bridge":
                 bridge = self._bridge()
                 self.update = replace(self.update, comparison=Comparison(bridge.layer_map, bridge))
@@ -228,9 +229,9 @@ class Arm:
             torch.cuda.empty_cache()
 
     def _states(self, model: PreTrainedModel) -> Tensor:
-        reading = self.batch.student
+        model_input = self.batch.student
         output = backbone(model)(
-            input_ids=reading.input_ids, attention_mask=reading.attention_mask, use_cache=False
+            input_ids=model_input.input_ids, attention_mask=model_input.attention_mask, use_cache=False
         )
         return output.last_hidden_state
 
@@ -253,22 +254,22 @@ class Arm:
         return Bridge({layer: projector(layer) for layer in range(1, self.shape.layers + 1)}).to(self.device)
 
     def _whole(self) -> Tensor:
-        reading, rows = self.batch.student, slice(PROMPT - 1, None)
+        model_input, rows = self.batch.student, slice(PROMPT - 1, None)
         with torch.no_grad():
-            teacher = self.teacher.model(input_ids=reading.input_ids, use_cache=False).logits[:, rows]
-        student = self.student(input_ids=reading.input_ids, use_cache=False).logits[:, rows]
+            teacher = self.teacher.model(input_ids=model_input.input_ids, use_cache=False).logits[:, rows]
+        student = self.student(input_ids=model_input.input_ids, use_cache=False).logits[:, rows]
         tokens = self.batch.tokens.flatten()
         return WHOLE[self.name](student.flatten(0, 1), teacher.flatten(0, 1), tokens).mean()
 
     def _authors(self) -> Tensor:
-        reading = self.batch.student
-        keys = {"input_ids": reading.input_ids, "use_cache": False, "output_hidden_states": True}
+        model_input = self.batch.student
+        keys = {"input_ids": model_input.input_ids, "use_cache": False, "output_hidden_states": True}
         with torch.no_grad():
             teacher_output = self.teacher.model(**keys)
         student_output = self.student(**keys)
         teacher = [state.float() for state in teacher_output.hidden_states[1:]]
         student = [state.float() for state in student_output.hidden_states[1:]]
-        rows = reading.rows(self.batch.representation_weights > 0).to(self.device).nonzero(as_tuple=True)
+        rows = model_input.rows(self.batch.representation_weights > 0).to(self.device).nonzero(as_tuple=True)
         return torch.stack(
             [(s[rows] - t[rows]).square().mean(-1).mean() for s, t in zip(student, teacher, strict=True)]
         ).mean()

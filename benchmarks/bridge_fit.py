@@ -37,7 +37,7 @@ from transformers import PreTrainedModel
 from oprd.bridge import Bridge, BridgeFitter
 from oprd.bridge.pair import FitSettings
 from oprd.models.capture import num_layers
-from oprd.models.forward import Reading, Want, read_states
+from oprd.models.forward import ModelInput, StateRequest, read_states
 from oprd.models.loading import load_model, load_tokenizer, resolve_model
 from oprd.objective.selection import LayerMap
 from oprd.rollouts.generation import Sampling, generate, left_pad
@@ -49,7 +49,7 @@ RANKS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 RATES = (0.03, 0.1, 0.3, 1.0, 3.0)
 BETAS = (0.95, 0.999)
 PCA_ROWS = 16_384
-Batch = tuple[Reading, Tensor]  # what both models read, and which response rows are kept
+Batch = tuple[ModelInput, Tensor]  # what both models read, and which response rows are kept
 States = tuple[dict[int, Tensor], dict[int, Tensor]]  # the student's and the teacher's rows by layer
 
 
@@ -64,15 +64,17 @@ class Pair:
     @torch.no_grad()
     def read(self, batch: Batch) -> States:
         """One forward of both models."""
-        reading, mask = batch
-        (student,) = read_states(self.student, reading, [Want(self.layer_map.student_layers, mask)])
+        model_input, mask = batch
+        (student,) = read_states(
+            self.student, model_input, [StateRequest(self.layer_map.student_layers, mask)]
+        )
         return student, self.read_teacher(batch)
 
     @torch.no_grad()
     def read_teacher(self, batch: Batch) -> dict[int, Tensor]:
         """One forward of the teacher."""
-        reading, mask = batch
-        return read_states(self.teacher, reading, [Want(self.layer_map.teacher_layers, mask)])[0]
+        model_input, mask = batch
+        return read_states(self.teacher, model_input, [StateRequest(self.layer_map.teacher_layers, mask)])[0]
 
     def stack(self, states: States) -> tuple[Tensor, Tensor]:
         """Student and teacher rows of all pairs of layers, [L, N, D] each."""
@@ -133,7 +135,7 @@ def load(
             completion = pad_sequence(responses, batch_first=True)
             mask = pad_sequence([torch.ones_like(response) for response in responses], batch_first=True)
             prompt = left_pad([rollout.prompt_ids for rollout in part], 0)
-            made.append((Reading.of(*prompt, completion, mask).to(device), mask.bool().to(device)))
+            made.append((ModelInput.of(*prompt, completion, mask).to(device), mask.bool().to(device)))
         return made
 
     kept = len(samples) - max(1, len(samples) // 10)

@@ -73,6 +73,7 @@ def main() -> None:
     settings = ObjectiveSettings(positions="all")
     settings.check()
     update = Update.bind(settings, student, None, Teacher(teacher), device)  # type: ignore[arg-type]
+    update.freeze_unreached()
     rows = []
     for repeat in range(given.repeats + 1):
         window = make_window(repeat)

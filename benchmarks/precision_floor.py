@@ -94,6 +94,7 @@ def measure(name: str, student: Student, teacher: dict[str, Any], inputs: Any, a
         torch.manual_seed(0)
         model = get_peft_model(model, LoraConfig(r=8, target_modules="all-linear"))
     update = Update.bind(settings, model.train(), tokenizer, Teacher.load(name, kwargs, precision), CPU)
+    update.freeze_unreached()
     whole = torch.zeros(len(inputs["prompt_ids"]), dtype=torch.bool)
     batch = Batch.of(inputs | weigh_rows(inputs, whole, settings, lambda units: units))
     trained = [weight for weight in model.parameters() if weight.requires_grad]

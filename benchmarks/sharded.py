@@ -25,7 +25,7 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from oprd.foundation.meters import MemoryMeter, resident_mb
 from oprd.foundation.ranks import leave_ranks
-from oprd.models.forward import Reading, Want
+from oprd.models.forward import ModelInput, StateRequest
 from oprd.models.sharding.fsdp import Sharding
 from oprd.models.teacher import Teacher
 
@@ -48,8 +48,10 @@ def measure(arm: str, vocabulary: int) -> dict[str, float]:
     """What this rank holds of the teacher and takes to read with it, in 10⁶ bytes and seconds."""
     device = torch.device("cpu")
     ids = torch.randint(vocabulary, (BATCH, TOKENS), generator=torch.Generator().manual_seed(0))
-    reading = Reading(ids, torch.ones_like(ids), 0, TOKENS)
-    wants = [Want(tuple(range(1, LAYERS + 1)), torch.ones(BATCH, TOKENS, dtype=torch.bool).tril(), True)]
+    model_input = ModelInput(ids, torch.ones_like(ids), 0, TOKENS)
+    requests = [
+        StateRequest(tuple(range(1, LAYERS + 1)), torch.ones(BATCH, TOKENS, dtype=torch.bool).tril(), True)
+    ]
     gc.collect()
     before = resident_mb("VmRSS")
     torch.manual_seed(0)
@@ -61,7 +63,7 @@ def measure(arm: str, vocabulary: int) -> dict[str, float]:
     meter.start()
     for _ in range(REPEATS):
         began = time.perf_counter()
-        states = teacher.read(reading, wants)
+        states = teacher.read(model_input, requests)
         seconds.append(time.perf_counter() - began)
         del states
     most = meter.read()["memory/peak_mb"] - before

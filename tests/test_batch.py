@@ -5,7 +5,7 @@ import torch
 from transformers import OPTConfig, OPTForCausalLM, Qwen3NextConfig, Qwen3NextForCausalLM
 
 from oprd.foundation.errors import UserError
-from oprd.models.forward import Reading, Want, read_states
+from oprd.models.forward import ModelInput, StateRequest, read_states
 from oprd.models.padding import heeds_padding
 from oprd.objective.settings import ObjectiveSettings
 from oprd.rollouts.rows import Batch, weigh_rows
@@ -27,7 +27,7 @@ def padded(prompts, completions, left=0, right=0, filler=0):
 
 
 def one_each(inputs):
-    return Reading.of(*(inputs[f"{a}_{b}"] for a in ("prompt", "completion") for b in ("ids", "mask")))
+    return ModelInput.of(*(inputs[f"{a}_{b}"] for a in ("prompt", "completion") for b in ("ids", "mask")))
 
 
 @pytest.mark.parametrize(("left", "right"), [(0, 0), (3, 0), (0, 2), (2, 4)])
@@ -79,8 +79,12 @@ def test_states_of_a_padded_batch_are_those_of_each_sequence(tiny_model, archite
     sparse = mask & (torch.arange(mask.shape[1]) % 2 == 0)
     reading = one_each(inputs)
     with torch.no_grad():
-        wants = [Want((1, 3), mask), Want((2,), sparse), Want((0, 3), mask, final_norm=False)]
-        given = read_states(model, reading, wants, padding_free)
+        requests = [
+            StateRequest((1, 3), mask),
+            StateRequest((2,), sparse),
+            StateRequest((0, 3), mask, final_norm=False),
+        ]
+        given = read_states(model, reading, requests, padding_free)
     assert [sorted(states) for states in given] == [[1, 3], [2], [0, 3]]
     alone: dict[int, list[torch.Tensor]] = {layer: [] for layer in range(4)}
     for prompt, completion in zip(PROMPTS, COMPLETIONS, strict=True):
@@ -115,8 +119,8 @@ def test_without_padding_the_gradient_is_that_of_padded_rollouts(tiny_model, fam
             model.gradient_checkpointing_enable()
         heeds_padding(model)  # tried before forwards are counted
         model.get_input_embeddings().register_forward_hook(lambda m, a, out: shapes.append(out.shape))
-        wants = [Want((1, 3), mask), Want((2,), mask)]
-        states = read_states(model, one_each(inputs), wants, padding_free)
+        requests = [StateRequest((1, 3), mask), StateRequest((2,), mask)]
+        states = read_states(model, one_each(inputs), requests, padding_free)
         weights = torch.linspace(-1, 1, int(mask.sum()))
         sum((weights[:, None] * x).pow(2).sum() for one in states for x in one.values()).backward()
         gradients.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
@@ -134,7 +138,9 @@ def test_any_two_wants_are_served_by_one_forward(tiny_model, first, second):
     heeds_padding(model)  # tried before forwards are counted
     model.model.register_forward_pre_hook(lambda *_: count.append(1))
     with torch.no_grad():
-        one, two = read_states(model, one_each(inputs), [Want(first, mask), Want(second, mask)])
+        one, two = read_states(
+            model, one_each(inputs), [StateRequest(first, mask), StateRequest(second, mask)]
+        )
     assert (sorted(one), sorted(two), len(count)) == (sorted(first), sorted(second), 1)
     for layer in set(first) & set(second):
         assert torch.equal(one[layer], two[layer])
@@ -218,7 +224,7 @@ def test_recurrent_layers_are_read_with_padding():
     assert "linear_attention" in config.layer_types
     inputs = padded(PROMPTS, COMPLETIONS)
     with pytest.raises(UserError, match="carries states from one rollout to the next"):
-        read_states(model, one_each(inputs), [Want((2,), inputs["completion_mask"].bool())], True)
+        read_states(model, one_each(inputs), [StateRequest((2,), inputs["completion_mask"].bool())], True)
 
 
 def test_a_mask_that_ignores_positions_is_not_trusted():
@@ -226,9 +232,9 @@ def test_a_mask_that_ignores_positions_is_not_trusted():
     sizes = {"hidden_size": 16, "ffn_dim": 24, "num_attention_heads": 2, "vocab_size": 41}
     model = OPTForCausalLM(OPTConfig(num_hidden_layers=2, word_embed_proj_dim=16, **sizes)).eval()
     inputs = padded(PROMPTS, COMPLETIONS)
-    wants = [Want((2,), inputs["completion_mask"].bool())]
+    requests = [StateRequest((2,), inputs["completion_mask"].bool())]
     with pytest.raises(UserError, match="lets one rollout see another"):
-        read_states(model, one_each(inputs), wants, True)
+        read_states(model, one_each(inputs), requests, True)
     with torch.no_grad():
-        (padded_states,) = read_states(model, one_each(inputs), wants)
+        (padded_states,) = read_states(model, one_each(inputs), requests)
     assert len(padded_states[2]) == int(inputs["completion_mask"].sum())

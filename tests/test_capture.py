@@ -11,7 +11,7 @@ from transformers import BertConfig, BertModel, PreTrainedConfig
 
 from oprd.foundation.errors import UserError
 from oprd.models.capture import blocks, capture, num_layers
-from oprd.models.forward import Reading, Want, read_states
+from oprd.models.forward import ModelInput, StateRequest, read_states
 
 NUM_LAYERS = 3
 EVERY_LAYER = list(range(NUM_LAYERS + 1))
@@ -337,10 +337,10 @@ def test_a_backward_that_follows_at_once_does_not_run_the_last_block_again(
     """Where rows are only kept, as for an output loss, all are checkpointed; gradients are the same."""
     model = set_mode(tiny_model(), "checkpointed-reentrant" if use_reentrant else "checkpointed")
     ids, found = torch.arange(8)[None], []
-    reading, mask = Reading(ids, torch.ones_like(ids), 0, 8), torch.ones(1, 8, dtype=torch.bool)
+    reading, mask = ModelInput(ids, torch.ones_like(ids), 0, 8), torch.ones(1, 8, dtype=torch.bool)
     for transform in (None, lambda _, states: states):
         counts = count_runs(model)
-        (states,) = read_states(model, reading, [Want((layer,), mask, transform=transform)])
+        (states,) = read_states(model, reading, [StateRequest((layer,), mask, transform=transform)])
         found.append(gradients(model, weighted_sum(states)))
         assert counts == (runs if transform else [2 * (i < layer) for i in range(3)])
         assert all(block.gradient_checkpointing for block in blocks(model))

@@ -157,6 +157,7 @@ def test_shapes_hold_what_values_hold(read, tiny_model, tmp_path, kind, checkpoi
         student.gradient_checkpointing_enable()
     tokenizer = load_tokenizer(folder)
     update = Update.bind(config, student.train(), tokenizer, Teacher(teacher, tokenizer), CPU)
+    update.freeze_unreached()
     batch = Batch.of(rehearsal.inputs(4))
     footprint = Footprint(CPU)
     for model in (student, teacher):

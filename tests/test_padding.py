@@ -7,7 +7,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from oprd.foundation.errors import UserError
 from oprd.models.capture import num_layers
-from oprd.models.forward import Reading, Want, read_states
+from oprd.models.forward import ModelInput, StateRequest, read_states
 from oprd.models.loading import TINY_MODELS, load_tokenizer
 from oprd.models.padding import check_sharded, generation_batches, heeds_padding
 from oprd.rollouts.generation import Sampling, generate, left_pad
@@ -76,12 +76,12 @@ def make(kind, dtype=torch.float32, **keys):
 def reading(prompts, responses):
     ids = pad_sequence([torch.tensor(response) for response in responses], batch_first=True)
     mask = pad_sequence([torch.ones(len(response)).long() for response in responses], batch_first=True)
-    return Reading.of(*left_pad(prompts, 0), ids, mask), mask.bool()
+    return ModelInput.of(*left_pad(prompts, 0), ids, mask), mask.bool()
 
 
-def states(model, prompts, responses, **want):
+def states(model, prompts, responses, **request):
     read, mask = reading(prompts, responses)
-    (found,) = read_states(model, read, [Want((1, num_layers(model)), mask, **want)])
+    (found,) = read_states(model, read, [StateRequest((1, num_layers(model)), mask, **request)])
     return found
 
 

@@ -21,7 +21,7 @@ from torch.distributed.tensor import DTensor
 
 from oprd.foundation.ranks import leave_ranks
 from oprd.models.capture import blocks
-from oprd.models.forward import Reading, Want
+from oprd.models.forward import ModelInput, StateRequest
 from oprd.training.train import parse_training_recipe, train
 from oprd.training.trainer import OPRDConfig
 
@@ -134,8 +134,8 @@ def check_sharded(trainer: ScriptedTrainer) -> None:
 
     notes = [block.register_forward_pre_hook(note) for block in layers]
     ids = torch.ones(1, 4, dtype=torch.long)
-    want = Want((len(layers),), torch.ones(1, 3, dtype=torch.bool))
-    trainer.teacher.read(Reading(ids, ids, 0, 3), [want])
+    request = StateRequest((len(layers),), torch.ones(1, 3, dtype=torch.bool))
+    trainer.teacher.read(ModelInput(ids, ids, 0, 3), [request])
     for handle in notes:
         handle.remove()
     assert gathered == [1] * len(layers)

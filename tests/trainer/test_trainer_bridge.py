@@ -345,7 +345,6 @@ def test_a_bridge_phase_then_an_output_phase(make_trainer, bridge, tmp_path):
         output_loss="sampled_token",
         max_steps=5,
     )
-    _ = trainer.update.output.heads
     early = lambda: trainer.state.global_step < 3  # noqa: E731
     refuse_updates(trainer, trainer.model.lm_head, early)
     trainer.teacher.model.lm_head.register_forward_pre_hook(lambda *_: refuse() if early() else None)

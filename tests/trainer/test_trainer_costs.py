@@ -146,7 +146,6 @@ def test_a_representation_phase_then_an_output_phase(make_trainer):
         output_loss="full_vocab",
         max_steps=4,
     )
-    _ = trainer.update.output.heads
     early = lambda: trainer.state.global_step < 2  # noqa: E731
     refuse_updates(trainer, trainer.model.lm_head, early)
     trainer.teacher.model.lm_head.register_forward_pre_hook(lambda *_: refuse() if early() else None)

@@ -40,7 +40,7 @@ from oprd.foundation.ranks import Ranks, joined_ranks
 from oprd.models.capture import num_layers
 from oprd.models.eos import eos_token_ids
 from oprd.models.finite import check_loaded
-from oprd.models.forward import Want, read_states
+from oprd.models.forward import StateRequest, read_states
 from oprd.models.lengths import fitting_length, run_readers
 from oprd.models.loading import load_with_tokenizer, resolve_model
 from oprd.models.teacher import Teacher
@@ -333,12 +333,12 @@ def _update(
         supervised &= readable(inputs["completion_ids"], pair.teacher.vocabulary)
     mask = Positions.parse(args.positions).mask(supervised)
     batch = Batch.of(inputs | {f"{term}_weights": mask.float() for term in TERMS})
-    wants = [
-        Want(fitter.student_layers, mask, args.final_norm),
-        Want(fitter.teacher_layers, batch.on_teacher(mask), args.final_norm),
+    requests = [
+        StateRequest(fitter.student_layers, mask, args.final_norm),
+        StateRequest(fitter.teacher_layers, batch.on_teacher(mask), args.final_norm),
     ]
-    (student,) = read_states(pair.student, batch.student, wants[:1])
-    (teacher,) = pair.teacher.read(batch.teacher, wants[1:])
+    (student,) = read_states(pair.student, batch.student, requests[:1])
+    (teacher,) = pair.teacher.read(batch.teacher, requests[1:])
     fitter.update(student, teacher, rollout_ids.repeat_interleave(mask.sum(-1).cpu()))
     return counts
 

@@ -26,7 +26,7 @@ MASK_CALL = re.compile(r"(?:create_causal_mask|mask_function)\(([^)]*)\)|mask_kw
 
 
 @dataclass(frozen=True)
-class Reading:
+class ModelInput:
     """Token ids that a model reads, their mask on the host, and where the response rows lie among them."""
 
     input_ids: Int[Tensor, "B S"]
@@ -41,7 +41,7 @@ class Reading:
         prompt_mask: Int[Tensor, "B P"],
         completion_ids: Int[Tensor, "B T"],
         completion_mask: Int[Tensor, "B T"],
-    ) -> "Reading":
+    ) -> "ModelInput":
         """Left-padded prompts and right-padded completions, less the columns that are padding throughout.
 
         With masks on the host, ids on an accelerator are not waited for.
@@ -57,11 +57,11 @@ class Reading:
         """Whether any rollout has padding in front."""
         return bool((self.attention_mask[:, 0] == 0).any())
 
-    def part(self, rollouts: Int[Tensor, " N"], padding: int) -> "Reading":
+    def part(self, rollouts: Int[Tensor, " N"], padding: int) -> "ModelInput":
         """Some of the rollouts, less the padding that is in front of all of them."""
         ids = self.input_ids[rollouts.to(self.input_ids.device), padding:]
         mask = self.attention_mask[rollouts, padding:]
-        return Reading(ids, mask, self.first_row - padding, self.num_rows)
+        return ModelInput(ids, mask, self.first_row - padding, self.num_rows)
 
     def rows(self, mask: Bool[Tensor, "B T"]) -> Bool[Tensor, "B S"]:
         """A mask over response rows as a mask over the sequence."""
@@ -69,13 +69,13 @@ class Reading:
         placed[:, self.first_row : self.first_row + self.num_rows] = mask[:, : self.num_rows]
         return placed
 
-    def to(self, device: torch.device) -> "Reading":
-        """The same reading on another device."""
+    def to(self, device: torch.device) -> "ModelInput":
+        """The same input on another device."""
         return replace(self, input_ids=self.input_ids.to(device))
 
 
 @dataclass(frozen=True)
-class Want:
+class StateRequest:
     """Layers to keep, the response rows to keep of them, and what to make of these at once."""
 
     layers: tuple[int, ...]
@@ -92,69 +92,80 @@ class StateReader(nn.Module):
         self.model, self.config = model, model.config
 
     def forward(
-        self, reading: Reading, wants: Sequence[Want], padding_free: bool | None = None
+        self, model_input: ModelInput, requests: Sequence[StateRequest], padding_free: bool | None = None
     ) -> list[dict[int, Tensor]]:
         """`read_states`."""
-        return read_states(self.model, reading, wants, padding_free)
+        return read_states(self.model, model_input, requests, padding_free)
 
 
 def read_states(
-    model: nn.Module, reading: Reading, wants: Sequence[Want], padding_free: bool | None = None
+    model: nn.Module,
+    model_input: ModelInput,
+    requests: Sequence[StateRequest],
+    padding_free: bool | None = None,
 ) -> list[dict[int, Tensor]]:
     """Run the backbone once, no deeper than needed and without its LM head.
 
-    Returns, for every want, `{layer: [N, D]}`, transformed, with N the rows of its mask, row-major. With
+    Returns, for every request, `{layer: [N, D]}`, transformed, with N the rows of its mask, row-major. With
     `padding_free` all rollouts are read as one sequence of their tokens, in which none sees another; None:
     where the model's attention takes sequences of any lengths. A model that ignores padding (`heeds_padding`)
     is run once for every length of prompt.
     """
-    if not padding_free and reading.is_padded and not heeds_padding(model, reading.input_ids.device):
-        return _read_by_padding(model, reading, wants)
-    # Among equally deep wants the last one stops the forward, once the others' hooks have run.
-    deepest = max(range(len(wants)), key=lambda i: (max(wants[i].layers), i))
-    inputs, real = _inputs(model, reading, padding_free)
+    if not padding_free and model_input.is_padded and not heeds_padding(model, model_input.input_ids.device):
+        return _read_by_padding(model, model_input, requests)
+    # Among equally deep requests the last one stops the forward, once the others' hooks have run.
+    deepest = max(range(len(requests)), key=lambda i: (max(requests[i].layers), i))
+    inputs, real = _inputs(model, model_input, padding_free)
     with ExitStack() as captures:
-        if all(want.transform is not None for want in wants):  # losses are there: the backward is next
-            captures.enter_context(uncheckpointed(model, max(wants[deepest].layers)))
+        if all(
+            request.transform is not None for request in requests
+        ):  # losses are there: the backward is next
+            captures.enter_context(uncheckpointed(model, max(requests[deepest].layers)))
         states = []
-        for i, want in enumerate(wants):
-            rows = reading.rows(want.mask)
+        for i, request in enumerate(requests):
+            rows = model_input.rows(request.mask)
             rows = rows if real is None else rows[real.to(rows.device)][None]
-            captured = capture(model, want.layers, rows, want.final_norm, i == deepest, want.transform)
+            captured = capture(
+                model, request.layers, rows, request.final_norm, i == deepest, request.transform
+            )
             states.append(captures.enter_context(captured))
         backbone(model)(**inputs, use_cache=False)
     return states
 
 
-def _read_by_padding(model: nn.Module, reading: Reading, wants: Sequence[Want]) -> list[dict[int, Tensor]]:
+def _read_by_padding(
+    model: nn.Module, model_input: ModelInput, requests: Sequence[StateRequest]
+) -> list[dict[int, Tensor]]:
     """`read_states` without any padding in front: rollouts that had equally much of it share a forward.
 
     All states are kept until the last forward; only then are they transformed.
     """
-    padding = (reading.attention_mask == 0).long().cumprod(-1).sum(-1).cpu()
+    padding = (model_input.attention_mask == 0).long().cumprod(-1).sum(-1).cpu()
     groups = [(padding == width).nonzero()[:, 0] for width in padding.unique()]
     parts = []
     for group in groups:
-        cut = [replace(want, mask=want.mask.cpu()[group], transform=None) for want in wants]
-        parts.append(read_states(model, reading.part(group, int(padding[group[0]])), cut, padding_free=False))
+        cut = [replace(request, mask=request.mask.cpu()[group], transform=None) for request in requests]
+        parts.append(
+            read_states(model, model_input.part(group, int(padding[group[0]])), cut, padding_free=False)
+        )
     rollouts = torch.cat(groups)  # as they were read
     whole = []
-    for number, want in enumerate(wants):
-        counts = want.mask.sum(-1).cpu()[rollouts].tolist()
+    for number, request in enumerate(requests):
+        counts = request.mask.sum(-1).cpu()[rollouts].tolist()
         states = {}
-        for layer in want.layers:
+        for layer in request.layers:
             read = torch.cat([part[number][layer] for part in parts]).split(counts)
             rows = torch.cat([read[place] for place in rollouts.argsort().tolist()])
-            states[layer] = rows if want.transform is None else want.transform(layer, rows)
+            states[layer] = rows if request.transform is None else request.transform(layer, rows)
         whole.append(states)
     return whole
 
 
 def _inputs(
-    model: nn.Module, reading: Reading, padding_free: bool | None
+    model: nn.Module, model_input: ModelInput, padding_free: bool | None
 ) -> tuple[dict[str, Any], Bool[Tensor, "B S"] | None]:
     """What the backbone is called with, and which of the padded tokens are in it, unless all are."""
-    ids, mask = reading.input_ids, reading.attention_mask
+    ids, mask = model_input.input_ids, model_input.attention_mask
     # Positions count real tokens, so the amount of padding does not shift them.
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
     stack = backbone(model)
@@ -206,7 +217,7 @@ def _masks_by_position(forward: Any) -> bool:
 
 
 def _lengths(mask: Int[Tensor, "B S"], device: torch.device) -> dict[str, Any]:
-    """Where sequences begin and end, as flash attention wants it: it would wait for the device to ask."""
+    """Where sequences begin and end, as flash attention requests it: it would wait for the device to ask."""
     lengths = mask.sum(-1)
     ends = nn.functional.pad(lengths.cumsum(0), (1, 0)).to(torch.int32).to(device)
     longest = int(lengths.max())

@@ -15,7 +15,7 @@ from transformers.utils import is_bitsandbytes_available
 from oprd.foundation.errors import UserError
 from oprd.models.capture import num_layers
 from oprd.models.eos import listed_eos_ids
-from oprd.models.forward import Reading, StateReader, Want
+from oprd.models.forward import ModelInput, StateReader, StateRequest
 from oprd.models.init_kwargs import hub_kwargs
 from oprd.models.loading import base_model, load_tokenizer, load_with_tokenizer, resolve_model
 from oprd.models.positions import num_positions
@@ -115,18 +115,18 @@ class Teacher:
 
     @torch.no_grad()
     def read(
-        self, reading: Reading, wants: Sequence[Want], padding_free: bool | None = None
+        self, model_input: ModelInput, requests: Sequence[StateRequest], padding_free: bool | None = None
     ) -> list[dict[int, Tensor]]:
         """`read_states` on the teacher's own device, under the autocast that the student computes under.
 
         A teacher in bfloat16 throughout computes as it is in a float16 run: autocast does not mix the two.
         """
-        device = self._device_for(reading.input_ids.device)
+        device = self._device_for(model_input.input_ids.device)
         # No supervised row reads an id that only the student's padded embedding has.
-        ids = reading.input_ids.clamp(max=self.vocabulary - 1)
-        reading = replace(reading, input_ids=ids)
-        with self._autocast(reading.input_ids.device):
-            return self.reader(reading.to(device), wants, padding_free)
+        ids = model_input.input_ids.clamp(max=self.vocabulary - 1)
+        model_input = replace(model_input, input_ids=ids)
+        with self._autocast(model_input.input_ids.device):
+            return self.reader(model_input.to(device), requests, padding_free)
 
     def try_states(self, layers: Sequence[int], final_norm: bool, device: torch.device) -> None:
         """`trial.try_states` as `read` computes them for a student on `device`; raises `UserError`."""

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from oprd.models.forward import Reading
+from oprd.models.forward import ModelInput
 from oprd.objective.composite import num_units, row_weights
 from oprd.objective.selection import Positions
 from oprd.objective.settings import ObjectiveSettings
@@ -23,8 +23,8 @@ TERMS = ("representation", "output", "anchor")
 class Batch:
     """One micro-batch of rollouts with the weight of every row (zero = not supervised)."""
 
-    student: Reading
-    teacher: Reading
+    student: ModelInput
+    teacher: ModelInput
     tokens: Int[Tensor, "B T"]
     representation_weights: Float[Tensor, "B T"]
     output_weights: Float[Tensor, "B T"]
@@ -38,13 +38,13 @@ class Batch:
     def of(cls, inputs: Inputs) -> "Batch":
         """Read `prompt_*`, `completion_*`, all `*_weights`; if given, `teacher_*` and `engine_log_probs`."""
         completion = inputs["completion_ids"], inputs["completion_mask"]
-        student = Reading.of(inputs["prompt_ids"], inputs["prompt_mask"], *completion)
+        student = ModelInput.of(inputs["prompt_ids"], inputs["prompt_mask"], *completion)
         teacher, read = student, (None, None)
         if "teacher_completion_ids" in inputs:
             read = inputs["teacher_completion_ids"], inputs["teacher_completion_mask"] > 0
         if "teacher_prompt_ids" in inputs:
             prompt = inputs["teacher_prompt_ids"], inputs["teacher_prompt_mask"]
-            teacher = Reading.of(*prompt, *(completion if read[0] is None else read))
+            teacher = ModelInput.of(*prompt, *(completion if read[0] is None else read))
         return cls(
             student,
             teacher,

@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from oprd.bridge import Bridge
-from oprd.models.forward import Reading, StateReader, Want
+from oprd.models.forward import ModelInput, StateReader, StateRequest
 from oprd.models.sharding.fsdp import Sharding
 from oprd.objective.losses import relative_mse
 
@@ -47,11 +47,11 @@ class Anchor:
             model.to(device)
 
     @torch.no_grad()
-    def read(self, reading: Reading, want: Want) -> dict[int, Tensor]:
+    def read(self, model_input: ModelInput, request: StateRequest) -> dict[int, Tensor]:
         """The states that the student had for these rows before training."""
         model: Any = self.reference.model
         with model.disable_adapter() if hasattr(model, "disable_adapter") else nullcontext():
-            (states,) = self.reference(reading, [want])
+            (states,) = self.reference(model_input, [request])
         return states
 
     def rows(

@@ -1,7 +1,7 @@
 """The output term of an update: both LM heads on final states, and a divergence of what they say."""
 
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import partial
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -32,6 +32,7 @@ class OutputTerm:
     student: PreTrainedModel
     teacher: Teacher
     vocabulary: int | None
+    heads: tuple[Head, Head] | None  # the student's and the teacher's, if the run makes logits
 
     @classmethod
     def bind(
@@ -46,18 +47,19 @@ class OutputTerm:
         if vocabulary and settings.output_loss.startswith("top_k") and settings.output_top_k > vocabulary:
             k = settings.output_top_k
             raise UserError(f"output_top_k is {k}, but the vocabulary has {vocabulary} tokens: lower it")
-        term = cls(settings, student, teacher, vocabulary)
+        heads = None
         if settings.output_schedule.ever_active or (vocabulary and settings.diagnostics_steps):
-            _ = term.heads  # while no weights are sharded
-        return term
+            ours, theirs = (
+                Head.of(model, vocabulary or model.config.get_text_config().vocab_size)
+                for model in (student, teacher.model)
+            )  # while no weights are sharded
+            heads = ours, theirs
+        return cls(settings, student, teacher, vocabulary, heads)
 
-    @cached_property
-    def heads(self) -> tuple[Head, Head]:
-        """Both LM heads, made when logits are first wanted; raises `UserError` if one cannot be had."""
-        ours, theirs = self.student, self.teacher.model
-        return Head.of(ours, self.vocabulary or _size(ours)), Head.of(
-            theirs, self.vocabulary or _size(theirs)
-        )
+    @property
+    def _heads(self) -> tuple[Head, Head]:
+        assert self.heads is not None
+        return self.heads
 
     def teacher_mask(self, batch: Batch, mask: Bool[Tensor, "B T"]) -> Bool[Tensor, "B T2"]:
         """The teacher's rows that the student's rows of `mask` are compared with."""
@@ -70,7 +72,7 @@ class OutputTerm:
 
         No gradient passes through the values. Entropies and overlap of some rows go to `averages`.
         """
-        ours, theirs = self.heads
+        ours, theirs = self._heads
         with ours.gathered(), theirs.gathered():
             return self._loss(batch, here, student, teacher, averages)
 
@@ -79,7 +81,7 @@ class OutputTerm:
     ) -> tuple[Float[Tensor, ""], Float[Tensor, " N"]]:
         mask, weights, size = here.mask, here.weights, self.settings.output_chunk_size
         tokens = batch.tokens[mask]
-        ours, theirs = self.heads
+        ours, theirs = self._heads
         if self.vocabulary:
             teacher, teacher_logits = theirs.prepared(teacher)
             per_row = partial(self._row_values, averages, _stride(len(tokens)), teacher_logits)
@@ -99,7 +101,7 @@ class OutputTerm:
 
     def observe(self, averages: Averages, student: Rows, teacher: Rows) -> None:
         """Add entropies and overlap of evenly spaced rows, where both models speak of the same tokens."""
-        stride, (ours, theirs) = _stride(len(student)), self.heads
+        stride, (ours, theirs) = _stride(len(student)), self._heads
         with ours.gathered(), theirs.gathered():
             logits = ours(student[::stride])
             add_output_statistics(averages, logits, theirs(teacher[::stride]).to(logits.device))
@@ -160,10 +162,6 @@ def _cooled(logits: Logits, temperature: float) -> Logits:
 def _stride(rows: int) -> int:
     """Every which row to describe: a micro-batch shows a few."""
     return max(1, rows // DESCRIBED_ROWS)
-
-
-def _size(model: PreTrainedModel) -> int:
-    return model.config.get_text_config().vocab_size
 
 
 def _vocabulary(

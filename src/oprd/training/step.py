@@ -1,13 +1,14 @@
-"""One update's loss on one micro-batch: teacher states, student states, Eq. 7, and what they show.
+"""What one step does: Eq. 7 on one micro-batch of rollouts.
 
-Knows models and tensors, not trainers: `Update` is what a trainer calls between rollout and backward.
+`Update.loss` reads top to bottom: which rows each term supervises; what the teacher's states there are
+(`_targets`); one forward of the student, in which each layer's loss is computed where its states are
+(`layer_losses.py`, `output_term.py`); the weighted sum. Knows models and tensors, not trainers.
 """
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -17,12 +18,11 @@ from oprd.foundation.meters import Averages, Stopwatch
 from oprd.models.activation_checkpointing import attention_kept
 from oprd.models.capture import backbone, num_layers
 from oprd.models.finite import FiniteWatch
-from oprd.models.forward import Want, read_states
+from oprd.models.forward import StateRequest, read_states
 from oprd.models.freezing import check_trainable, freeze_unreached
 from oprd.models.lm_head import check_head
 from oprd.models.sharding.fsdp import Sharding
 from oprd.models.teacher import Teacher
-from oprd.objective.composite import weighted_loss
 from oprd.objective.custom_loss import CustomLoss, row_loss
 from oprd.objective.selection import LayerMap
 from oprd.objective.settings import ObjectiveSettings
@@ -30,12 +30,14 @@ from oprd.rollouts.rows import TERMS, Batch, SupervisedRows
 from oprd.training.anchor import Anchor
 from oprd.training.comparison import Comparison, States
 from oprd.training.diagnostics import add_representation_cosine
+from oprd.training.layer_losses import AnchorLoss, RepresentationLoss
 from oprd.training.output_term import OutputTerm
 
 logger = logging.getLogger(__name__)
 
-Terms = dict[str, SupervisedRows]
-AtLayer = Callable[[int, Tensor], Tensor]
+Rows = dict[str, SupervisedRows]  # by term
+Targets = dict[str, States]  # by term and layer, what the student's states are held to
+AtLayer = Callable[[int, Tensor], Tensor]  # what is made of a layer's states in the forward
 
 
 @dataclass(frozen=True)
@@ -61,7 +63,7 @@ class Update:
         teacher: Teacher,
         device: torch.device,
     ) -> "Update":
-        """Pair the layers, compare widths and vocabularies, and freeze what no term of the run reaches.
+        """Pair the layers, and compare widths and vocabularies.
 
         Raises `UserError` where student, teacher and settings do not fit.
         """
@@ -75,16 +77,18 @@ class Update:
         if settings.anchor_schedule.ever_active and comparison.bridge is not None:
             anchor = Anchor.of(student, comparison.bridge, comparison.layer_map.student_layers)
         meters = Averages(), Stopwatch(device), FiniteWatch()
-        update = cls(settings, comparison, student, teacher, output, anchor, *meters)
         if comparison.bridge is not None and output.vocabulary is None and anchor is None:
             logger.warning(
                 "across tokenizers many rows have no counterpart, and a bridge without an anchor lets the "
                 "student's states there drift until it writes nothing sensible: set anchor_weight: 1"
             )
-        if frozen := freeze_unreached(student, settings, comparison.layer_map):
+        return cls(settings, comparison, student, teacher, output, anchor, *meters)
+
+    def freeze_unreached(self) -> None:
+        """Freeze what no term of the run reaches; raises `UserError` where nothing is left to train."""
+        if frozen := freeze_unreached(self.student, self.settings, self.layer_map):
             logger.info("frozen, since no loss reaches it: %s", ", ".join(frozen))
-        check_trainable(student)
-        return update
+        check_trainable(self.student)
 
     def place(self, device: torch.device, sharding: Sharding | None) -> None:
         """Put the frozen models where they are read: on `device`, or spread over ranks as the student is."""
@@ -99,18 +103,10 @@ class Update:
         """
         weights = {term: schedule(step) for term, schedule in self.settings.schedules.items()}
         rows = {term: batch.rows(term) for term in TERMS if weights[term] > 0}
-        wanted = self._wanted(batch, rows)
-        at_layer = {
-            term: partial(compare, batch, rows, wanted.get(term, {}))
-            for term, compare in (("representation", self._representation), ("anchor", self._anchored))
-        }
-        read = self._read(batch, rows, at_layer)
+        targets = self._targets(batch, rows)
+        losses = self._losses(batch, rows, targets)
         total = torch.zeros((), device=batch.tokens.device, requires_grad=True)
-        for term, result in read.items():
-            if term == "output":
-                value = self._output(batch, rows[term], *_last(result, wanted[term]))
-            else:
-                value = torch.stack([one.to(total.device) for one in result.values()]).mean()
+        for term, value in losses.items():
             self.averages.add(f"loss/{term}", value)
             total = total + weights[term] * value
         self.averages.add("loss/total", total)
@@ -122,14 +118,13 @@ class Update:
         off = [term for term, schedule in self.settings.schedules.items() if schedule(step) == 0]
         possible = {"representation": self._comparable, "output": self.output.vocabulary is not None}
         rows = {term: batch.rows(term) for term in off if possible.get(term)}
-        wanted = self._wanted(batch, rows)
-        for term, states in self._read(batch, rows, {"representation": self.comparison.student}).items():
-            if term == "output":
-                self.output.observe(self.averages, *_last(states, wanted[term]))
-                continue
-            for layer, here in states.items():
-                there, weights = wanted[term][layer], rows[term].weights
-                add_representation_cosine(self.averages, layer, here, there, weights)
+        targets = self._targets(batch, rows)
+        student = self._student_forward(batch, rows, {"representation": self.comparison.student})
+        for layer, states in student.get("representation", {}).items():
+            target, weights = targets["representation"][layer], rows["representation"].weights
+            add_representation_cosine(self.averages, layer, states, target, weights)
+        if "output" in student:
+            self.output.observe(self.averages, _last(student["output"]), _last(targets["output"]))
 
     @property
     def layers_read(self) -> tuple[list[int], list[int]]:
@@ -155,72 +150,91 @@ class Update:
         width = backbone(self.student).config.get_text_config().hidden_size
         return self.comparison.bridge is not None or width == self.teacher.width
 
-    def _wanted(self, batch: Batch, rows: Terms) -> dict[str, States]:
-        """By term, what the student's states are held to: the teacher's, or its own former ones."""
-        here, norm, wants = self.comparison, self.settings.final_norm, {}
+    def _targets(self, batch: Batch, rows: Rows) -> Targets:
+        """The teacher's states on its rows of the same text; for the anchor, the student's former ones."""
+        here, norm = self.comparison, self.settings.final_norm
+        requests = {}
         if "representation" in rows:
-            read = batch.on_teacher(rows["representation"].mask)
-            wants["representation"] = Want(here.layer_map.teacher_layers, read, norm, here.teacher)
+            mask = batch.on_teacher(rows["representation"].mask)
+            layers = here.layer_map.teacher_layers
+            requests["representation"] = StateRequest(layers, mask, norm, here.teacher)
         if "output" in rows:
-            read = self.output.teacher_mask(batch, rows["output"].mask)
-            wants["output"] = Want((self.teacher.num_layers,), read)
-        wanted: dict[str, States] = {}
-        if wants:
+            mask = self.output.teacher_mask(batch, rows["output"].mask)
+            requests["output"] = StateRequest((self.teacher.num_layers,), mask)
+        targets: Targets = {}
+        if requests:
             with self.stopwatch.part("teacher"):
-                states = self.teacher.read(batch.teacher, list(wants.values()), self.settings.padding_free)
-            wanted = dict(zip(wants, states, strict=True))
-        if "representation" in wanted:
-            wanted["representation"] = here.by_student_layer(wanted["representation"])
+                states = self.teacher.read(batch.teacher, list(requests.values()), self.settings.padding_free)
+            targets = dict(zip(requests, states, strict=True))
+        if "representation" in targets:
+            targets["representation"] = here.by_student_layer(targets["representation"])
         if self.anchor is not None and "anchor" in rows:
-            want = Want(here.layer_map.student_layers, rows["anchor"].mask, norm)
-            wanted["anchor"] = self.anchor.read(batch.student, want)
-        return wanted
+            request = StateRequest(here.layer_map.student_layers, rows["anchor"].mask, norm)
+            targets["anchor"] = self.anchor.read(batch.student, request)
+        return targets
 
-    def _read(self, batch: Batch, rows: Terms, at_layer: Mapping[str, AtLayer]) -> dict[str, States]:
-        """One forward of the student: by term and layer, what `at_layer` makes of its states, or these."""
+    def _losses(self, batch: Batch, rows: Rows, targets: Targets) -> dict[str, Tensor]:
+        """The loss of each term: of states, the mean over layers; of the output, from final states."""
+        device = batch.tokens.device
+        student = self._student_forward(batch, rows, self._layer_losses(batch, rows, targets))
+        losses = {}
+        for term, at_layers in student.items():
+            if term == "output":
+                losses[term] = self._output_loss(batch, rows[term], _last(at_layers), _last(targets[term]))
+            else:
+                losses[term] = torch.stack([loss.to(device) for loss in at_layers.values()]).mean()
+        return losses
+
+    def _layer_losses(self, batch: Batch, rows: Rows, targets: Targets) -> dict[str, AtLayer]:
+        """By term, the loss that the student's forward computes at each of its layers."""
+        ids = batch.student.input_ids
+        losses: dict[str, AtLayer] = {}
+        if "representation" in rows:
+            assert self.settings.representation_loss is not None
+            losses["representation"] = RepresentationLoss(
+                row_loss(self.settings.representation_loss),
+                self.comparison,
+                targets["representation"],
+                rows["representation"],
+                ids,
+                self.averages,
+                self.watch,
+            )
+        if "anchor" in rows:
+            assert self.anchor is not None
+            paired = (batch.representation_weights > 0)[rows["anchor"].mask]
+            losses["anchor"] = AnchorLoss(
+                self.anchor, targets["anchor"], rows["anchor"], paired, ids, self.watch
+            )
+        return losses
+
+    def _student_forward(
+        self, batch: Batch, rows: Rows, at_layer: dict[str, AtLayer]
+    ) -> dict[str, dict[int, Tensor]]:
+        """One forward of the student: by term and layer its states, or what `at_layer` makes of them."""
         layers, norm = self.layer_map.student_layers, self.settings.final_norm
-        wants = {
-            term: Want((num_layers(self.student),), here.mask)
+        requests = {
+            term: StateRequest((num_layers(self.student),), here.mask)
             if term == "output"
-            else Want(layers, here.mask, norm, at_layer.get(term))
+            else StateRequest(layers, here.mask, norm, at_layer.get(term))
             for term, here in rows.items()
         }
-        if not wants:
+        if not requests:
             return {}
         with attention_kept(self.student) if self.settings.keep_attention else nullcontext():
             states = read_states(
-                self.student, batch.student, list(wants.values()), self.settings.padding_free
+                self.student, batch.student, list(requests.values()), self.settings.padding_free
             )
-        return dict(zip(wants, states, strict=True))
+        return dict(zip(requests, states, strict=True))
 
-    def _representation(
-        self, batch: Batch, rows: Terms, teacher: States, layer: int, states: Tensor
-    ) -> Tensor:
-        """Eq. 6 or 14 at one layer, while the forward is there; the teacher's rows are let go."""
-        assert self.settings.representation_loss is not None
-        loss, here = row_loss(self.settings.representation_loss), rows["representation"]
-        student, wanted = self.comparison.student(layer, states), teacher.pop(layer)
-        value, values = weighted_loss(loss, student, wanted, here.weights)
-        self.watch.add("the representation loss", layer, values, here.mask, batch.student.input_ids)
-        self.averages.add(f"loss/representation_layer_{layer}", value)
-        add_representation_cosine(self.averages, layer, student, wanted, here.weights)
-        return value
-
-    def _anchored(self, batch: Batch, rows: Terms, reference: States, layer: int, states: Tensor) -> Tensor:
-        assert self.anchor is not None
-        here, paired = rows["anchor"], batch.representation_weights > 0
-        loss = partial(self.anchor.rows, layer, paired=paired[here.mask].to(states.device))
-        value, values = weighted_loss(loss, states, reference.pop(layer), here.weights)
-        self.watch.add("the anchor", layer, values, here.mask, batch.student.input_ids)
-        return value
-
-    def _output(self, batch: Batch, here: SupervisedRows, student: Tensor, teacher: Tensor) -> Tensor:
+    def _output_loss(self, batch: Batch, here: SupervisedRows, student: Tensor, teacher: Tensor) -> Tensor:
+        """Eq. 2-5 from final states."""
         value, values = self.output.loss(batch, here, student, teacher, self.averages)
         self.watch.add("the output loss", None, values, here.mask, batch.student.input_ids)
         return value.to(batch.tokens.device)
 
 
-def _last(student: States, teacher: States) -> tuple[Tensor, Tensor]:
-    """The final states that an output term reads."""
-    (ours,), (theirs,) = student.values(), teacher.values()
-    return ours, theirs
+def _last(states: States) -> Tensor:
+    """The states of the one layer that an output term reads."""
+    (last,) = states.values()
+    return last

@@ -266,6 +266,7 @@ class OPRDTrainer(ResumableTrainer, UpdateTrainer, DistillationTrainer):
             self.update = Update.bind(
                 args, self.model, self._tokenizer, self.teacher, self.accelerator.device
             )
+            self.update.freeze_unreached()
         if is_deepspeed_zero3_enabled():
             self.teacher.reader = prepare_deepspeed(self.teacher.reader, self.accelerator)
         else:

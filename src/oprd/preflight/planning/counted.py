@@ -19,7 +19,7 @@ def counted(update: Update, footprint: Footprint) -> Update:
     for tensor in _references(update):
         footprint.hold(tensor, REFERENCE)
     term = update.output
-    output = _Output(term.settings, term.student, term.teacher, term.vocabulary, footprint)
+    output = _Output(term.settings, term.student, term.teacher, term.vocabulary, term.heads, footprint)
     return replace(update, stopwatch=_Parts(footprint), output=output)
 
 

@@ -210,6 +210,7 @@ class Rehearsal:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Accessing the data pointer of FakeTensor")
             update = Update.bind(self.settings, self.student, self._tokenizer, self.teacher, self.device)
+            update.freeze_unreached()
         return counted(update, self.footprint)
 
     def inputs(self, count: int) -> Inputs:

@@ -28,8 +28,8 @@ from oprd.models.teacher import Teacher, quantization
 from oprd.rollouts.generation import Sampling, generate, left_pad, render_prompt
 from oprd.rollouts.prompts import load_prompts
 from oprd.rollouts.rows import Batch, weigh_rows
+from oprd.training.config import OPRDConfig
 from oprd.training.step import Update
-from oprd.training.trainer import OPRDConfig
 
 CPU = torch.device("cpu")
 COLUMNS = ("student", "teacher", "loss_first", "loss_last", "kl_first", "kl_last")

@@ -21,8 +21,8 @@ from oprd.foundation.errors import UserError
 from oprd.objective.settings import ObjectiveSettings
 from oprd.rollouts.engines.vllm import is_installed
 from oprd.rollouts.generation import HFEngine
+from oprd.training.config import OPRDConfig
 from oprd.training.train import RunArguments
-from oprd.training.trainer import OPRDConfig
 
 RECIPE = {
     "model_name_or_path": "tiny:student",

@@ -16,7 +16,7 @@ from oprd.folders.run_folder import resolved_settings
 from oprd.foundation.errors import UserError
 from oprd.objective.custom_loss import CustomLoss, named_loss, row_loss
 from oprd.objective.settings import ObjectiveSettings
-from oprd.training.trainer import OPRDConfig
+from oprd.training.config import OPRDConfig
 
 SOURCE = """
 import torch

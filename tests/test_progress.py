@@ -9,8 +9,8 @@ from tqdm import tqdm
 from oprd.objective.selection import LayerMap
 from oprd.rollouts import progress
 from oprd.rollouts.progress import tokens_shown
+from oprd.training.config import OPRDConfig
 from oprd.training.start_line import start_line
-from oprd.training.trainer import OPRDConfig
 
 
 def generate(model, lengths):

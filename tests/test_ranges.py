@@ -12,8 +12,8 @@ from oprd.evaluation.problems import EvalSettings
 from oprd.foundation.errors import UserError
 from oprd.foundation.ranges import EVALUATION_RANGES, RANGES, Range, check_ranges
 from oprd.rollouts.generation import Sampling
+from oprd.training.config import OPRDConfig
 from oprd.training.train import RunArguments
-from oprd.training.trainer import OPRDConfig
 
 BRIDGE = {name: "tiny" for name in ("model_name_or_path", "teacher_model_name_or_path", "dataset_name")}
 

@@ -10,8 +10,8 @@ from oprd.folders.deciding import DECIDING
 from oprd.folders.run_folder import check_folder, default_settings, resolved_settings, write_resolved
 from oprd.foundation.errors import UserError
 from oprd.objective.settings import ObjectiveSettings
+from oprd.training.config import OPRDConfig
 from oprd.training.train import RunArguments
-from oprd.training.trainer import OPRDConfig
 
 BATCH = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4, "num_processes": 1}
 STORED = BATCH | {

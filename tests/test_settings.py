@@ -4,7 +4,7 @@ import pytest
 
 from oprd.foundation.errors import UserError
 from oprd.objective.settings import ObjectiveSettings
-from oprd.training.trainer import OPRDConfig
+from oprd.training.config import OPRDConfig
 
 CONFIG = {"bf16": False, "use_cpu": True, "report_to": "none"}
 

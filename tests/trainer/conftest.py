@@ -14,8 +14,9 @@ from tiny_pair import QUICK, SIZES, ScriptedTrainer, perturb, prompt_texts
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from oprd.models.tiny.tokenizer import train_tokenizer
+from oprd.training.config import OPRDConfig
 from oprd.training.train import parse_training_recipe, train
-from oprd.training.trainer import OPRDConfig, OPRDTrainer
+from oprd.training.trainer import OPRDTrainer
 
 
 @pytest.fixture(scope="session")

@@ -22,8 +22,8 @@ from torch.distributed.tensor import DTensor
 from oprd.foundation.ranks import leave_ranks
 from oprd.models.capture import blocks
 from oprd.models.forward import ModelInput, StateRequest
+from oprd.training.config import OPRDConfig
 from oprd.training.train import parse_training_recipe, train
-from oprd.training.trainer import OPRDConfig
 
 COMPLETIONS, STEPS = 4, 3
 OUTPUT = {"representation_weight": "0", "output_loss": "top_k", "output_top_k": 4}

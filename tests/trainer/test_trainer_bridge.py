@@ -25,8 +25,8 @@ from oprd.cli import commands as cli
 from oprd.foundation.errors import UserError
 from oprd.objective.losses import REPRESENTATION_LOSSES
 from oprd.objective.selection import LayerMap
+from oprd.training.config import OPRDConfig
 from oprd.training.train import parse_training_recipe, train
-from oprd.training.trainer import OPRDConfig
 
 PAIRS = ((1, 1), (2, 3), (3, 5))
 SHARED = ((1, 2), (2, 2), (3, 5))  # two student layers look at one teacher layer

@@ -18,7 +18,7 @@ from oprd.rollouts.engines.staleness import (
     student_log_probs,
 )
 from oprd.rollouts.engines.student import Drawn
-from oprd.training.trainer import OPRDConfig
+from oprd.training.config import OPRDConfig
 
 CORRECTED = {"use_vllm": True, "output_loss": "sampled_token", "vllm_importance_sampling_correction": True}
 

@@ -15,7 +15,8 @@ from transformers.utils import is_bitsandbytes_available, is_liger_kernel_availa
 
 from oprd.foundation.errors import UserError
 from oprd.models.tiny.tokenizer import train_tokenizer
-from oprd.training.trainer import OPRDConfig, OPRDTrainer
+from oprd.training.config import OPRDConfig
+from oprd.training.trainer import OPRDTrainer
 
 TEMPLATE = (
     "{%- if hint is defined -%}{{- 'Hint: ' + hint + ' ' -}}{%- endif -%}"

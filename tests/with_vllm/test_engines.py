@@ -25,7 +25,7 @@ from oprd.rollouts.engines.vllm import check_server
 from oprd.rollouts.generation import HFEngine, Sampling
 from oprd.rollouts.prompts import load_prompts
 from oprd.text.rendering import Renderer
-from oprd.training.trainer import OPRDConfig
+from oprd.training.config import OPRDConfig
 
 BRIDGE = Path(__file__).parents[2] / "recipes" / "tiny" / "bridge.yaml"
 SETTINGS = EvalSettings(samples=4, sampling=Sampling(64, 1.0, 1.0), batch_size=8)

@@ -15,7 +15,8 @@ from peft import LoraConfig
 from oprd.cli import commands as cli
 from oprd.models.tiny import task
 from oprd.rollouts.engines.student import StudentEngine
-from oprd.training.trainer import OPRDConfig, OPRDTrainer
+from oprd.training.config import OPRDConfig
+from oprd.training.trainer import OPRDTrainer
 
 VANILLA = Path(__file__).parents[2] / "recipes" / "tiny" / "vanilla.yaml"
 QUICK = {

@@ -5,7 +5,6 @@ The folder holds `bridge.safetensors`, `report.json`, three plots and `resolved.
 
 import json
 import logging
-import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -16,11 +15,11 @@ import torch
 from datasets import Dataset
 from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from oprd.bridge.artifact import BRIDGE_FILE, Bridge
 from oprd.bridge.fitter import BridgeFitter, rows_needed
 from oprd.bridge.identity import identity
+from oprd.bridge.model_pair import ModelPair
 from oprd.bridge.plots import plot_bridge
 from oprd.bridge.recipe import BridgeArguments
 from oprd.folders.claims import OF_A_RUN, check_foreign
@@ -37,29 +36,20 @@ from oprd.folders.run_folder import (
 from oprd.folders.whole import write_whole
 from oprd.foundation.errors import UserError
 from oprd.foundation.ranks import Ranks, joined_ranks
-from oprd.models.capture import num_layers
-from oprd.models.eos import eos_token_ids
-from oprd.models.finite import check_loaded
 from oprd.models.forward import StateRequest, read_states
 from oprd.models.lengths import fitting_length, run_readers
-from oprd.models.loading import load_with_tokenizer, resolve_model
-from oprd.models.teacher import Teacher
 from oprd.models.trial import try_states
-from oprd.objective.selection import LayerMap, Positions
-from oprd.rollouts.engines.choose import choose_engine
+from oprd.objective.selection import Positions
 from oprd.rollouts.generation import Engine, Rollout, Sampling, left_pad
 from oprd.rollouts.intake import usable_prompts
 from oprd.rollouts.progress import tokens_shown
 from oprd.rollouts.prompts import load_prompts
 from oprd.rollouts.rows import TERMS, Batch, readable
-from oprd.rollouts.translation import Translation
-from oprd.text.rendering import Renderer
 
 logger = logging.getLogger(__name__)
 
 REPORT_FILE = "report.json"
 READING_KEYS = ("final_norm", "teacher_chat_template", "teacher_tokenization")
-GIB = 2**30
 
 
 def fit_bridge(args: BridgeArguments) -> Path:
@@ -126,87 +116,6 @@ def _fit(args: BridgeArguments, prompts: Dataset, inputs: Inputs, ranks: Ranks) 
     _write_report(folder, bridge)
     plot_bridge(bridge.metadata, folder)
     bridge.save(folder)
-
-
-class ModelPair:
-    """Student, teacher and their tokenizers, on one device, reading only."""
-
-    def __init__(
-        self,
-        student: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerBase,
-        teacher: Teacher,
-        translation: Translation,
-    ) -> None:
-        self.student, self.tokenizer = student.eval(), tokenizer
-        self.teacher, self.translation = teacher, translation
-
-    @classmethod
-    def load(cls, args: BridgeArguments, device: torch.device) -> "ModelPair":
-        """The models that a recipe names."""
-        shared = {"trust_remote_code": args.trust_remote_code}
-        located = resolve_model(args.model_name_or_path, **shared)
-        student, tokenizer = load_with_tokenizer(located, dtype=args.dtype, **shared)
-        student = student.to(device)
-        teacher = Teacher.load(args.teacher_model_name_or_path, {"dtype": args.dtype} | shared)
-        teacher.place(device)
-        translation = Translation(
-            tokenizer,
-            teacher.tokenizer,
-            args.teacher_chat_template,
-            args.teacher_tokenization,
-            args.teacher_template_kwargs,
-            eos_token_ids(student, tokenizer),
-        )
-        check_loaded(student, "the student")
-        check_loaded(teacher.model, "the teacher")
-        if translation.feeds_foreign_ids:
-            teacher.check_ids(student)
-        return cls(student, tokenizer, teacher, translation)
-
-    def engine(self, args: BridgeArguments, ranks: Ranks) -> Engine:
-        """What draws the student's rollouts; a vLLM in this process does not share a launcher with others."""
-        shared = {"trust_remote_code": args.trust_remote_code}
-        located = resolve_model(args.model_name_or_path, **shared)
-        chosen = args.engine, args.vllm_server_base_url
-        if ranks.count > 1 and args.vllm_server_base_url is None:
-            if args.engine == "vllm":
-                raise UserError("engine: vllm takes one process: name a server, or use engine: hf")
-            chosen = "hf", None
-        share = args.vllm_gpu_memory_utilization
-        return choose_engine(*chosen, self.student, self.tokenizer, located, share, shared)
-
-    def renderer(self, args: BridgeArguments) -> Renderer:
-        """How the student reads prompts."""
-        vocabulary = self.student.get_input_embeddings().num_embeddings
-        return Renderer(self.tokenizer, args.template_kwargs, vocabulary=vocabulary)
-
-    def fitter(self, args: BridgeArguments) -> tuple[BridgeFitter, LayerMap | None]:
-        """A fitter for the layers asked for, and their map unless the rows are to choose it."""
-        depths = num_layers(self.student), self.teacher.num_layers
-        best = args.layers.strip() == "best"
-        layer_map = LayerMap.parse("all" if best else args.layers, *depths)
-        teacher_layers = range(1, depths[1] + 1)
-        widths = self.student.config.get_text_config().hidden_size, self.teacher.width
-        if args.chosen_rank != "auto" and args.chosen_rank > widths[1]:
-            raise UserError(f"rank {args.chosen_rank} is asked of a teacher {widths[1]} wide: lower it")
-        crossed = len(layer_map.pairs) * depths[1] * math.prod(widths) * 8 * 2 / GIB
-        affordable = crossed <= args.all_pairs_gib
-        if best and not affordable:
-            raise UserError(
-                f"layers: best compares all layers, which takes {crossed:.3g} GiB of sums, and all_pairs_gib "
-                f"is {args.all_pairs_gib:g}: raise it, or name the layers"
-            )
-        if not affordable:
-            logger.info("CKA of paired layers only: all layers would take %.3g GiB (all_pairs_gib)", crossed)
-        fitter = BridgeFitter(
-            layer_map,
-            holdout=args.holdout,
-            all_pairs=affordable,
-            teacher_layers=tuple(teacher_layers) if affordable else (),
-            **vars(args.fit_settings),
-        )
-        return fitter, None if best else layer_map
 
 
 def accumulate(
@@ -361,15 +270,13 @@ def _inputs(
         "rows": sum(map(len, responses)),
         "truncated": sum(rollout.truncated for rollout in rollouts),
     }
-    if not pair.translation.is_identity:
-        inputs |= pair.translation.prompts(prompts)
-        room = pair.teacher.room(inputs["teacher_prompt_mask"])
-        read, aligned = pair.translation.responses(inputs["completion_ids"], inputs["completion_mask"], room)
-        inputs |= read
-        if aligned:
-            counts["paired_rows"] = sum(len(response.rows) for response in aligned)
-            counts["invalid_utf8"] = sum(response.invalid_utf8 for response in aligned)
-            counts["collapsed_alignment"] = sum(response.collapsed for response in aligned)
+    completions = inputs["completion_ids"], inputs["completion_mask"]
+    read, aligned = pair.translation.read(prompts, *completions, pair.teacher.room)
+    inputs |= read
+    if aligned:
+        counts["paired_rows"] = sum(len(response.rows) for response in aligned)
+        counts["invalid_utf8"] = sum(response.invalid_utf8 for response in aligned)
+        counts["collapsed_alignment"] = sum(response.collapsed for response in aligned)
     return {name: tensor.to(device) for name, tensor in inputs.items()}, counts
 
 

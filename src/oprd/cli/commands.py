@@ -228,8 +228,8 @@ def _recipe_kinds(command: str) -> tuple[type, ...]:
         from oprd.bridge.recipe import BridgeArguments
 
         return (BridgeArguments,)
+    from oprd.training.config import OPRDConfig
     from oprd.training.train import RunArguments
-    from oprd.training.trainer import OPRDConfig
 
     return RunArguments, OPRDConfig
 

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from torch import nn
 from transformers import PreTrainedModel
 
 from oprd.foundation.errors import UserError
@@ -49,3 +50,16 @@ def taken_as_loaded(settings: Any) -> Iterator[None]:
         yield
     finally:
         settings.model_init_kwargs = kept
+
+
+def has_dropout(model: nn.Module) -> bool:
+    """Whether a model drops states at random, adapters aside."""
+    layers = (module for name, module in model.named_modules() if "lora_dropout" not in name)
+    return any(isinstance(layer, nn.Dropout) and layer.p > 0 for layer in layers)
+
+
+def name_of(model: str | PreTrainedModel | None) -> str:
+    """What to call a model in its card: its name, or its class if it was made in memory."""
+    if model is None or isinstance(model, str):
+        return model or ""
+    return model.config._name_or_path or type(model).__name__

@@ -26,8 +26,8 @@ from oprd.rollouts.intake import prompts_per_step, settle_steps, usable_prompts
 from oprd.rollouts.prompts import load_prompts
 from oprd.rollouts.translation import Translation
 from oprd.text.rendering import Renderer
+from oprd.training.config import OPRDConfig
 from oprd.training.train import RunArguments, prompts_of, rows_streamed, run_inputs
-from oprd.training.trainer import OPRDConfig
 
 AMPLE = 0.8  # of the free memory: a run that takes less has room, and nothing needs turning
 

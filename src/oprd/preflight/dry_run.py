@@ -21,8 +21,9 @@ from oprd.preflight.planning.longest import Longest, rollouts_at_once
 from oprd.preflight.planning.machine import Machine, launched_ranks
 from oprd.preflight.planning.memory_plan import MemoryPlan, Unplannable, fullest_step, plan_memory
 from oprd.rollouts.engines.student import StudentEngine
+from oprd.training.config import OPRDConfig
 from oprd.training.train import RunArguments
-from oprd.training.trainer import OPRDConfig, OPRDTrainer
+from oprd.training.trainer import OPRDTrainer
 
 PEAKS = "memory/peak_mb", "memory/rollout_peak_mb"
 UNPLANNED = "first turn gradient_checkpointing: true, then halve the micro-batch"

@@ -1,7 +1,7 @@
 """What the teacher reads of the student's rollouts: prompts in a template, responses in its own tokens."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -61,6 +61,24 @@ class Translation:
         """How the teacher reads prompts."""
         kwargs = self.template_kwargs | template_kwargs
         return Renderer(self.tokenizer, kwargs, "the teacher", vocabulary)
+
+    def read(
+        self,
+        prompts: Sequence[Prompt],
+        ids: Int[Tensor, "B T"],
+        mask: Int[Tensor, "B T"],
+        room: Callable[[Int[Tensor, "B P"]], Sequence[int] | None] = lambda _: None,
+        **template_kwargs: Any,
+    ) -> tuple[dict[str, Tensor], list[AlignedResponse]]:
+        """What the teacher reads of rollouts: `prompts`, and `responses` in the room that these leave.
+
+        Nothing where it reads what the student reads. Masks are on the host, ids where the student's are.
+        """
+        if self.is_identity:
+            return {}, []
+        read = self.prompts(prompts, **template_kwargs)
+        responses, aligned = self.responses(ids, mask, room(read["teacher_prompt_mask"]))
+        return read | {"teacher_prompt_ids": read["teacher_prompt_ids"].to(ids.device)} | responses, aligned
 
     def prompts(self, prompts: Sequence[Prompt], **template_kwargs: Any) -> dict[str, Tensor]:
         """`teacher_prompt_ids` and `teacher_prompt_mask`, left-padded."""

@@ -159,16 +159,13 @@ class RolloutTrainer(Trainer):
             batch = on_host(super()._generate_and_score_completions(inputs))
         if self.engine is not None:
             batch |= self._read_engine(self.engine, batch)
-        aligned: list[AlignedResponse] = []
-        if not self.translation.is_identity:
-            prompts = [row["prompt"] for row in inputs]
-            read = self.translation.prompts(prompts, **self._tool_kwargs(self.translation))
-            ids = {"teacher_prompt_ids": read["teacher_prompt_ids"].to(self.accelerator.device)}
-            batch |= read | ids
-            room = self.teacher.room(read["teacher_prompt_mask"])
-            completions = batch["completion_ids"], batch["completion_mask"]
-            read, aligned = self.translation.responses(*completions, room)
-            batch |= read
+        prompts, completions = (
+            [row["prompt"] for row in inputs],
+            (batch["completion_ids"], batch["completion_mask"]),
+        )
+        tools = self._tool_kwargs(self.translation)
+        read, aligned = self.translation.read(prompts, *completions, self.teacher.room, **tools)
+        batch |= read
         batch |= self._row_weights(batch)
         if self.model.training:
             self._describe(batch, aligned)

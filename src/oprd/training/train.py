@@ -34,7 +34,8 @@ from oprd.rollouts.generation import Sampling
 from oprd.rollouts.intake import stream_length
 from oprd.rollouts.progress import tokens_shown
 from oprd.rollouts.prompts import load_prompts
-from oprd.training.trainer import OPRDConfig, OPRDTrainer
+from oprd.training.config import OPRDConfig
+from oprd.training.trainer import OPRDTrainer
 
 logger = logging.getLogger(__name__)
 

@@ -1,16 +1,13 @@
 """OPRD on TRL: rollouts, buffering, checkpoints and distribution are TRL's, the update is ours.
 
-The only module that imports trl.
+No other room than this one imports trl.
 """
 
 import logging
-from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
-import torch
 from datasets import Dataset, IterableDataset
 from torch import Tensor
 from torch.utils.data import Sampler
@@ -23,10 +20,9 @@ from transformers import (
     set_seed,
 )
 from transformers.integrations import is_deepspeed_zero3_enabled
-from trl import DistillationConfig, DistillationTrainer
+from trl import DistillationTrainer
 from trl.generation import vllm_generation
 from trl.models import prepare_deepspeed
-from trl.trainer.utils import RepeatSampler
 
 from oprd.bridge.drift import DriftMonitor
 from oprd.folders.card import model_card
@@ -38,7 +34,6 @@ from oprd.folders.stopping import Stopping
 from oprd.folders.whole import write_whole
 from oprd.foundation.errors import UserError
 from oprd.foundation.meters import MemoryMeter
-from oprd.foundation.ranges import check_ranges
 from oprd.models.activation_checkpointing import check_attention_kept
 from oprd.models.capture import blocks
 from oprd.models.checks import check_tokenizer
@@ -49,17 +44,18 @@ from oprd.models.padding import heeds_padding
 from oprd.models.precision import Precision
 from oprd.models.sharding.fsdp import Sharding
 from oprd.models.sharding.zero import check_zero3
-from oprd.models.student import load_student, taken_as_loaded
+from oprd.models.student import has_dropout, load_student, name_of, taken_as_loaded
 from oprd.models.teacher import Teacher, quantization
 from oprd.models.trial import told_of_architecture, try_states
-from oprd.objective.settings import ObjectiveSettings, check_dtype, mapping
-from oprd.rollouts.engines.importance import check_correction
+from oprd.objective.settings import ObjectiveSettings
 from oprd.rollouts.engines.staleness import FixedText
 from oprd.rollouts.engines.student import StudentEngine
 from oprd.rollouts.engines.vllm import check_server, check_training, training_engines
 from oprd.rollouts.intake import look_ahead, settle_steps, stream_length
 from oprd.rollouts.translation import Translation
 from oprd.rollouts.trial import try_rollout
+from oprd.training.config import OPRDConfig
+from oprd.training.epoch_sampler import EpochSampler
 from oprd.training.installed import check_installed
 from oprd.training.origin import warn_of_another_origin
 from oprd.training.start_line import start_line
@@ -68,116 +64,6 @@ from oprd.training.supervision import SupervisionWatch
 from oprd.training.update_trainer import UpdateTrainer
 
 logger = logging.getLogger(__name__)
-
-# TRL 1.16 and recipes use the names of old, of which transformers 5.23 warns.
-CHECKPOINTING_NAMES = {
-    "gradient_checkpointing": "activation_checkpointing",
-    "gradient_checkpointing_kwargs": "activation_checkpointing_kwargs",
-}
-DEFAULT_STEPS = 500
-AS_EPOCHS_SAY = -1  # transformers' word for steps that follow from num_train_epochs
-MAPPINGS = (
-    "model_init_kwargs",
-    "teacher_model_init_kwargs",
-    "generation_kwargs",
-    "chat_template_kwargs",
-    "teacher_chat_template_kwargs",
-    "lr_scheduler_kwargs",
-)
-
-
-class EpochSampler(RepeatSampler):
-    """TRL's sampler, whose order in an epoch depends on nothing but the seed and the epoch.
-
-    TRL's own order follows from the epochs before it, which a resumed run has not been through.
-    """
-
-    def __init__(self, epoch: Callable[[], int], **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        self.epoch = epoch
-
-    def __iter__(self) -> Iterator[int]:
-        if self.shuffle:
-            self.generator.manual_seed(self.seed + self.epoch())
-        return super().__iter__()
-
-
-@dataclass
-class OPRDConfig(ObjectiveSettings, DistillationConfig):
-    """TRL's `DistillationConfig` with the keys of `ObjectiveSettings`; defaults are the paper's.
-
-    Batch sizes count completions, as in TRL's GRPO: prompts per step = completions / num_generations.
-    `temperature`, `top_p`, `top_k` and `min_p` are for sampling alone. Raises `UserError`.
-    """
-
-    _VALID_DICT_FIELDS: ClassVar[list[str]] = [
-        *DistillationConfig._VALID_DICT_FIELDS,
-        "teacher_chat_template_kwargs",
-    ]
-
-    teacher_model_name_or_path: str | None = field(
-        default=None, metadata={"help": "Teacher: a Hub name, a folder or tiny:teacher. (required)"}
-    )
-    temperature: float = field(default=1.0, metadata={"help": "Of sampling rollouts, not of any loss."})
-    learning_rate: float = field(default=1e-5, metadata={"help": "Peak learning rate of AdamW."})
-    lr_scheduler_type: str = field(default="cosine", metadata={"help": "Learning-rate schedule."})
-    warmup_steps: float = field(default=0.03, metadata={"help": "Warm-up: steps, or a share if below 1."})
-    max_steps: int = field(
-        default=AS_EPOCHS_SAY,
-        metadata={"help": f"Optimiser steps; {DEFAULT_STEPS}, or as many as num_train_epochs takes."},
-    )
-    num_train_epochs: float = field(
-        default=0.0, metadata={"help": "Passes over the prompts, in place of max_steps."}
-    )
-    per_device_train_batch_size: int = field(default=2, metadata={"help": "Rollouts per micro-batch."})
-    gradient_accumulation_steps: int = field(default=8, metadata={"help": "Micro-batches per step."})
-    max_completion_length: int | None = field(default=16384, metadata={"help": "Longest rollout, in tokens."})
-    logging_steps: float = field(default=1, metadata={"help": "Log to the trackers every n steps."})
-    # Ours ends the run; transformers' would wait for the device at every micro-batch.
-    logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Hide losses that are not finite."})
-    save_steps: float = field(
-        default=50, metadata={"help": "Write a checkpoint every n steps, or so large a share of the run."}
-    )
-    save_total_limit: int | None = field(
-        default=2, metadata={"help": "Keep the newest so many checkpoints; 0 keeps all."}
-    )
-
-    def __post_init__(self) -> None:
-        if self.beta != 1.0:
-            raise UserError(
-                "beta is TRL's name for the divergence; use divergence: reverse_kl, forward_kl or jsd"
-            )
-        self.check()
-        asked = str(getattr(self, "fsdp")).lower()  # noqa: B009 - mypy cannot tell its type
-        if asked in ("true", "false"):  # the base class takes text for the options that it once was
-            self.fsdp = asked == "true"
-        self._choose_length()
-        unread = ("pad_to_multiple_of", "max_steps" if self.max_steps == AS_EPOCHS_SAY else "")
-        check_ranges({name: value for name, value in vars(self).items() if name not in unread})
-        for name in MAPPINGS:
-            setattr(self, name, mapping(name, getattr(self, name)) or None)
-        for name in ("model_init_kwargs", "teacher_model_init_kwargs"):
-            check_dtype(name, getattr(self, name))
-        check_ranges(self.generation_kwargs or {}, within="generation_kwargs: ")
-        if self.vllm_importance_sampling_correction:
-            check_correction(self)
-        # Without it, transformers refuses bf16 on a machine that has no accelerator.
-        self.use_cpu: bool = self.use_cpu or not torch.accelerator.is_available()
-        for old, new in CHECKPOINTING_NAMES.items():
-            if hasattr(self, new) and getattr(self, new) is None:
-                setattr(self, new, getattr(self, old))
-        super().__post_init__()
-        check_ranges({"pad_to_multiple_of": self.pad_to_multiple_of})  # a word until the base class reads it
-
-    def _choose_length(self) -> None:
-        """`max_steps`, or `num_train_epochs`, or the default; raises `UserError` for both."""
-        if self.max_steps != AS_EPOCHS_SAY and self.num_train_epochs:
-            raise UserError(
-                f"max_steps: {self.max_steps} and num_train_epochs: {self.num_train_epochs:g} both say how "
-                "long the run is: leave one of them out"
-            )
-        if self.max_steps == AS_EPOCHS_SAY and not self.num_train_epochs:
-            self.max_steps = DEFAULT_STEPS
 
 
 class OPRDTrainer(ResumableTrainer, UpdateTrainer, DistillationTrainer):
@@ -207,7 +93,7 @@ class OPRDTrainer(ResumableTrainer, UpdateTrainer, DistillationTrainer):
         if args.use_vllm:
             check_training(args.vllm_mode, args.vllm_enable_sleep_mode)
         teacher_model = teacher_model or args.teacher_model_name_or_path
-        self._names = {"student": _name(model), "teacher": _name(teacher_model)}
+        self._names = {"student": name_of(model), "teacher": name_of(teacher_model)}
         if teacher_model is None:
             raise UserError("no teacher: set teacher_model_name_or_path to a name, a folder or tiny:teacher")
         if isinstance(train_dataset, IterableDataset):
@@ -245,7 +131,7 @@ class OPRDTrainer(ResumableTrainer, UpdateTrainer, DistillationTrainer):
             raise UserError("the student is a vision-language model; oprd distils text-only models so far")
         if args.keep_attention:
             check_attention_kept(self.model, args.gradient_checkpointing, args.gradient_checkpointing_kwargs)
-        if not args.disable_dropout and _has_dropout(self.model):
+        if not args.disable_dropout and has_dropout(self.model):
             logger.warning("the student learns with dropout, and its teacher has none: disable_dropout: true")
         if is_deepspeed_zero3_enabled():
             check_zero3(self.model, args)
@@ -401,16 +287,3 @@ class OPRDTrainer(ResumableTrainer, UpdateTrainer, DistillationTrainer):
         folder = Path(self.args.output_dir)
         card = model_card(folder, **self._names, dataset=dataset_name, settings=settings)
         write_whole(folder / "README.md", card)
-
-
-def _has_dropout(model: torch.nn.Module) -> bool:
-    """Whether a model drops states at random, adapters aside."""
-    layers = (module for name, module in model.named_modules() if "lora_dropout" not in name)
-    return any(isinstance(layer, torch.nn.Dropout) and layer.p > 0 for layer in layers)
-
-
-def _name(model: str | PreTrainedModel | None) -> str:
-    """What to call a model in its card: its name, or its class if it was made in memory."""
-    if model is None or isinstance(model, str):
-        return model or ""
-    return model.config._name_or_path or type(model).__name__

@@ -223,10 +223,8 @@ class Rehearsal:
             settings.teacher_tokenization,
             settings.teacher_chat_template_kwargs,
         )
-        if not translation.is_identity:
-            read = translation.prompts([self.longest.prompt] * count)
-            batch |= read | {"teacher_prompt_ids": read["teacher_prompt_ids"].to(self.device)}
-            batch |= translation.responses(batch["completion_ids"], batch["completion_mask"])[0]
+        prompts = [self.longest.prompt] * count
+        batch |= translation.read(prompts, batch["completion_ids"], batch["completion_mask"])[0]
         if settings.use_vllm:
             batch |= {"engine_log_probs": torch.zeros(batch["completion_ids"].shape, device=self.device)}
         whole = torch.zeros(count, dtype=torch.bool)

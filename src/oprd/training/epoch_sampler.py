@@ -1,0 +1,22 @@
+"""The order of prompts, the same in a run that was resumed."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from trl.trainer.utils import RepeatSampler
+
+
+class EpochSampler(RepeatSampler):
+    """TRL's sampler, whose order in an epoch depends on nothing but the seed and the epoch.
+
+    TRL's own order follows from the epochs before it, which a resumed run has not been through.
+    """
+
+    def __init__(self, epoch: Callable[[], int], **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[int]:
+        if self.shuffle:
+            self.generator.manual_seed(self.seed + self.epoch())
+        return super().__iter__()

@@ -3,27 +3,26 @@
 python examples/plain_loop.py
 """
 
+import random
+
 import torch
 
-from oprd import LayerMap, Positions, capture, losses
-from oprd.models.loading import load_model, load_tokenizer, resolve_model
-from oprd.models.tiny import task
+from oprd import LayerMap, Positions, capture, load_model, load_tokenizer, losses
 
 
 def distil(steps: int = 20, batch_size: int = 16) -> list[float]:
     """Distil the bundled student for a few steps; returns the loss of each."""
     torch.manual_seed(0)
-    tokenizer = load_tokenizer(resolve_model("tiny:student"))
-    student = load_model(resolve_model("tiny:student"), dtype="float32")
-    teacher = load_model(resolve_model("tiny:teacher"), dtype="float32").eval()
+    tokenizer = load_tokenizer("tiny:student")
+    student = load_model("tiny:student", dtype="float32")
+    teacher = load_model("tiny:teacher", dtype="float32").eval()
     layers = LayerMap.parse("all", num_student=4, num_teacher=4)
     positions = Positions.parse("all")
     optimizer = torch.optim.AdamW(student.parameters(), lr=1e-3)
-    history = []
+    numbers, history = random.Random(0), []
     for step in range(steps):
-        chats = [
-            task.question(p) for _, p in zip(range(batch_size), task.problems("train", step), strict=False)
-        ]
+        sums = [[numbers.randint(1, 99) for _ in range(4)] for _ in range(batch_size)]
+        chats = [[{"role": "user", "content": f"Compute {'+'.join(map(str, terms))}."}] for terms in sums]
         prompts = tokenizer.apply_chat_template(
             chats, add_generation_prompt=True, return_dict=True, return_tensors="pt", padding=True
         )

@@ -11,6 +11,7 @@ if "OMP_WAIT_POLICY" not in os.environ:
 from oprd.bridge import Bridge, BridgeFitter
 from oprd.foundation.errors import UserError
 from oprd.models.capture import capture
+from oprd.models.loading import load_model, load_tokenizer
 from oprd.objective import losses, output_space
 from oprd.objective.selection import LayerMap, Positions
 from oprd.text.alignment import align_tokens
@@ -26,6 +27,8 @@ __all__ = [
     "UserError",
     "align_tokens",
     "capture",
+    "load_model",
+    "load_tokenizer",
     "losses",
     "output_space",
 ]

@@ -159,7 +159,8 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
 
 
 def load_tokenizer(name: str, **kwargs: Any) -> PreTrainedTokenizerBase:
-    """The tokenizer of a resolved model name, padding on the left; raises `UserError` if it has no tokens."""
+    """The tokenizer of a model's name, padding on the left; raises `UserError` if it has no tokens."""
+    name = resolve_model(name, **kwargs)
     folder = folder_of(name, kwargs.get("revision"))
     if said := unreadable(folder, TOKENIZER_CONFIGS):  # which would go unnoticed
         raise UserError(f"cannot load the tokenizer of {name}: {said}")
@@ -176,11 +177,12 @@ def load_tokenizer(name: str, **kwargs: Any) -> PreTrainedTokenizerBase:
 
 
 def load_model(name: str, **kwargs: Any) -> PreTrainedModel:
-    """The causal language model of a resolved model name, every weight of it from its files.
+    """The causal language model of a name (a folder, a Hub name, `tiny:student`), each weight from its files.
 
     Adapters are merged into theirs in float32, since half precision would lose small ones, and stay so
     unless `dtype` names another. Raises `UserError` for files that cannot be read or do not fit the config.
     """
+    name = resolve_model(name, **hub_keys(kwargs))
     if holds_adapters(name):
         return _merged(name, kwargs)
     revision = kwargs.get("revision")
@@ -192,7 +194,7 @@ def load_model(name: str, **kwargs: Any) -> PreTrainedModel:
 
 
 def load_with_tokenizer(name: str, **kwargs: Any) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The model of a resolved name and its tokenizer; raises `UserError` unless they fit each other."""
+    """The model of a name and its tokenizer; raises `UserError` unless they fit each other."""
     tokenizer = load_tokenizer(name, **hub_keys(kwargs))
     model = load_model(name, **kwargs)
     check_tokenizer(name, model, tokenizer)
@@ -202,7 +204,7 @@ def load_with_tokenizer(name: str, **kwargs: Any) -> tuple[PreTrainedModel, PreT
 def _merged(name: str, kwargs: dict[str, Any]) -> PreTrainedModel:
     config, dtype = _adapter_config(name), kwargs.get("dtype")
     given = kwargs | {"dtype": "float32", "revision": config.get("revision")}
-    base = load_model(resolve_model(config["base_model_name_or_path"], **hub_keys(given)), **given)
+    base = load_model(config["base_model_name_or_path"], **given)
     with told_of("the adapters", name, (ADAPTER_CONFIG, *WEIGHTS)):
         kind = PeftConfig.from_pretrained(name)
         if kind.task_type not in (TaskType.CAUSAL_LM, None):

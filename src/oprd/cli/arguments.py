@@ -68,7 +68,15 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--samples", type=_positive, default=16, help="samples per problem")
     demo.add_argument("--seed", type=int, default=0, help="of prompts and sampling")
 
-    _add_recipe_command(commands, "train", "run or resume a recipe")
+    train = _add_recipe_command(commands, "train", "run or resume a recipe")
+    train.add_argument(
+        "--accelerate_config",
+        metavar="NAME|FILE",
+        help="start accelerate's launcher: fsdp2, zero2, multi_gpu, … as TRL names them, or a file",
+    )
+    train.add_argument(
+        "--num_processes", type=_positive, metavar="N", help="with it; default: one for each accelerator"
+    )
     doctor = _add_recipe_command(commands, "doctor", "will this recipe run here, and what will it hold?")
     doctor.add_argument(
         "--ranks", type=_positive, metavar="N", help="plan for so many processes; default: WORLD_SIZE, or 1"

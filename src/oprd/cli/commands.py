@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from oprd.cli import key_help
 from oprd.cli.arguments import WHOLE, parse_command, recipe_and_flags
+from oprd.cli.launch import check_unlaunched, launch
 from oprd.foundation.errors import UserError, refusals_told
 from oprd.foundation.ranges import EVALUATION_RANGES, check_ranges
 from oprd.foundation.signals import Stopped, leave_at_once, signals_handled
@@ -89,7 +90,14 @@ def _train(args: argparse.Namespace, rest: list[str]) -> None:
     from oprd.preflight.dry_run import try_longest
     from oprd.training.train import parse_training_recipe, train
 
+    if args.accelerate_config is not None:
+        check_unlaunched()
     run, config = _read_recipe(args, rest, parse_training_recipe)
+    if args.accelerate_config is not None:
+        recipe, flags = recipe_and_flags(args, rest)
+        launch(args.accelerate_config, args.num_processes, [*([str(recipe)] if recipe else []), *flags])
+    if args.num_processes is not None:
+        raise UserError("--num_processes goes with --accelerate_config: name one, or use accelerate launch")
     try:
         report = try_longest(run, config) if run.dry_run else f"the run is in {train(run, config)}"
     except Stopped as stop:

@@ -152,6 +152,19 @@ RESPONSES = [
     ("Answer: Tom", "tom", True),
     ("Answer: Tom and Jerry", "Jerry and Tom", True),
     ("Answer: Tom and Jerry", "Tom", False),
+    ("So the answer is: **72 clips**", "72", True),
+    ("The final answer is 12.", "12", True),
+    (r"So the final answer is $\frac{3}{4}$. I hope it is correct.", "0.75", True),
+    ("The final answer is 12.", "13", False),
+    ("The correct answer is **(C) 10**.", "C", True),
+    ("The correct option is B.", "C", False),
+    ("Answer: 5\nThe final answer is checked.", "5", True),
+    ("The final answer is 5. No, the final answer is 6.", "5", False),
+    ("72 + 1 = 73\n#### 73", "73", True),
+    ("#### $1,234\n", "1234", True),
+    ("#### 73", "72", False),
+    ("#### 73\nand one more", "73", False),
+    ("Answer: 73\n#### 72", "73", True),
 ]
 CASES = [
     # plain numbers and where they stand
@@ -298,8 +311,11 @@ def test_extract_answer(response, answer):
         "\n" * 50_000 + "> " * 50_000,
         "{" * 100_000 + "}" * 100_000,
         "Answer: " + "$" * 190_000,
+        "final answer is " * 12_000,
+        "final answer is" + " " * 190_000,
+        "####" + " #" * 90_000,
     ],
-    ids=range(10),
+    ids=range(13),
 )
 def test_extraction_takes_linear_time(text):
     """Each takes some tenths of a second; what is quadratic in 200,000 characters takes minutes."""

@@ -23,7 +23,8 @@ def trimmed(tokens: Tokens) -> Tokens:
     if len(tokens) > 2 and tokens[-1].text == ")":
         start = next(i for i in reversed(range(len(tokens))) if i == 0 or tokens[i].text == "(")
         inside = tokens[start + 1 : -1]
-        if start and inside and all(t.kind == "word" and not is_meaningful(t) for t in inside):
+        aside = all(t.kind == "word" and not is_meaningful(t) for t in inside)
+        if start and inside and (aside or inside[0].text == "or"):
             tokens = [*tokens[:start], *inside]
     return tokens
 

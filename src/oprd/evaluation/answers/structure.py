@@ -50,7 +50,7 @@ def understand(tokens: Tokens) -> Answer:
 
 
 def _choice(tokens: Tokens) -> Answer | None:
-    r"""(C), C), C. text, (C) text, or "option C"."""
+    r"""(C), C), C. text, C - text, (C) text, or "option C"."""
     texts = [token.text for token in tokens]
     if texts[:1] in (["option"], ["choice"]):
         return _choice(tokens[1:]) or (
@@ -63,6 +63,7 @@ def _choice(tokens: Tokens) -> Answer | None:
     letter = texts[start]
     upper = letter.isupper() or (letter in "abcde" and not rest)
     marked = mark == ")" or (not start and mark in (".", ":") and rest and rest[0].spaced)
+    marked = marked or (not start and mark == "-" and tokens[1].spaced and rest and rest[0].kind == "word")
     if not (marked and upper) or (rest and not start and mark == ")" and rest[0].text in OPENING):
         return None
     if rest and start and not rest[0].spaced and rest[0].kind not in ("word", "number"):
@@ -143,7 +144,7 @@ def _list(tokens: Tokens) -> Answer | None:
 
 def _related(tokens: Tokens) -> Answer | None:
     parts, signs = split(tokens, RELATIONS)
-    if any(token.text in OTHER_RELATIONS for token in tokens):
+    if split(tokens, OTHER_RELATIONS)[1]:
         return Other(render(tokens))
     if not signs:
         return None

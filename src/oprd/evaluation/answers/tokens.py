@@ -57,7 +57,8 @@ def tokenize(answer: str) -> list[Token]:
         if read:
             read[0] = read[0]._replace(spaced=spaced or read[0].spaced)
         tokens += read
-        spaced = match.lastgroup == "space" or (spaced and not read)
+        ends_in_space = match.lastgroup == "space" or (match["quoted"] or "").endswith(" ")
+        spaced = ends_in_space or (spaced and not read)
     return tokens
 
 
@@ -76,6 +77,7 @@ def _plain(answer: str) -> str:
     text = _ascii(text.strip("*_ \n")).replace(r"\$", DOLLAR)
     text = text.replace("$", DOLLAR if text.count("$") == 1 else " ")
     text = re.sub(r"(?<!\\)\\[()\[\]]", " ", text)
+    text = re.sub(r"\\\\\s*\[[\d.]+[a-z]{2}\]", r"\\\\", text)  # space between two rows
     text = re.sub(r"\b([AaPp])\.\s?[Mm]\b\.?", r"\1m", text)
     for _ in range(5):  # as deep as such commands are nested
         text = TEXT.sub(lambda m: QUOTE + re.sub(f"[{QUOTE}{UNQUOTE}]", " ", m[1]) + UNQUOTE, text)

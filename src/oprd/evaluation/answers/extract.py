@@ -9,6 +9,7 @@ from typing import NamedTuple
 from oprd.answers import after_mark
 
 BOX = re.compile(r"\\(?:boxed|fbox)\s*\{")
+BARE_BOX = re.compile(r"\\boxed\s*(-?\d[\d.,]*(?<=\d))")
 BRACES = re.compile("(?P<box>" + BOX.pattern + r")|\\.|(?P<open>\{)|(?P<close>\})", re.S)
 LABEL = re.compile(
     r"[ \t>*_#`-]*(?:(?:so|thus|hence|therefore),?\s+)?(?:the\s+)?(?:(?:final|correct)\s+)?answer(?:\s+is)?"
@@ -52,6 +53,7 @@ def unboxed(reference: str) -> str:
 
 
 def _boxed(text: str) -> str | None:
+    text = BARE_BOX.sub(r"\\boxed{\1}", text)
     boxes = sorted(_boxes(text))  # by where they open
     if not boxes:
         return None

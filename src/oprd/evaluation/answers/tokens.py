@@ -74,7 +74,9 @@ def _plain(answer: str) -> str:
         text = re.sub(r"\\\\(?=[a-zA-Z(\[{])", r"\\", text)
     for _ in range(3):
         text = EMPHASIS.sub(r"\2", text)
-    text = _ascii(text.strip("*_ \n")).replace(r"\$", DOLLAR)
+    text = re.sub(r"\\(?:text)?color\s*\{[^{}]*\}", "", _ascii(text.strip("*_ \n")))
+    text = re.sub(r"(?<![\w)}])-\s*(\\?\$)(?=\s*[\d.])", r"\1-", text)  # -$5 is $-5
+    text = text.replace(r"\$", DOLLAR)
     text = text.replace("$", DOLLAR if text.count("$") == 1 else " ")
     text = re.sub(r"(?<!\\)\\[()\[\]]", " ", text)
     text = re.sub(r"\\\\\s*\[[\d.]+[a-z]{2}\]", r"\\\\", text)  # space between two rows
@@ -137,7 +139,7 @@ def _letters(run: str) -> Iterator[Token]:
     if low in ("pi", "infinity", "inf") or run in COMMANDS:
         name = "\\infty" if low.startswith("inf") else "\\" + (run if run in COMMANDS else low)
         yield Token("command", SPELLINGS.get(name, name))
-    elif len(run) == 4 and run[:3] in ("sin", "cos", "tan"):
+    elif len(run) == 4 and run[:3] in ("sin", "cos", "tan") and run not in ("cost", "sine", "sink", "tank"):
         yield from (Token("command", "\\" + run[:3]), Token("letter", run[3]))
     elif len(run) > 3 or low in SHORT_WORDS:
         yield Token("word", low)

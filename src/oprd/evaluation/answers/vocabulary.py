@@ -62,8 +62,8 @@ SPELLINGS = {
 }
 DROPPED = _words(
     r"\quad \qquad \displaystyle \textstyle \limits \nolimits \hfill \rm \bf \it \hline \Large \large "
-    r"\square \blacksquare \therefore \because \bullet \angle \triangle \text \textbf \mathbf \mathrm "
-    r"\mathit \mathsf \mathcal \boldsymbol \bm \pmb \vec \hat \widehat \boxed \fbox \underline "
+    r"\square \blacksquare \checkmark \therefore \because \bullet \angle \triangle \text \textbf \mathbf "
+    r"\mathrm \mathit \mathsf \mathcal \boldsymbol \bm \pmb \vec \hat \widehat \boxed \fbox \underline "
     r"\operatorname \mathop"
 ) | {"\\'", "\\", '"'}
 """Commands that say how the math behind them looks, or what it is, and not which."""
@@ -132,7 +132,7 @@ NO_UNITS = _words("old st nd rd th of in unit")
 ARTICLES = _words("a an the")
 LINKING = _words(
     "is are equal be was of exactly about approximately roughly around total only just approx has have "
-    "cost need get make equals"
+    "cost need get make equals at take took earn earned pay paid spend spent save saved sell sold weigh"
 )
 """Words that may end the prose before a number."""
 SO = _words("so thus therefore hence then")

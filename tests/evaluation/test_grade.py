@@ -355,6 +355,9 @@ HOSTILE = [
     "(x+1)" * 150,
     "{" * 90_000 + "}" * 90_000,
     r"\pm 1" * 100,
+    "x^{x^{x^x}}",
+    "2^{x^{30}}",
+    "(x^{30})!",
     "1," * 450 + "1",
     "\ud800\x00",
 ]
@@ -375,6 +378,22 @@ def test_nothing_is_evaluated_that_could_be_too_large(answer):
     thread.start()
     thread.join()
     assert results == [False, False, True]
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [r"\{" + ",".join(map(str, range(200))) + r"\}", r"\cup".join(f"({n},{n}.5)" for n in range(60))],
+)
+def test_long_unions_are_refused_at_once(answer):
+    start = time.process_time()
+    assert grade(rf"\boxed{{{answer}}}", r"(-\infty,2)\cup(3,\infty)") is False
+    assert grade(rf"\boxed{{{answer}}}", answer.replace("0,1", "0, 1")) is True
+    assert time.process_time() - start < 3
+
+
+@pytest.mark.parametrize("other", [None, 5, 5.0, b"5", ["5"], {"5": 5}])
+def test_what_is_no_text_is_wrong(other):
+    assert grade(other, "5") is grade(r"\boxed{5}", other) is False
 
 
 @settings(deadline=None, max_examples=30)

@@ -11,6 +11,8 @@ def trimmed(tokens: Tokens) -> Tokens:
         tokens = tokens[1:-1]
     while tokens and tokens[-1].text in {".", ",", ";", ":", "?"}:
         tokens = tokens[:-1]
+    if tokens and tokens[-1].kind == "number":
+        tokens = [*tokens[:-1], tokens[-1]._replace(text=tokens[-1].text.rstrip("."))]
     while tokens and tokens[0].text in {".", ",", ";", ":", "=", r"\approx", r"\to"}:
         tokens = tokens[1:]
     if tokens and tokens[-1].text == "!" and tokens[-2:-1] and tokens[-2].kind == "word":
@@ -41,9 +43,8 @@ def _without_prose(tokens: Tokens) -> Tokens:
         for i, token in enumerate(tokens)
         if token.kind == "word" and LINKING & {token.text, singular(token.text)}
     ]
-    if verbs and verbs[-1] + 1 < len(tokens):
-        before = tokens[: verbs[-1]]
-        prose = all(t.kind in ("word", "letter") and not is_meaningful(t) for t in before)
-        if prose:
-            return tokens[verbs[-1] + 1 :]
+    for verb in reversed(verbs):
+        before, after = tokens[:verb], tokens[verb + 1 :]
+        if after and all(t.kind in ("word", "letter") and not is_meaningful(t) for t in before):
+            return after
     return tokens

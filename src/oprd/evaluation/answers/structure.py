@@ -169,7 +169,7 @@ def _related(tokens: Tokens) -> Answer | None:
     if split(tokens, OTHER_RELATIONS)[1]:
         return Other(render(tokens))
     if not signs:
-        return None
+        return _point(tokens)
     if not all(parts):
         return Other(render(tokens))
     if signs == [r"\in"] or set(signs) == {"="}:
@@ -184,6 +184,14 @@ def _related(tokens: Tokens) -> Answer | None:
     if signs == [r"\ne"] and isinstance(values := _signs(parts[1]), Collection):  # x != +-1
         return Collection("", [_unequal(relation, value) for value in values.items])
     return relation
+
+
+def _point(tokens: Tokens) -> Answer | None:
+    """A(3, -2)."""
+    if len(tokens) > 3 and tokens[0].kind == "letter" and tokens[0].text.isupper() and tokens[1].text == "(":
+        place = _bracketed(tokens[1:])
+        return Named(tokens[:1], place) if isinstance(place, Collection) else None
+    return None
 
 
 def _signs(tokens: Tokens) -> Answer | None:
@@ -282,9 +290,10 @@ def _ratio(tokens: Tokens) -> Answer | None:
 
 
 def _compound(tokens: Tokens) -> Answer | None:
-    """7 hours 30 minutes."""
+    """7 hours 30 minutes, or 7 h 30 min."""
     for i in range(2, len(tokens)):
-        if tokens[i].kind == "number" and tokens[i - 1].kind == "word":
+        if tokens[i].kind == "number" and tokens[i - 1].kind in ("word", "letter"):
             first = quantity(tokens[:i])
-            return _list([*tokens[:i], Token("word", "and"), *tokens[i:]]) if first and first.unit else None
+            measured = first and (first.unit or first.letters)
+            return _list([*tokens[:i], Token("word", "and"), *tokens[i:]]) if measured else None
     return None

@@ -32,6 +32,7 @@ TEXT = re.compile(
     r"\\(?:text(?:bf|it|rm|tt|sf|normal|up)?|mbox|hbox|emph|mathrm|operatorname\*?)\s*\{([^{}]*)\}"
 )
 EMPHASIS = re.compile(r"(?<![\w)}\]*])(\*{1,3}|_{1,3}|~~)(?=[^\s*_])(.+?)(?<=[^\s*_])\1(?![\w({\[*])", re.S)
+NAME = re.compile(r"[A-Z](?=[a-z]?[aeiouy])[a-z]{2}|[AEIOU][a-z]{2}")  # Tom, May, Ann
 VULGAR = re.compile("[¼-¾⅐-⅞]")
 RAISED = re.compile("[⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻⁽⁾ⁿⁱˣ]+")
 LOWERED = re.compile("[₀₁₂₃₄₅₆₇₈₉₊₋₍₎ₙₖₓ]+")
@@ -141,7 +142,7 @@ def _letters(run: str) -> Iterator[Token]:
         yield Token("command", SPELLINGS.get(name, name))
     elif len(run) == 4 and run[:3] in ("sin", "cos", "tan") and run not in ("cost", "sine", "sink", "tank"):
         yield from (Token("command", "\\" + run[:3]), Token("letter", run[3]))
-    elif len(run) > 3 or low in SHORT_WORDS:
+    elif len(run) > 3 or low in SHORT_WORDS or NAME.fullmatch(run):
         yield Token("word", low)
     else:
         yield from (Token("letter", letter) for letter in run)

@@ -1,5 +1,7 @@
 """Numbers and expressions with a unit, a percent sign or other words around them."""
 
+from itertools import pairwise
+
 from oprd.evaluation.answers.kinds import Quantity
 from oprd.evaluation.answers.tokens import Token, Tokens
 from oprd.evaluation.answers.vocabulary import (
@@ -86,10 +88,11 @@ def number_words(tokens: Tokens) -> tuple[int, int] | None:
 
 def is_unit(tail: Tokens) -> bool:
     exponent = {"^", "{", "}", "1", "2", "3", "/", "-", ".", "(", ")", "'", r"\cdot", "st", "nd", "rd", "th"}
+    counts = any(a.kind == "word" and b.kind == "number" and b.spaced for a, b in pairwise(tail))  # 1 of 3
     return all(
         not is_meaningful(token) if token.kind == "word" else token.kind == "letter" or token.text in exponent
         for token in tail
-    ) and not (tail and tail[-1].text in ("-", "/"))
+    ) and not (counts or (tail and tail[-1].text in ("-", "/")))
 
 
 def is_meaningful(token: Token) -> bool:

@@ -180,7 +180,9 @@ def _related(tokens: Tokens) -> Answer | None:
             return Named(last, understand(first))
     if r"\in" in signs:
         return Other(render(tokens))
-    relation = Relation(parts, signs)
+    measured = [quantity(part) for part in parts]
+    bare = [m.tokens if m and m.unit else part for m, part in zip(measured, parts, strict=True)]
+    relation = Relation(bare, signs)
     if signs == [r"\ne"] and isinstance(values := _signs(parts[1]), Collection):  # x != +-1
         return Collection("", [_unequal(relation, value) for value in values.items])
     return relation
@@ -291,7 +293,8 @@ def _ratio(tokens: Tokens) -> Answer | None:
 
 def _compound(tokens: Tokens) -> Answer | None:
     """7 hours 30 minutes, or 7 h 30 min."""
-    for i in range(2, len(tokens)):
+    last = len(tokens) if tokens and tokens[-1].spaced else len(tokens) - 1  # the 2 of 5 cm2 is an exponent
+    for i in range(2, last):
         if tokens[i].kind == "number" and tokens[i - 1].kind in ("word", "letter"):
             first = quantity(tokens[:i])
             measured = first and (first.unit or first.letters)

@@ -184,9 +184,10 @@ def load_model(name: str, **kwargs: Any) -> PreTrainedModel:
     if holds_adapters(name):
         return _merged(name, kwargs)
     revision = kwargs.get("revision")
-    with told_of("the model", name, (*CONFIGS, *INDEXES, *WEIGHTS), revision), loading_reported(name):
-        model, found = AutoModelForCausalLM.from_pretrained(name, output_loading_info=True, **kwargs)
-    check_weights(name, model, found, folder_of(name, revision))
+    with told_of("the model", name, (*CONFIGS, *INDEXES, *WEIGHTS), revision):
+        with loading_reported(name):
+            model, found = AutoModelForCausalLM.from_pretrained(name, output_loading_info=True, **kwargs)
+        check_weights(name, model, found, folder_of(name, revision))
     check_ids(name, model)
     return model
 

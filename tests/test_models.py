@@ -389,6 +389,7 @@ BROKEN_ADAPTERS = {
     "of no kind": (values(CONFIG, peft_type="NOPE"), f"NOPE.*{CONFIG}"),
     "for classes": (values(CONFIG, task_type="SEQ_CLS"), "SEQ_CLS"),
     "of another rank": (values(CONFIG, r=3), "size mismatch"),
+    "of an endless rank": (values(CONFIG, r=10**12), "r is 1000000000000, and no weight .* wider than"),
     "of fewer modules": (values(CONFIG, target_modules=["v_proj"]), "lack 8 weights"),
     "of more modules": (values(CONFIG, target_modules=["q_proj", "v_proj"]), "lack 8 weights"),
     "a list": (write(CONFIG, "[1]"), f"{CONFIG} .*no JSON object"),

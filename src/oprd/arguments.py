@@ -161,8 +161,8 @@ def _positive(text: str) -> int:
 def _json_object(text: str) -> dict[str, Any]:
     try:
         value = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise argparse.ArgumentTypeError(f"{text!r} is not JSON ({error})") from error
+    except (ValueError, RecursionError) as error:  # of a number of 5,000 digits too
+        raise argparse.ArgumentTypeError(f"{text!r:.80} is not JSON ({error})") from error
     if not isinstance(value, dict):
         raise argparse.ArgumentTypeError(f"{text!r} is not a JSON object")
     return value

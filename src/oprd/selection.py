@@ -104,16 +104,16 @@ class Positions:
     count: int = 0
 
     @classmethod
-    def parse(cls, spec: str) -> "Positions":
-        """Read `all`, `last` (= `last=1`), `last=k` or `first=k`; raises `UserError` otherwise."""
+    def parse(cls, spec: str, key: str = "positions") -> "Positions":
+        """Read `all`, `last` (= `last=1`), `last=k` or `first=k`; else a `UserError` that names `key`."""
         text = str(spec).strip()
         match = re.fullmatch(r"(all|last)|(last|first)\s*=\s*(\d+)", text)
         if not match:
-            raise UserError(f"cannot read positions {text!r}; write {POSITION_FORMS}")
+            raise UserError(f"cannot read {key} {text!r}; write {POSITION_FORMS}")
         if match[1]:
             return cls(match[1], int(match[1] == "last"))
         if int(match[3]) < 1:
-            raise UserError(f"positions {text!r} select no row; k must be at least 1")
+            raise UserError(f"{key} {text!r} select no row; k must be at least 1")
         return cls(match[2], int(match[3]))
 
     def mask(self, response_mask: Bool[Tensor, "B T"]) -> Bool[Tensor, "B T"]:

@@ -19,7 +19,7 @@ from typing import Any, cast
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from oprd.errors import UserError, writing
+from oprd.errors import Fault, UserError, writing
 from oprd.evaluation import metrics
 from oprd.evaluation.grade import extract_answer, grade
 from oprd.evaluation.problems import EvalSettings, Problem, check_context, read_problems
@@ -195,7 +195,7 @@ def _complete(file: Path, evaluation: _Evaluation, progress: bool) -> list[dict[
     records = read_samples(*asked)
     if len(records) < len(evaluation.problems):
         missing = len(evaluation.problems) - len(records)
-        raise RuntimeError(f"{file} lacks {missing} problems, which another program took away: run it again")
+        raise Fault(f"{file} lacks {missing} problems, which another program took away: run it again")
     return list(records.values())
 
 

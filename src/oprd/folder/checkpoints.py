@@ -11,6 +11,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 from transformers import TrainerState
 
+from oprd.errors import Fault
 from oprd.folder.claims import steps_done
 from oprd.folder.lock import check_held
 from oprd.folder.run import STATE_FILE
@@ -75,7 +76,7 @@ def written_whole(folder: Path, *, is_writer: bool, wait: Callable[[], None]) ->
     """Around the code by which all ranks write `folder`: what lay there goes first, the seal comes last.
 
     `is_writer`: whether this rank seals it; `wait` returns when every rank has called it. A fault of the disk
-    becomes a `RuntimeError` that names the folder, of which nothing is left; other errors pass, and what they
+    becomes a `Fault` that names the folder, of which nothing is left; other errors pass, and what they
     leave is not sealed.
     """
     if is_writer:
@@ -92,7 +93,7 @@ def written_whole(folder: Path, *, is_writer: bool, wait: Callable[[], None]) ->
             raise
         free = shutil.disk_usage(folder.parent).free / MB
         shutil.rmtree(folder, ignore_errors=True)
-        raise RuntimeError(
+        raise Fault(
             f"{folder} could not be written, with {free:.0f} MB free on its disk ({error}): mend that, and "
             "the same command resumes"
         ) from error

@@ -39,9 +39,12 @@ FOLDERS = ("checkpoint-[0-9]*", PARTIAL)
 def check_kinds(folder: Path) -> None:
     """Raise `UserError` for a folder, a pipe or the like in the place of a file, and the other way round."""
     check_place(folder)
-    for patterns, kind, is_kind in ((FILES, "file", Path.is_file), (FOLDERS, "folder", Path.is_dir)):
+    for patterns, kind, others in (
+        (FILES, "file", (Path.is_dir, Path.is_fifo)),
+        (FOLDERS, "folder", (Path.is_file, Path.is_fifo)),
+    ):
         for path in (path for pattern in patterns for path in folder.glob(pattern)):
-            if path.exists() and not is_kind(path):
+            if any(is_other(path) for is_other in others):
                 raise UserError(f"{path} is no {kind}, and one of that name is written there: move it away")
 
 

@@ -24,7 +24,7 @@ from dataclasses import asdict, dataclass
 from datetime import datetime
 from pathlib import Path
 
-from oprd.errors import UserError
+from oprd.errors import Fault, UserError
 from oprd.folder.whole import check_writable
 
 logger = logging.getLogger(__name__)
@@ -113,13 +113,13 @@ def hold(
 
 
 def check_held(folder: Path) -> None:
-    """Raise `RuntimeError` if this process held `folder` and its lock was deleted or taken over."""
+    """Raise `Fault` if this process held `folder` and its lock was deleted or taken over."""
     token = _held.get(folder.resolve())
     if token:
         holder, _, _ = _holder(folder / LOCK_FILE)
         if holder is None or holder.token != token:
             taker = "its lock was deleted" if holder is None else f"{holder} took it over"
-            raise RuntimeError(f"{folder} is no longer held by this process ({taker}), which writes no more")
+            raise Fault(f"{folder} is no longer held by this process ({taker}), which writes no more")
 
 
 def _acquire(lock: Path, me: Holder) -> None:

@@ -104,11 +104,13 @@ def _checksum(path: Path) -> str:
 def check_place(folder: Path) -> None:
     """Raise `UserError` for what is no name of a folder: too long, in a loop of links, or a file's."""
     try:
+        str(folder).encode()
         if folder.resolve().exists() and not folder.is_dir():
             raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
     except (OSError, RuntimeError, ValueError) as error:
         why = getattr(error, "strerror", None) or error
-        raise UserError(f"{folder} cannot be an output folder ({why}): choose another one") from error
+        name = str(folder).encode(errors="backslashreplace").decode()
+        raise UserError(f"{name} cannot be an output folder ({why}): choose another one") from error
 
 
 def check_writable(folder: Path) -> None:

@@ -57,7 +57,7 @@ def run(argv: Sequence[str]) -> int:
         return 128 + told.number
     except Exception as error:
         _close_bars()
-        says_all = isinstance(error, Fault | BrokenPipeError) or is_of_the_disk(error)  # as of standard output
+        says_all = isinstance(error, Fault | BrokenPipeError) or is_of_the_disk(error)
         if not says_all and getattr(error, "filename", None) is None:
             traceback.print_exc()
         print(f"oprd: the run failed: {str(error) or type(error).__name__}", file=sys.stderr)

@@ -9,6 +9,7 @@ from torch import Tensor
 from oprd.errors import UserError
 
 LAYER_FORMS = "'all', 'last', 'even', 'odd', 'every=4', '1,14,28' or '14=18,28=36'"
+MOST_ROWS = 2**63 - 1  # that tensors can count
 POSITION_FORMS = "'all', 'last', 'last=2000' or 'first=50'"
 
 
@@ -114,7 +115,7 @@ class Positions:
             return cls(match[1], int(match[1] == "last"))
         if int(match[3]) < 1:
             raise UserError(f"{key} {text!r} select no row; k must be at least 1")
-        return cls(match[2], int(match[3]))
+        return cls(match[2], min(int(match[3]), MOST_ROWS))
 
     def mask(self, response_mask: Bool[Tensor, "B T"]) -> Bool[Tensor, "B T"]:
         """The rows of `response_mask` that are selected; rows outside it neither count nor appear."""

@@ -91,6 +91,10 @@ def refused(capsys, argv):
         ({"layers": None}, "layers"),
         ({"max_completion_length": 0}, "max_completion_length must be 1 or more, got 0"),
         ({"max_completion_length": -3}, "max_completion_length must be 1 or more, got -3"),
+        ({"ignore_data_skip": True}, "a resumed run would draw the first prompts again: leave it out"),
+        ({"resume_from_checkpoint": "checkpoint-3"}, "goes on by itself from the last whole checkpoint"),
+        ({"eval_on_start": True}, "eval_on_start takes an eval_dataset"),
+        ({"optim_args": "a"}, "optim_args: a: not enough values"),
     ],
     ids=str,
 )

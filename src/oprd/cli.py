@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from oprd import key_help
 from oprd.arguments import WHOLE, parse_command, recipe_and_flags
-from oprd.errors import UserError, refusals_told
+from oprd.errors import Fault, UserError, is_of_the_disk, refusals_told
 from oprd.ranges import EVALUATION_RANGES, check_ranges
 from oprd.signals import Stopped, leave_at_once, signals_handled
 
@@ -57,7 +57,8 @@ def run(argv: Sequence[str]) -> int:
         return 128 + told.number
     except Exception as error:
         _close_bars()
-        if getattr(error, "filename", None) is None:  # else it says which file, and what of it
+        says_all = isinstance(error, Fault | BrokenPipeError) or is_of_the_disk(error)
+        if not says_all and getattr(error, "filename", None) is None:
             traceback.print_exc()
         print(f"oprd: the run failed: {str(error) or type(error).__name__}", file=sys.stderr)
         return 1

@@ -1,4 +1,4 @@
-"""The one exception for mistakes that the user can mend, and what others tell of the machine."""
+"""The exceptions for what the user can mend and what befalls a run, and what others tell of the machine."""
 
 import errno
 import os
@@ -21,6 +21,10 @@ LONGEST_REASON = 400
 
 class UserError(ValueError):
     """What is wrong, where, and what to do, in one sentence; the command line prints it and exits with 2."""
+
+
+class Fault(RuntimeError):
+    """What went wrong in a run, in words that say all: the command line prints them and exits with 1."""
 
 
 @contextmanager

@@ -35,7 +35,7 @@ from oprd.engines.importance import check_correction
 from oprd.engines.staleness import FixedText
 from oprd.engines.student import StudentEngine
 from oprd.engines.vllm import check_server, check_training, training_engines
-from oprd.errors import UserError
+from oprd.errors import UserError, whatever_fails_is
 from oprd.folder.card import model_card
 from oprd.folder.recorder import Recorder
 from oprd.folder.run import resolved_settings, write_resolved
@@ -146,6 +146,12 @@ class OPRDConfig(ObjectiveSettings, DistillationConfig):
             raise UserError(
                 "beta is TRL's name for the divergence; use divergence: reverse_kl, forward_kl or jsd"
             )
+        if self.output_dir == "":
+            raise UserError("output_dir is empty: name a folder")
+        if self.ignore_data_skip:
+            raise UserError(
+                "ignore_data_skip: a resumed run would draw the first prompts again: leave it out"
+            )
         self.check()
         asked = str(getattr(self, "fsdp")).lower()  # noqa: B009 - mypy cannot tell its type
         if asked in ("true", "false"):  # the base class takes text for the options that it once was
@@ -213,6 +219,8 @@ class OPRDTrainer(ResumableTrainer, UpdateTrainer, DistillationTrainer):
             train_dataset = look_ahead(train_dataset, stream_length(args, args.world_size))
         if not isinstance(train_dataset, Dataset):
             raise UserError(f"train_dataset must be a datasets.Dataset, got {type(train_dataset).__name__}")
+        if args.eval_on_start and kwargs.get("eval_dataset") is None:
+            raise UserError("eval_on_start takes an eval_dataset: leave it out, or set accuracy_dataset_name")
         check_installed(args)
         if not isinstance(teacher_model, str):
             check_loaded_teacher(args)
@@ -256,7 +264,11 @@ class OPRDTrainer(ResumableTrainer, UpdateTrainer, DistillationTrainer):
         self.translation = self._translate(args)
         self._check_prompts()
         settle_steps(args, len(self.train_dataset), self.accelerator.num_processes)
-        check_optimizer(args, *self.get_optimizer_cls_and_kwargs(args, self.model))
+        with whatever_fails_is(
+            lambda error: f"optim: {args.optim.value}, optim_args: {args.optim_args}: {error}"
+        ):
+            chosen = self.get_optimizer_cls_and_kwargs(args, self.model)
+        check_optimizer(args, *chosen)
         self._prepare_rollouts()
         for role, read in (("student", self.model), ("teacher", self.teacher.model)):
             with told_of_architecture(role, read):

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from oprd.engines.staleness import CHECKED_TOKENS, log_prob_gaps
 from oprd.engines.student import Drawn
 from oprd.engines.vllm import INSTALL, is_installed, make_llm
-from oprd.errors import UserError, reason, whatever_fails_is
+from oprd.errors import Fault, UserError, reason, whatever_fails_is
 from oprd.models import holds_adapters
 from oprd.rollouts import Engine, HFEngine, Rollout, Sampling, cut_at_eos, eos_token_ids
 
@@ -169,7 +169,7 @@ class ServerEngine:
                 return json.load(answer)
         except HTTPError as error:
             said = error.read().decode(errors="replace")[:500]
-            raise RuntimeError(f"the server at {self._url} refused {path}: {error}: {said}") from error
+            raise Fault(f"the server at {self._url} refused {path}: {error}: {said}") from error
         except TimeoutError as error:
             raise UserError(
                 f"the server at {self._url} has not answered {path} for {patience:.0f} s: see what it says "

@@ -198,7 +198,7 @@ CASES = [
     (r"Answer: 33, that is \boxed{34}", "34", True),
     ("the result is 34", "34", False),
     ("34", "34", False),
-    ("The answer is 34", "34", False),
+    ("The answer is 34", "34", True),
     ("", "34", False),
     (r"\boxed{}", "34", False),
     ("Answer:", "34", False),

@@ -1,4 +1,4 @@
-r"""Where a response states its answer: in its last \boxed{}, after "Answer:", "final answer is" or `####`.
+r"""Where a response states its answer: in its last \boxed{}, after "Answer:", "answer is" or `####`.
 
 Every search here is linear in the length of the response, which may be anything that a model wrote.
 """
@@ -16,7 +16,7 @@ LABEL = re.compile(
     r"(?P<colon>[\s*_`]*[:：])?[*_`]*\s*(?P<rest>.*)",
     re.I,
 )
-STATED = re.compile(r"\b(?:final|correct) (?:answer|option|choice) is:?\s+", re.I)
+STATED = re.compile(r"\b(?:answer|(?:final|correct) (?:option|choice)) is:?\s+", re.I)
 GLUE = r"(?:[\s$*~{}]|\\[()\[\],;:! ]|\\q?quad|\\text)*"
 JOINED = re.compile(rf"{GLUE}(?:[,;]|,?{GLUE}(?:and|or)){GLUE}")
 SENTENCE_END = re.compile(r"(?<=[\d)}\]$*%])\.\s+(?=[A-Z])")
@@ -41,7 +41,7 @@ def extract_answer(response: str) -> str | None:
     It is the content of the last complete, non-empty `\boxed{}`; boxes joined by nothing but a comma, "and"
     or "or" are one list. Without a box it is the first sentence after the last "Answer:" (Markdown around it
     allowed), on that line or on the next one that is not blank. Without that it is the rest of the sentence
-    after the last "final answer is" or "correct option is", else what the last line has after `####`. Numbers
+    after the last "answer is" or "correct option is", else what the last line has after `####`. Numbers
     elsewhere in the text never count.
     """
     return _boxed(response) or _labelled(response) or _stated(response) or after_mark(response)

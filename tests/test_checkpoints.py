@@ -72,8 +72,13 @@ def test_the_newest_whole_one_is_chosen_by_number(tmp_path, caplog):
         ("[" * 10**5, "cannot be read"),
         ('{"global_step": 2}', "is of step 2"),
         ('{"global_step": "3"}', "cannot be read"),
+        ('{"global_step": 3, "max_steps": "9"}', "cannot be read"),
+        ('{"global_step": 3, "epoch": "x"}', "cannot be read"),
+        ('{"global_step": 3, "epoch": NaN}', "cannot be read"),
+        ('{"global_step": 3, "stateful_callbacks": [1]}', "cannot be read"),
+        ('{"global_step": 3, "a_key_of_no_version": 1}', "cannot be read"),
     ],
-    ids=range(7),
+    ids=range(12),
 )
 def test_a_state_that_tells_no_step_is_passed_over_under_a_seal_of_sizes(tmp_path, caplog, content, why):
     checkpoint(tmp_path, 2)

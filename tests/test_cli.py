@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from oprd.bridge.recipe import BridgeArguments
 from oprd.cli import commands as cli
-from oprd.foundation.errors import UserError
+from oprd.foundation.errors import Fault, UserError
 from oprd.objective.settings import ObjectiveSettings
 from oprd.rollouts.engines.vllm import is_installed
 from oprd.rollouts.generation import HFEngine
@@ -91,6 +91,10 @@ def refused(capsys, argv):
         ({"layers": None}, "layers"),
         ({"max_completion_length": 0}, "max_completion_length must be 1 or more, got 0"),
         ({"max_completion_length": -3}, "max_completion_length must be 1 or more, got -3"),
+        ({"ignore_data_skip": True}, "a resumed run would draw the first prompts again: leave it out"),
+        ({"resume_from_checkpoint": "checkpoint-3"}, "goes on by itself from the last whole checkpoint"),
+        ({"eval_on_start": True}, "eval_on_start takes an eval_dataset"),
+        ({"optim_args": "a"}, "optim_args: a: not enough values"),
     ],
     ids=str,
 )
@@ -472,6 +476,37 @@ def test_a_full_disk_is_one_line_that_names_the_file(tmp_path, capsys):
     assert "Traceback" not in error
     line = f"oprd: the run failed: [Errno 28] No space left on device: '{tmp_path}/settings.json'"
     assert error.strip().splitlines()[-1] == line
+
+
+@pytest.mark.parametrize(("kind", "shows"), [(Fault, False), (BrokenPipeError, False), (RuntimeError, True)])
+def test_a_fault_whose_words_say_all_shows_no_traceback(capsys, monkeypatch, kind, shows):
+    def fail(*_):
+        raise kind("the weights are not finite")
+
+    monkeypatch.setitem(cli.COMMANDS, "tiny", fail)
+    assert cli.run(["tiny", "build"]) == 1
+    error = capsys.readouterr().err
+    assert error.endswith("oprd: the run failed: the weights are not finite\n")
+    assert ("Traceback" in error) is shows
+
+
+@pytest.mark.parametrize("name", ["", "runs/\udcff"], ids=["empty", "no UTF-8"])
+@pytest.mark.parametrize("command", ["train", "eval", "demo"])
+def test_what_is_no_name_of_an_output_folder(capsys, recipe, tmp_path, monkeypatch, command, name):
+    monkeypatch.chdir(tmp_path)
+    argv = {
+        "train": ["train", recipe(), "--output_dir", name],
+        "eval": [*EVALUATION[:-1], name],
+        "demo": ["demo", "--output", name],
+    }
+    before = list(tmp_path.iterdir())
+    assert "folder" in refused(capsys, argv[command])
+    assert list(tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize("value", ["[" * 10**5, '{"a": ' + "1" * 5000 + "}"], ids=["deep", "long"])
+def test_json_that_python_does_not_read(capsys, value):
+    assert "--chat_template_kwargs" in refused(capsys, [*EVALUATION, "--chat_template_kwargs", value])
 
 
 def test_an_open_progress_bar_does_not_hide_the_error(capsys, monkeypatch):

@@ -132,6 +132,7 @@ def test_names_without_a_loss(module, spec, says):
     [
         ("import nowhere_else", "my_losses cannot be imported: No module named 'nowhere_else'"),
         ("def f(:", "my_losses cannot be imported: SyntaxError"),
+        ("import sys; sys.exit(0)", "my_losses cannot be imported: SystemExit: 0"),
         ("raise RuntimeError('no GPU')", "my_losses cannot be imported: RuntimeError: no GPU"),
     ],
 )

@@ -3,8 +3,9 @@
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import decoders, pre_tokenizers
 
-from lookalikes import KINDS, byte_level, exact, lookalike
+from lookalikes import DECODING, FIRST_SPACE, KINDS, LLAMA, byte_level, exact, lookalike, sentencepiece
 from oprd.text.alignment import Aligner, align_tokens
 from oprd.text.spelling import encode, spelling
 
@@ -75,6 +76,26 @@ def test_every_token_of_one_text_is_read_by_the_other(student, text):
     for one, other in ((ours, plain), (plain, ours)):
         ids, read = encode(one, text), encode(other, text)
         assert align_tokens(one, ids, other, read)[-1] == (len(ids) - 1, len(read) - 1)
+
+
+@pytest.mark.parametrize("kind", ["prepended", "metaspace", "prefix"])
+@pytest.mark.parametrize("text", ["the<x>12 the", "<x> the", "a<x>  12\n<x>\n <x><x> end"])
+def test_a_space_that_an_encoder_puts_behind_an_added_token_is_not_text(kind, text):
+    """Such a token cuts a text in two, and both parts get the space."""
+    if kind == "prefix":
+        tokenizer = byte_level(size=380, added=["<x>"])
+        tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    elif kind == "metaspace":
+        tokenizer = sentencepiece(None, [decoders.ByteFallback(), decoders.Metaspace()], ["<x>"])
+        tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    else:
+        tokenizer = sentencepiece(LLAMA, [*DECODING, FIRST_SPACE], [exact("<x>")])
+    plain = lookalike("gpt2")
+    if text == "the<x>12 the":
+        assert "<x> 12" in tokenizer.decode(encode(tokenizer, text))
+    for student, teacher in ((plain, tokenizer), (tokenizer, plain)):
+        aligned = Aligner(student, teacher).align([*encode(student, text), student.eos_token_id])
+        assert aligned.ends_together and aligned.stop is None
 
 
 def test_bytes_that_are_special_reach_the_teacher():

@@ -212,6 +212,17 @@ def test_one_that_was_silent_for_long_is_taken_over_at_once(tmp_path):
         assert time.monotonic() - began < 5
 
 
+def test_a_sign_from_the_future_is_waited_on_no_longer_than_another(tmp_path, monkeypatch):
+    """As a clock leaves it that was wrong and is put right."""
+    monkeypatch.setattr(lock, "POLL_SECONDS", 0.01)
+    monkeypatch.setattr(lock, "SILENCE_SECONDS", 0.3)
+    write(tmp_path / LOCK_FILE, stranger(tmp_path))
+    os.utime(tmp_path / LOCK_FILE, (0, time.time() + 86_400))
+    began = time.monotonic()
+    with hold(tmp_path, "oprd eval"):
+        assert 0.2 < time.monotonic() - began < 5
+
+
 def test_a_holder_gives_signs(tmp_path, monkeypatch):
     monkeypatch.setattr(lock, "BEAT_SECONDS", 0.02)
     with hold(tmp_path, "oprd train"):
@@ -240,7 +251,20 @@ def test_a_held_folder_that_was_renamed_is_held(tmp_path, holder):
         pass
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"pid": 1}\n', "\x00" * 40])
+def like_a_lock(**changes):
+    """The text of a lock with other values in it."""
+    return json.dumps(asdict(Holder("a1", "oprd train", "node7", 7, "", "", "/")) | changes)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        *("", "{", "[]", "{}", '{"pid": 1}\n', "\x00" * 40, "[" * 100_000),
+        *(like_a_lock(pid=pid) for pid in ("7", 7.0, True, None, [], 0, -1, 2**70)),
+        *(like_a_lock(token=token) for token in ("", "a/b", "..", "a\0", 7)),
+        *(like_a_lock(folder=folder) for folder in ("a\0b", None, ["a"])),
+    ],
+)
 def test_a_lock_that_nobody_can_read_holds_until_it_is_old(tmp_path, monkeypatch, content):
     monkeypatch.setattr(lock, "POLL_SECONDS", 0.01)
     monkeypatch.setattr(lock, "SILENCE_SECONDS", 0.3)

@@ -22,6 +22,13 @@ NORM = "model.norm.weight"
 SHARDS = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
 INDEX = "model.safetensors.index.json"
 
+PANICS = {  # on every text, as its token is nowhere
+    "type": "TemplateProcessing",
+    "single": [{"SpecialToken": {"id": "<nope>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
+    "pair": [],
+    "special_tokens": {},
+}
+
 
 class RunsCode:
     """What a pickle may hold; `touched` shows whether it was read as one."""
@@ -151,6 +158,7 @@ BROKEN = {
     ),
     "shard cut": (lambda f: [sharded()(f), cut(SHARDS[0], 500)(f)], SHARDS[0]),
     "no map": (sharded(lambda f, i: {}), f"{INDEX} .*weight_map names no files"),
+    "no metadata": (sharded(lambda f, i: {"weight_map": i["weight_map"]}), f"{INDEX} .*no object metadata"),
     "a list for a map": (sharded(lambda f, i: {"metadata": {}, "weight_map": [1]}), INDEX),
     "numbers for files": (sharded(lambda f, i: {"metadata": {}, "weight_map": {"a": 1}}), INDEX),
     "an empty map": (sharded(lambda f, i: {"metadata": {}, "weight_map": {}}), INDEX),
@@ -167,6 +175,9 @@ BROKEN = {
     "no vocabulary": (values("config.json", vocab_size=0), "config.json"),
     "endless": (values("config.json", hidden_size=10**12), "do not fit its config.json"),
     "negative": (values("config.json", hidden_size=-8), "config.json"),
+    "many layers": (values("config.json", num_hidden_layers=10**12), r"config\.json .*hidden_layers is 10"),
+    "many labels": (values("config.json", num_labels=10**12), r"config\.json .*num_labels is 10"),
+    "many, below": (values("config.json", text_config={"n_layer": 1e12}), r"config\.json .*n_layer is 10"),
     "of no kind": (values("config.json", model_type="nonsense"), "nonsense"),
     "a list for a kind": (values("config.json", model_type=[]), "config.json"),
     "no activation": (values("config.json", hidden_act="nope"), "'nope' .*config.json"),
@@ -176,11 +187,16 @@ BROKEN = {
     "generation: empty": (write("generation_config.json", ""), "generation_config.json"),
     "generation: nowhere": (link("generation_config.json"), "generation_config.json .*a link"),
     "EOS: a word": (values("generation_config.json", eos_token_id="x"), "eos_token_id: 'x', .*no token id"),
+    "EOS: endless": (values("generation_config.json", eos_token_id=[1, 10**30]), "eos_token_id.*no token id"),
+    "beside the weights": (write("model-extra.safetensors", "xx"), "model-extra.safetensors"),
+    "tokenizer: gone": (lambda folder: (folder / "tokenizer.json").unlink(), "tokenizer.*serialization file"),
     "tokenizer: empty": (write("tokenizer.json", ""), "tokenizer.json"),
     "tokenizer: null": (write("tokenizer.json", "null"), "tokenizer.json .*no JSON object"),
     "tokenizer: nothing": (write("tokenizer.json", "{}"), "the tokenizer of"),
     "tokenizer: deep": (write("tokenizer.json", DEEP), "tokenizer.json .*recursion"),
     "tokenizer: no kind": (values("tokenizer.json", model={"type": "Nope"}), "the tokenizer of"),
+    "tokenizer: panics": (values("tokenizer.json", post_processor=PANICS), "tokenizer of .*it panicked"),
+    "tokenizer: BERT's": (values("tokenizer_config.json", tokenizer_class="BertTokenizer"), "as 290 for"),
     "tokenizer: nowhere": (link("tokenizer_config.json"), "tokenizer_config.json .*a link"),
     "tokenizer: a list": (write("tokenizer_config.json", "[1]"), "tokenizer_config.json .*no JSON object"),
     "tokenizer: a class": (values("tokenizer_config.json", tokenizer_class=5), "the tokenizer of"),
@@ -373,6 +389,7 @@ BROKEN_ADAPTERS = {
     "of no kind": (values(CONFIG, peft_type="NOPE"), f"NOPE.*{CONFIG}"),
     "for classes": (values(CONFIG, task_type="SEQ_CLS"), "SEQ_CLS"),
     "of another rank": (values(CONFIG, r=3), "size mismatch"),
+    "of an endless rank": (values(CONFIG, r=10**12), "r is 1000000000000, and no weight .* wider than"),
     "of fewer modules": (values(CONFIG, target_modules=["v_proj"]), "lack 8 weights"),
     "of more modules": (values(CONFIG, target_modules=["q_proj", "v_proj"]), "lack 8 weights"),
     "a list": (write(CONFIG, "[1]"), f"{CONFIG} .*no JSON object"),

@@ -100,6 +100,7 @@ def test_folder_is_read_in_name_order_beside_other_files(tmp_path):
     write_jsonl(tmp_path / "b.jsonl", [{"prompt": "b"}])
     write_jsonl(tmp_path / "a.jsonl", [{"prompt": "a"}])
     (tmp_path / "README.md").write_text("about")
+    (tmp_path / "._a.jsonl").write_bytes(b"\0\5\x16\7")  # what macOS puts beside a file
     assert load_prompts(str(tmp_path))["prompt"][:] == ["a", "b"]
 
 
@@ -263,6 +264,7 @@ def test_malformed_prompts_are_dropped_and_counted_if_asked(tmp_path, caplog):
         ({"prompt": "text"}, "row 1: text and chat prompts are mixed"),
         ({"prompt": chat("a"), "solution": ["1"]}, "row 1: the solution is list"),
         ({"prompt": chat("a")}, "row 1 has no solution"),
+        ({"prompt": [{**chat("a")[0], "seeds": [2**64]}], "solution": "1"}, "row 1: message 0 .* 64 bits"),
         ({"prompt": chat("half an emoji \ud83d"), "solution": "1"}, "broken Unicode"),
         (["a"], "row 1: list .* is not an object"),
     ],
@@ -291,6 +293,11 @@ def test_no_prompt_column_names_those_found(tmp_path, kind):
     said = r"no column 'prompt' \(found problem, answer\): rename 'problem' to 'prompt'"
     with pytest.raises(UserError, match=said):
         load_prompts(str(path))
+
+
+def test_odd_and_many_columns_are_told_in_one_line(tmp_path):
+    with pytest.raises(UserError, match=r"\(found 'a\\nb', x0, .*, x18, …\): rename or add it"):
+        load_rows(tmp_path, [{"a\nb": 1} | {f"x{i}": i for i in range(500)}])
 
 
 @pytest.mark.parametrize(

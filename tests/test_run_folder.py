@@ -135,7 +135,13 @@ def test_names_of_enumerations_as_they_used_to_be_written(run):
 
 
 @pytest.mark.parametrize(
-    "content", ["", "settings: [1", "settings: 3", "a: 1", "settings: {}", "- 1", "settings: {}\nversions: 1"]
+    "content",
+    [
+        *("", "settings: [1", "settings: 3", "a: 1", "settings: {}", "- 1", "settings: {}\nversions: 1"),
+        *("settings: {1: 2}\nversions: {}", "settings: {}\nversions: {null: 2}", "[" * 10**5),
+        *("settings: {}\nversions: {}\ninputs: {1: {a: b}}", "settings: !!python/tuple []\nversions: {}"),
+    ],
+    ids=range(12),
 )
 def test_a_damaged_record(run, content):
     (run / "resolved.yaml").write_text(content)

@@ -152,6 +152,8 @@ def test_positions_are_those_of_a_python_loop(rows, spec):
         ("first=1", [[0], [0], []]),
         ("first=99", [[0, 1, 4, 5], [0], []]),
         ("last=2000000", [[0, 1, 4, 5], [0], []]),
+        ("last=" + "9" * 30, [[0, 1, 4, 5], [0], []]),
+        ("first=" + "9" * 30, [[0, 1, 4, 5], [0], []]),
     ],
 )
 @pytest.mark.parametrize("dtype", [torch.bool, torch.int64])

@@ -64,7 +64,7 @@ def test_specs_are_normalised_to_text():
         ({"diagnostics_steps": -1}, "diagnostics_steps must be 0 or more"),
         ({"max_prompt_length": 0}, "max_prompt_length must be 1 or more"),
         ({"positions": "last=0"}, "positions 'last=0' select no row"),
-        ({"output_positions": "first=0"}, "positions 'first=0' select no row"),
+        ({"output_positions": "first=0"}, "output_positions 'first=0' select no row"),
         ({"positions": "middle"}, "cannot read positions 'middle'"),
         ({"representation_weight": "400=0,0=1"}, "representation_weight='400=0,0=1'.*increase"),
         ({"output_weight": "-1"}, "output_weight='-1'.*0 or more"),

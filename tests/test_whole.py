@@ -1,5 +1,6 @@
 """Files and folders that are there whole or not at all."""
 
+import errno
 import json
 import os
 from pathlib import Path
@@ -66,6 +67,17 @@ def test_a_seal_of_an_older_oprd_knows_sizes(sealed):
 def test_something_else_in_its_place_is_no_seal(sealed, text):
     (sealed / SEAL_FILE).write_text(text)
     assert "was not written to its end" in damage(sealed)
+
+
+def test_a_file_that_the_disk_does_not_give_is_named(sealed, monkeypatch):
+    def fail(_):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    (sealed / SEAL_FILE).write_text(json.dumps({"files": {"n" * 300: 1}}))
+    assert damage(sealed) == "n" * 300 + " cannot be read (File name too long)"
+    seal(sealed, [sealed / "model.safetensors"])
+    monkeypatch.setattr("oprd.folders.whole._checksum", fail)
+    assert damage(sealed) == "model.safetensors cannot be read (Input/output error)"
 
 
 @pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o027, 0o640)])

@@ -313,10 +313,14 @@ def test_a_bridge_that_was_changed_is_not_written_over_until_it_is_deleted(
     assert stored.keys() == whole.keys() and all(torch.equal(stored[k], whole[k]) for k in whole)
 
 
-def test_a_report_that_was_deleted_is_written_again(run, fitted, tmp_path):
+@pytest.mark.parametrize("content", [None, b"", b"{}", b"\xff"], ids=str)
+def test_a_report_that_was_deleted_or_changed_is_written_again(run, fitted, tmp_path, caplog, content):
     folder = shutil.copytree(fitted, tmp_path / "again")
     (folder / "report.json").unlink()
+    if content is not None:
+        (folder / "report.json").write_bytes(content)
     assert run(folder) == 0
+    assert "report.json is missing or was changed: it is written again" in caplog.text
     assert (folder / "report.json").read_bytes() == (fitted / "report.json").read_bytes()
     assert {path.name for path in folder.iterdir()} == FILES
 

@@ -235,6 +235,7 @@ ATTACKS = {
     "samples that are none": (lambda a: [*a[:4], edited(a[4], samples=[1, 2, 3])], [4]),
     "a sample without its mark": (lambda a: [*a[:4], a[4].replace(b'"correct": false, ', b"", 1)], [4]),
     "a mark that is none": (lambda a: [*a[:4], a[4].replace(b"false", b'"no"', 1)], [4]),
+    "half of a pair": (lambda a: [*a[:4], a[4].replace(b'"text": "', b'"text": "\\ud800', 1)], [4]),
     "no line's end": (lambda a: [*a[:4], a[4][:-1]], [4]),
 }
 
@@ -258,12 +259,21 @@ def test_lines_that_are_not_of_this_evaluation_are_drawn_again(
     assert ("are dropped, and what is then missing is drawn again" in caplog.text) == (attack not in silent)
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"settings": {}}'])
+@pytest.mark.parametrize(
+    "damage",
+    [
+        *("", "{", "[]", "{}", '{"settings": {}}'),
+        *({"avg_at_k": None}, {"avg_at_k": "0.5"}, {"ci95": [0.1]}, {"pass_at_k": {}}, {"samples": 3.0}),
+        {"another_key": 1},
+    ],
+    ids=str,
+)
 def test_a_damaged_summary_is_made_again_from_the_samples(
-    finished, model, tokenizer, tmp_path, monkeypatch, caplog, content
+    finished, model, tokenizer, tmp_path, monkeypatch, caplog, damage
 ):
     folder = shutil.copytree(finished, tmp_path / "copied")
-    (folder / "summary.json").write_text(content)
+    summary = json.loads((folder / "summary.json").read_text())
+    (folder / "summary.json").write_text(damage if isinstance(damage, str) else json.dumps(summary | damage))
     monkeypatch.setattr(rollouts, "generate", never)
     evaluate(model, tokenizer, ROWS, SETTINGS, folder, "random", progress=False)
     assert (folder / "summary.json").read_bytes() == (finished / "summary.json").read_bytes()

@@ -94,6 +94,14 @@ def test_adapters_and_an_offloaded_teacher_give_zero(make_trainer, roll_out, gra
     stays(trainer, roll_out(trainer), gradient)
 
 
+def test_an_offloaded_teacher_in_float32_gives_zero(make_trainer, roll_out, gradient, stored_in):
+    """As on a machine without an accelerator: its weights are on no device when the trainer tries it."""
+    folder = stored_in(torch.float32)
+    trainer = make_trainer(student=folder, teacher=folder, teacher_offload=True, **OBJECTIVES["both"])
+    assert trainer.teacher.model.device.type == "meta"
+    stays(trainer, roll_out(trainer), gradient)
+
+
 def test_an_equal_student_does_not_move_in_steps(make_trainer, stored_in):
     folder = stored_in(torch.bfloat16)
     trainer = make_trainer(

@@ -2,6 +2,7 @@
 
 import json
 import multiprocessing
+import os
 import shutil
 from dataclasses import asdict
 
@@ -115,7 +116,12 @@ def test_a_whole_file_that_cannot_be_loaded_is_named(copied, recipe, name):
 
 @pytest.mark.parametrize("number", [2, 4])
 @pytest.mark.parametrize(
-    "line", ["{", "[]", '{"loss": 1}', '{"step": "4"}', '{"step": 1}', "\x00"], ids=range(6)
+    "line",
+    [
+        *("{", "[]", '{"loss": 1}', '{"step": "4"}', '{"step": 1}', "\x00", '{"step": true}'),
+        *('{"step": 4, "loss/total": "1"}', '{"step": 4, "rollout/mean_length": null}'),
+    ],
+    ids=range(9),
 )
 def test_an_alien_line_of_metrics_is_named_before_models_load(copied, recipe, monkeypatch, number, line):
     monkeypatch.setattr("oprd.training.train._make_trainer", None)
@@ -142,6 +148,26 @@ def test_missing_metrics_are_told_and_blank_lines_go(copied, recipe, finished, c
 
 
 # Other commands
+
+
+@pytest.mark.parametrize(
+    "name", ["metrics.jsonl", "resolved.yaml", "README.md", "config.json", "resolved.yaml.tmp"]
+)
+@pytest.mark.parametrize("make", [os.mkdir, os.mkfifo], ids=["folder", "pipe"])
+def test_what_is_no_file_in_the_place_of_one_is_named(copied, recipe, name, make):
+    """A pipe would be waited on for ever."""
+    (copied / name).unlink(missing_ok=True)
+    make(copied / name)
+    with pytest.raises(UserError, match=rf"{name} is no file, and one of that name is written there: move"):
+        train(*recipe(copied, "--max_steps", "8"))
+
+
+@pytest.mark.parametrize("name", ["checkpoint-8", "final.partial"])
+def test_a_file_in_the_place_of_a_folder_is_named(copied, recipe, name):
+    (copied / name).write_text("mine")
+    with pytest.raises(UserError, match=rf"{name} is no folder, and one of that name is written there"):
+        train(*recipe(copied, "--max_steps", "8"))
+    assert (copied / name).read_text() == "mine"
 
 
 FOREIGN = [

@@ -247,16 +247,20 @@ def test_more_steps_follow_the_schedule_of_the_longer_run(tmp_path, recipe, capl
 
 
 @pytest.mark.parametrize(("epochs", "steps"), [("0.5", 3), ("1.1", 7)])
-def test_epochs_are_passes_over_the_prompts(tmp_path, recipe, epochs, steps):
+def test_epochs_are_passes_over_the_prompts(tmp_path, recipe, monkeypatch, epochs, steps):
     """12 prompts, 2 of them a step: an epoch has 6 steps."""
     flags = ["--max_steps", "-1", "--num_train_epochs", epochs, "--lr_scheduler_type", "cosine"]
     train(*recipe(tmp_path, *flags))
     assert [record["learning_rate"] for record in lasting(tmp_path)] == pytest.approx(
         [cosine(step, steps) for step in range(1, steps + 1)], rel=1e-12
     )
+    shutil.rmtree(tmp_path / f"checkpoint-{steps}")
     before = files(tmp_path)
+    monkeypatch.setattr("oprd.train._make_trainer", None)  # known to be finished without the models
     train(*recipe(tmp_path, *flags))
     assert files(tmp_path) == before
+    with pytest.raises(UserError, match=f"after {steps} steps, and the checkpoint of its last step is gone"):
+        train(*recipe(tmp_path, *flags[:-3], "2", *flags[-2:]))
 
 
 def test_steps_and_epochs_are_not_both_asked_for(tmp_path, recipe):

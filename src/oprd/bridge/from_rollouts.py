@@ -63,7 +63,7 @@ def fit_bridge(args: BridgeArguments) -> Path:
     inputs = _inputs_of(args, prompts)
     with joined_ranks() as ranks:
         bridge = _fitted(args, inputs)
-        if bridge is not None and (folder / REPORT_FILE).exists():
+        if bridge is not None and _report_is_of(folder, bridge):
             logger.warning("%s holds this bridge: nothing to do", folder)
             return folder
         with hold(folder, "oprd bridge", ranks.is_first, lambda refusal: ranks.gather(refusal)[0]):
@@ -71,7 +71,7 @@ def fit_bridge(args: BridgeArguments) -> Path:
             if bridge is None:
                 _fit(args, prompts, inputs, ranks)
             elif ranks.is_first:
-                logger.warning("%s has no %s: it is written again", folder, REPORT_FILE)
+                logger.warning("%s/%s is missing or was changed: it is written again", folder, REPORT_FILE)
                 _write_report(folder, bridge)
     return folder
 
@@ -89,8 +89,18 @@ def _fitted(args: BridgeArguments, inputs: Inputs) -> Bridge | None:
         raise UserError(f"{error}: delete {BRIDGE_FILE}, and the same command does so") from error
 
 
+def _report(bridge: Bridge) -> str:
+    return json.dumps(bridge.metadata, indent=1) + "\n"
+
+
+def _report_is_of(folder: Path, bridge: Bridge) -> bool:
+    """Whether the report in a folder says what its bridge says."""
+    file = folder / REPORT_FILE
+    return file.exists() and file.read_bytes() == _report(bridge).encode()
+
+
 def _write_report(folder: Path, bridge: Bridge) -> None:
-    write_whole(folder / REPORT_FILE, json.dumps(bridge.metadata, indent=1) + "\n")
+    write_whole(folder / REPORT_FILE, _report(bridge))
 
 
 def _fit(args: BridgeArguments, prompts: Dataset, inputs: Inputs, ranks: Ranks) -> None:

@@ -60,7 +60,7 @@ def _parser() -> argparse.ArgumentParser:
         default="same",
         help="teacher: of the student's architecture, deeper and wider, or of another tokenizer too",
     )
-    demo.add_argument("--output", type=Path, help="default: runs/demo, runs/demo-bridge, …")
+    demo.add_argument("--output", type=_folder, help="default: runs/demo, runs/demo-bridge, …")
     demo.add_argument("--steps", type=_positive, default=220, help="optimiser steps per arm")
     demo.add_argument(
         "--problems", type=_positive, default=128, help="held-out problems for the final evaluation"
@@ -87,7 +87,7 @@ def _parser() -> argparse.ArgumentParser:
 
     tiny = commands.add_parser("tiny", help="rebuild the bundled models")
     tiny.add_argument("action", choices=["build"], help="train them anew")
-    tiny.add_argument("--output", type=Path, default=Path("runs/tiny"), help="their folder")
+    tiny.add_argument("--output", type=_folder, default=Path("runs/tiny"), help="their folder")
     tiny.add_argument("--seed", type=int, default=0, help="added to the seeds of the bundled ones")
     return parser
 
@@ -120,7 +120,7 @@ def _add_evaluation(commands: Any) -> None:
     flag("--revision", help="branch, tag or commit of a Hub model")
     flag("--trust_remote_code", action="store_true", help="run code that comes with it")
     flag("--data", required=True, help="tiny, a parquet/jsonl/json file, or a Hub name")
-    flag("--output", type=Path, required=True, help="the folder of answers and summary")
+    flag("--output", type=_folder, required=True, help="the folder of answers and summary")
     flag("--split", default="test", help="of a Hub dataset")
     flag("--limit", type=_positive, help="evaluate the first so many problems only")
     flag("--samples", type=int, default=16, help="responses per problem: the k of Avg@k")
@@ -160,6 +160,12 @@ def _versions() -> str:
     return f"{ours} ({', '.join(others)}, transformers {importlib.metadata.version('transformers')})"
 
 
+def _folder(text: str) -> Path:
+    if not text:
+        raise argparse.ArgumentTypeError("it is empty: name a folder")
+    return Path(text)
+
+
 def _positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
@@ -169,8 +175,8 @@ def _positive(text: str) -> int:
 def _json_object(text: str) -> dict[str, Any]:
     try:
         value = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise argparse.ArgumentTypeError(f"{text!r} is not JSON ({error})") from error
+    except (ValueError, RecursionError) as error:  # of a number of 5,000 digits too
+        raise argparse.ArgumentTypeError(f"{text!r:.80} is not JSON ({error})") from error
     if not isinstance(value, dict):
         raise argparse.ArgumentTypeError(f"{text!r} is not a JSON object")
     return value

@@ -20,7 +20,7 @@ from tqdm import tqdm
 from oprd.cli import key_help
 from oprd.cli.arguments import WHOLE, parse_command, recipe_and_flags
 from oprd.cli.launch import check_unlaunched, launch
-from oprd.foundation.errors import UserError, refusals_told
+from oprd.foundation.errors import Fault, UserError, is_of_the_disk, refusals_told
 from oprd.foundation.ranges import EVALUATION_RANGES, check_ranges
 from oprd.foundation.signals import Stopped, leave_at_once, signals_handled
 
@@ -58,7 +58,8 @@ def run(argv: Sequence[str]) -> int:
         return 128 + told.number
     except Exception as error:
         _close_bars()
-        if getattr(error, "filename", None) is None:  # else it says which file, and what of it
+        says_all = isinstance(error, Fault | BrokenPipeError) or is_of_the_disk(error)
+        if not says_all and getattr(error, "filename", None) is None:
             traceback.print_exc()
         print(f"oprd: the run failed: {str(error) or type(error).__name__}", file=sys.stderr)
         return 1

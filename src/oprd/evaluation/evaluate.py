@@ -23,10 +23,11 @@ from oprd.evaluation import metrics
 from oprd.evaluation.grade import extract_answer, grade
 from oprd.evaluation.problems import EvalSettings, Problem, check_context, read_problems
 from oprd.evaluation.samples import line, read_samples
+from oprd.folders.claims import check_kinds
 from oprd.folders.fingerprint import sampled
 from oprd.folders.lock import check_held, hold
-from oprd.folders.whole import check_place, write_whole
-from oprd.foundation.errors import UserError, writing
+from oprd.folders.whole import write_whole
+from oprd.foundation.errors import Fault, UserError, writing
 from oprd.models.eos import eos_token_ids
 from oprd.rollouts.generation import Engine, HFEngine, Rollout
 from oprd.rollouts.progress import tokens_shown
@@ -108,7 +109,7 @@ def evaluation_folder(folder: Path) -> Iterator[None]:
 
 def read_settings(folder: Path) -> dict[str, Any] | None:
     """The settings of the evaluation in `folder`, or None; raises `UserError` where they cannot be read."""
-    check_place(folder)
+    check_kinds(folder)
     file = folder / SETTINGS_FILE
     if not file.exists():
         for name in (SAMPLES_FILE, SUMMARY_FILE):
@@ -161,9 +162,25 @@ def _stored_summary(folder: Path, resolved: dict[str, Any]) -> dict[str, Any] | 
             )
     try:
         summary = json.loads(file.read_text(encoding="utf-8"))
-        return summary if summary["settings"] == stored else None
+        is_whole = summary["settings"] == stored and _is_like(summary, _example(stored))
     except (OSError, ValueError, LookupError, TypeError, RecursionError):
         return None
+    return summary if is_whole else None
+
+
+def _example(settings: dict[str, Any]) -> dict[str, Any]:
+    """A summary of these settings."""
+    sample = {"text": "", "answer": None, "correct": False, "length": 0, "truncated": False}
+    return {**metrics.summarize([{"samples": [sample] * settings["samples"]}]), "settings": settings}
+
+
+def _is_like(value: Any, example: Any) -> bool:
+    """Whether a value has the keys, the lengths and the types of another one."""
+    if isinstance(example, dict) and isinstance(value, dict):
+        return value.keys() == example.keys() and all(_is_like(value[key], example[key]) for key in example)
+    if isinstance(example, list) and isinstance(value, list):
+        return len(value) == len(example) and all(map(_is_like, value, example))
+    return type(value) is type(example)
 
 
 def _complete(file: Path, evaluation: _Evaluation, progress: bool) -> list[dict[str, Any]]:
@@ -179,7 +196,7 @@ def _complete(file: Path, evaluation: _Evaluation, progress: bool) -> list[dict[
     records = read_samples(*asked)
     if len(records) < len(evaluation.problems):
         missing = len(evaluation.problems) - len(records)
-        raise RuntimeError(f"{file} lacks {missing} problems, which another program took away: run it again")
+        raise Fault(f"{file} lacks {missing} problems, which another program took away: run it again")
     return list(records.values())
 
 

@@ -27,11 +27,13 @@ DEEPEST = 10  # brackets in brackets
 
 
 def grade(response: str, reference: str) -> bool:
-    """Whether the answer that `response` states equals `reference`; no answer is wrong.
+    """Whether the answer that `response` states equals `reference`; no answer, or no text, is wrong.
 
     A comparison takes at most 5 seconds, then the answer is wrong. That limit is math-verify's and needs the
     main thread; elsewhere only the bounds on what is evaluated at all hold.
     """
+    if not (isinstance(response, str) and isinstance(reference, str)):
+        return False
     answer = extract_answer(response)
     return answer is not None and equivalent(answer, unboxed(reference))
 

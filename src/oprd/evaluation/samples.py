@@ -67,6 +67,7 @@ def _record(text: bytes, problems: Sequence[Problem], samples: int) -> dict[str,
             and {name: record[name] for name in asked} == asked
             and len(record["samples"]) == samples
             and all(_is_sample(sample) for sample in record["samples"])
+            and bool(line(record))  # which half of a surrogate pair does not make
         )
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
         return None

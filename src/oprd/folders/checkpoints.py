@@ -1,6 +1,7 @@
 """The checkpoints of a run folder: which one to resume from, how they are written, which may go."""
 
 import logging
+import math
 import re
 import shutil
 from collections.abc import Callable, Iterator
@@ -8,11 +9,13 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from safetensors import SafetensorError
+from transformers import TrainerState
 
 from oprd.folders.claims import steps_done
 from oprd.folders.lock import check_held
 from oprd.folders.run_folder import STATE_FILE
 from oprd.folders.whole import SEAL_FILE, damage, seal, unseal
+from oprd.foundation.errors import Fault
 from oprd.foundation.meters import MB
 
 logger = logging.getLogger(__name__)
@@ -48,9 +51,18 @@ def last_whole_checkpoint(folder: Path) -> Path | None:
 def _other_step(checkpoint: Path) -> str | None:
     """What is wrong with the file that tells a resumed run its step; older seals have no checksum of it."""
     step = steps_done(checkpoint)
-    if checkpoint.name == f"checkpoint-{step}":
-        return None
-    return f"{STATE_FILE} " + ("cannot be read" if step is None else f"is of step {step}")
+    if step is None or not _is_state(checkpoint / STATE_FILE):
+        return f"{STATE_FILE} cannot be read"
+    return None if checkpoint.name == f"checkpoint-{step}" else f"{STATE_FILE} is of step {step}"
+
+
+def _is_state(file: Path) -> bool:
+    """Whether a run can take up the state in a file."""
+    try:
+        state = TrainerState.load_from_json(str(file))
+        return math.isfinite(state.epoch or 0) and type(state.max_steps) is int
+    except Exception:  # whatever else is made of such a text
+        return False
 
 
 def _is_model_only(checkpoint: Path) -> bool:
@@ -64,7 +76,7 @@ def written_whole(folder: Path, *, is_writer: bool, wait: Callable[[], None]) ->
     """Around the code by which all ranks write `folder`: what lay there goes first, the seal comes last.
 
     `is_writer`: whether this rank seals it; `wait` returns when every rank has called it. A fault of the disk
-    becomes a `RuntimeError` that names the folder, of which nothing is left; other errors pass, and what they
+    becomes a `Fault` that names the folder, of which nothing is left; other errors pass, and what they
     leave is not sealed.
     """
     if is_writer:
@@ -81,7 +93,7 @@ def written_whole(folder: Path, *, is_writer: bool, wait: Callable[[], None]) ->
             raise
         free = shutil.disk_usage(folder.parent).free / MB
         shutil.rmtree(folder, ignore_errors=True)
-        raise RuntimeError(
+        raise Fault(
             f"{folder} could not be written, with {free:.0f} MB free on its disk ({error}): mend that, and "
             "the same command resumes"
         ) from error

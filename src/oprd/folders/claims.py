@@ -6,7 +6,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from oprd.folders.run_folder import RESOLVED_FILE, STATE_FILE, Inputs, check_folder
+from oprd.folders.run_folder import (
+    BATCH_KEYS,
+    RESOLVED_FILE,
+    STATE_FILE,
+    Inputs,
+    Record,
+    check_folder,
+    holds_results,
+)
 from oprd.folders.whole import MISSING, SEAL_FILE, UnreadableSeal, check_place, faults
 from oprd.foundation.errors import UserError
 
@@ -20,6 +28,25 @@ OF_A_RUN = ("checkpoint-*", "metrics.jsonl", STATE_FILE, SEAL_FILE)
 OF_A_BRIDGE = ("bridge.safetensors", "report.json")
 OF_AN_EVALUATION = ("settings.json", "samples.jsonl", "summary.json")
 
+FILES = (
+    *(RESOLVED_FILE, STATE_FILE, SEAL_FILE, CARD_FILE, "metrics.jsonl", "model.safetensors", "config.json"),
+    *("generation_config.json", "tokenizer.json", "tokenizer_config.json", *OF_A_BRIDGE, *OF_AN_EVALUATION),
+    "*.tmp",
+)
+FOLDERS = ("checkpoint-[0-9]*", PARTIAL)
+
+
+def check_kinds(folder: Path) -> None:
+    """Raise `UserError` for a folder, a pipe or the like in the place of a file, and the other way round."""
+    check_place(folder)
+    for patterns, kind, others in (
+        (FILES, "file", (Path.is_dir, Path.is_fifo)),
+        (FOLDERS, "folder", (Path.is_file, Path.is_fifo)),
+    ):
+        for path in (path for pattern in patterns for path in folder.glob(pattern)):
+            if any(is_other(path) for is_other in others):
+                raise UserError(f"{path} is no {kind}, and one of that name is written there: move it away")
+
 
 def check_foreign(folder: Path, mark: str, others: Sequence[str]) -> None:
     """Raise `UserError` if `folder` is another command's, or somebody else's.
@@ -27,7 +54,7 @@ def check_foreign(folder: Path, mark: str, others: Sequence[str]) -> None:
     `mark` is the file by which the command knows a folder of its own. A folder without it may hold nothing
     that any command writes; one with it, none of `others`, which another command leaves beside such a file.
     """
-    check_place(folder)
+    check_kinds(folder)
     is_ours = (folder / mark).exists()
     for pattern in others if is_ours else (*OF_A_MODEL, *OF_A_RUN, *OF_A_BRIDGE, *OF_AN_EVALUATION):
         for path in sorted(folder.glob(pattern)):
@@ -42,7 +69,18 @@ def is_done(
     """Whether the run of these resolved settings is finished; raises `UserError` for another's folder."""
     check_foreign(folder, RESOLVED_FILE, OF_A_BRIDGE)
     check_folder(folder, settings, inputs, defaults)
-    return settings["max_steps"] > 0 and is_finished(folder, settings["max_steps"])
+    steps = settings["max_steps"]
+    if steps < 1 and (folder / RESOLVED_FILE).exists() and holds_results(folder):
+        steps = _steps_of_epochs(folder, settings)
+    return steps > 0 and is_finished(folder, steps)
+
+
+def _steps_of_epochs(folder: Path, settings: dict[str, Any]) -> int:
+    """How many steps `num_train_epochs` are, which a run of the same prompts has written down, or -1."""
+    stored = Record.read(folder / RESOLVED_FILE).settings
+    keys, steps = ("num_train_epochs", *BATCH_KEYS), stored.get("max_steps")
+    is_same = all(stored.get(key) == settings.get(key) for key in keys)
+    return steps if is_same and isinstance(steps, int) else -1
 
 
 def is_finished(folder: Path, max_steps: int) -> bool:

@@ -12,6 +12,7 @@ filelock 4.2 leaves a stale lock in place for ever.
 import json
 import logging
 import os
+import re
 import secrets
 import socket
 import tempfile
@@ -24,7 +25,7 @@ from datetime import datetime
 from pathlib import Path
 
 from oprd.folders.whole import check_writable
-from oprd.foundation.errors import UserError
+from oprd.foundation.errors import Fault, UserError
 
 logger = logging.getLogger(__name__)
 
@@ -33,6 +34,7 @@ BEAT_SECONDS = 15.0
 SILENCE_SECONDS = 120.0
 POLL_SECONDS = 0.5
 READ_ATTEMPTS = 10
+TOKEN = re.compile(r"\w+")
 
 _held: dict[Path, str] = {}  # the folders that this process holds, and the tokens of their locks
 
@@ -55,6 +57,18 @@ class Holder:
         since = datetime.now().astimezone().isoformat(" ", "seconds")
         start = _start_of(os.getpid()) or ""
         return cls(secrets.token_hex(8), command, _host(), os.getpid(), start, since, str(folder))
+
+    @classmethod
+    def of(cls, text: str) -> "Holder":
+        """The holder that a lock's text describes; raises `ValueError`, `TypeError` or `RecursionError`."""
+        holder = cls(**json.loads(text))
+        texts = asdict(holder)
+        pid = texts.pop("pid")
+        if type(pid) is not int or not all(isinstance(text, str) for text in texts.values()):
+            raise TypeError("a value is of another type")
+        if not TOKEN.fullmatch(holder.token) or not 0 < pid < 2**31 or "\0" in holder.folder:
+            raise ValueError("no process writes such a lock")
+        return holder
 
     def __str__(self) -> str:
         return f"{self.command} (process {self.pid} on {self.host.split('/')[0]}, since {self.since})"
@@ -99,13 +113,13 @@ def hold(
 
 
 def check_held(folder: Path) -> None:
-    """Raise `RuntimeError` if this process held `folder` and its lock was deleted or taken over."""
+    """Raise `Fault` if this process held `folder` and its lock was deleted or taken over."""
     token = _held.get(folder.resolve())
     if token:
         holder, _, _ = _holder(folder / LOCK_FILE)
         if holder is None or holder.token != token:
             taker = "its lock was deleted" if holder is None else f"{holder} took it over"
-            raise RuntimeError(f"{folder} is no longer held by this process ({taker}), which writes no more")
+            raise Fault(f"{folder} is no longer held by this process ({taker}), which writes no more")
 
 
 def _acquire(lock: Path, me: Holder) -> None:
@@ -157,10 +171,10 @@ def _create(file: Path, holder: Holder) -> bool:
 def _read(file: Path) -> Holder | None:
     for _ in range(READ_ATTEMPTS):
         try:
-            return Holder(**json.loads(file.read_text(encoding="utf-8")))
+            return Holder.of(file.read_text(encoding="utf-8"))
         except FileNotFoundError:
             return None
-        except (OSError, ValueError, TypeError):
+        except (OSError, ValueError, TypeError, RecursionError):
             time.sleep(POLL_SECONDS / READ_ATTEMPTS)  # another process may be writing it
     token = f"unreadable{file.name}"
     return Holder(token, "an unknown command", "an unknown host", 0, "", "an unknown time", os.devnull)
@@ -177,7 +191,8 @@ def _is_alive(holder: Holder, file: Path) -> bool:
         return start == holder.start
     last = _last_beat(file)
     with tempfile.TemporaryFile(dir=file.parent) as probe:  # by the clock of the file system
-        remaining = SILENCE_SECONDS - (os.fstat(probe.fileno()).st_mtime - last)
+        silent = os.fstat(probe.fileno()).st_mtime - last
+    remaining = SILENCE_SECONDS - max(silent, 0.0)  # one from the future is of a clock that was set back
     if remaining > 0:
         logger.warning("%s is locked by %s: looking %.0f s for a sign of it", file.parent, holder, remaining)
     deadline = time.monotonic() + remaining

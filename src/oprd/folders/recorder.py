@@ -135,7 +135,7 @@ def read_metrics(path: Path) -> list[dict[str, float]]:
     """The lines of a `metrics.jsonl`, in order; none where there is no file.
 
     A last line that a killed process has half written is left out, and so are blank ones. Raises `UserError`
-    for any other line that is not of a step, or of one that is not after those before it.
+    for any other line that is not of a step and its numbers, or of a step that is not after those before it.
     """
     records: list[dict[str, float]] = []
     text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
@@ -145,7 +145,8 @@ def read_metrics(path: Path) -> list[dict[str, float]]:
             continue
         try:
             record = json.loads(line)
-            follows = isinstance(record["step"], int) and record["step"] > last
+            follows = type(record["step"]) is int and record["step"] > last
+            follows &= all(isinstance(value, int | float) for value in record.values())
         except (ValueError, LookupError, TypeError, RecursionError):
             follows = False
         if follows:

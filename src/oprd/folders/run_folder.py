@@ -47,7 +47,17 @@ class Record:
             stored = yaml.safe_load(path.read_text(encoding="utf-8"))
             parts = [dict(stored[part]) for part in ("settings", "versions")]
             inputs = {key: dict(value) for key, value in (stored.get("inputs") or {}).items()}
-        except (OSError, yaml.YAMLError, KeyError, TypeError, ValueError, AttributeError) as error:
+            if not all(isinstance(key, str) for part in (*parts, inputs) for key in part):
+                raise ValueError("a key is no text")
+        except (
+            OSError,
+            yaml.YAMLError,
+            LookupError,
+            TypeError,
+            ValueError,
+            AttributeError,
+            RecursionError,
+        ) as error:
             raise UserError(
                 f"{path} is damaged, so what that run computes is not known: choose another output_dir, "
                 "or delete that folder"

@@ -1,8 +1,9 @@
 """Where a run starts: from a checkpoint, or over again, and what then becomes of what was there."""
 
-import json
 import logging
 from pathlib import Path
+
+from transformers import TrainerState
 
 from oprd.folders.checkpoints import checkpoints
 from oprd.folders.recorder import METRICS_FILE, read_metrics
@@ -18,7 +19,7 @@ def tell_schedule(checkpoint: Path | None, max_steps: int) -> None:
     """Say so if the learning rates of a resumed run follow the schedule of another length from now on."""
     if checkpoint is None:
         return
-    planned = json.loads((checkpoint / STATE_FILE).read_text(encoding="utf-8"))["max_steps"]
+    planned = TrainerState.load_from_json(str(checkpoint / STATE_FILE)).max_steps
     if planned != max_steps:
         logger.warning(
             "from step %d on the learning rate is that of a run of %d steps; so far it was that of %d",

@@ -77,13 +77,23 @@ def faults(folder: Path, by_size: bool = False) -> Iterator[tuple[str, str]]:
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UnreadableSeal(f"it has no {SEAL_FILE}, so it was not written to its end") from error
     for name, size in sizes.items():
-        path = folder / name
-        if not path.is_file():
-            yield name, MISSING
-        elif path.stat().st_size != size:
-            yield name, f"has {path.stat().st_size} bytes, not {size}"
-        elif not by_size and name in checksums and _checksum(path) != checksums[name]:
-            yield name, "was changed after it was written (another checksum)"
+        try:
+            fault = _fault(folder / name, size, None if by_size else checksums.get(name))
+        except OSError as error:
+            fault = f"cannot be read ({error.strerror})"
+        if fault:
+            yield name, fault
+
+
+def _fault(path: Path, size: int, checksum: str | None) -> str | None:
+    """What is wrong with a sealed file; None for nothing."""
+    if not path.is_file():
+        return MISSING
+    if path.stat().st_size != size:
+        return f"has {path.stat().st_size} bytes, not {size}"
+    if checksum is not None and _checksum(path) != checksum:
+        return "was changed after it was written (another checksum)"
+    return None
 
 
 def _checksum(path: Path) -> str:
@@ -94,11 +104,13 @@ def _checksum(path: Path) -> str:
 def check_place(folder: Path) -> None:
     """Raise `UserError` for what is no name of a folder: too long, in a loop of links, or a file's."""
     try:
+        str(folder).encode()
         if folder.resolve().exists() and not folder.is_dir():
             raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
     except (OSError, RuntimeError, ValueError) as error:
         why = getattr(error, "strerror", None) or error
-        raise UserError(f"{folder} cannot be an output folder ({why}): choose another one") from error
+        name = str(folder).encode(errors="backslashreplace").decode()
+        raise UserError(f"{name} cannot be an output folder ({why}): choose another one") from error
 
 
 def check_writable(folder: Path) -> None:

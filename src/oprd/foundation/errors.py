@@ -1,4 +1,4 @@
-"""The one exception for mistakes that the user can mend, and what others tell of the machine."""
+"""The exceptions for what the user can mend and what befalls a run, and what others tell of the machine."""
 
 import errno
 import os
@@ -23,6 +23,10 @@ class UserError(ValueError):
     """What is wrong, where, and what to do, in one sentence; the command line prints it and exits with 2."""
 
 
+class Fault(RuntimeError):
+    """What went wrong in a run, in words that say all: the command line prints them and exits with 1."""
+
+
 @contextmanager
 def refusals_told() -> Iterator[None]:
     """Within it what a library refuses, or finds not installed, is the user's to mend: a `UserError`."""
@@ -41,7 +45,8 @@ def whatever_fails_is(sentence: Callable[[Exception], str]) -> Iterator[None]:
     A `UserError` stays as it is, and so does what is the machine's (`is_fault`).
     """
     try:
-        yield
+        with panics_are_errors():
+            yield
     except UserError:
         raise
     except Exception as error:
@@ -50,10 +55,21 @@ def whatever_fails_is(sentence: Callable[[Exception], str]) -> Iterator[None]:
         raise UserError(sentence(error)) from error
 
 
+@contextmanager
+def panics_are_errors() -> Iterator[None]:
+    """Within it a panic of a library in Rust, which is no `Exception` to Python, is a `RuntimeError`."""
+    try:
+        yield
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":  # every library has a class of its own
+            raise
+        raise RuntimeError(f"it panicked: {error}") from error
+
+
 def reason(error: BaseException) -> str:
     """What an error says, on one line; the name of its class too where it says little without."""
     first, _, others = str(error).strip().partition("\n")
-    if first.endswith(":"):  # the list that follows is what it says
+    if first.rstrip().endswith(":"):  # the list that follows is what it says
         first = f"{first} {others}"
     text = " ".join(first.split())
     if len(text) > LONGEST_REASON:

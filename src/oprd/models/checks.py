@@ -16,6 +16,7 @@ from oprd.models.files import stored_types
 logger = logging.getLogger(__name__)
 
 SHOWN = 3
+NO_ID = 2**63
 ANSI_STYLE = re.compile(r"\x1b\[[0-9;]*m")
 SHAPES = re.compile(r"(\S+(?: \S+)*?) \|.*torch\.Size\((.*)\) vs model: ?torch\.Size\((.*)\)")
 NO_FIT = re.compile(r"\| *(MISMATCH|CONVERSION)\b")
@@ -64,7 +65,7 @@ def check_ids(name: str, model: PreTrainedModel) -> None:
     for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
         value = getattr(model.generation_config, key, None)
         ids = value if isinstance(value, list) else [value]
-        if not all(type(i) in (int, type(None)) for i in ids):
+        if not all(i is None or (type(i) is int and abs(i) < NO_ID) for i in ids):
             raise UserError(f"{name}: generation_config.json has {key}: {value!r}, which is no token id")
 
 
@@ -79,6 +80,7 @@ def check_tokenizer(name: str, model: PreTrainedModel, tokenizer: PreTrainedToke
     special = set(tokenizer.all_special_tokens)
     special |= {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
     used = {str(t) for t in (tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token) if t is not None}
+    used |= set(tokenizer.convert_ids_to_tokens(tokenizer("0")["input_ids"]))
     if isinstance(tokenizer.chat_template, str):
         used |= {token for token in special if token in tokenizer.chat_template}
     beyond = {token: i for token, i in tokenizer.get_vocab().items() if i >= size}

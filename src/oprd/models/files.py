@@ -4,6 +4,7 @@ import fnmatch
 import json
 import os
 import pickle
+import re
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -30,6 +31,8 @@ WEIGHTS = ("*.safetensors", "pytorch_model*.bin", "adapter_model.bin")
 INDEXES = ("*.safetensors.index.json", "pytorch_model*.bin.index.json")
 TYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}  # safetensors' names
 LFS_POINTER = b"version https://git-lfs"
+MOST_PARTS = 10_000  # of a config: each layer or expert is an object of its own, and each label a text
+COUNT = re.compile(r"n(um)?_.*(layer|label|expert)s?")
 NEEDS_CODE = "it needs code that comes with it: read that, and set trust_remote_code to have it run"
 
 
@@ -113,6 +116,8 @@ def _reader(path: Path) -> Callable[[Path], Any]:
         return _follow
     if path.name.endswith(".index.json"):
         return _read_index
+    if path.name == CONFIG_NAME:
+        return _read_config
     if path.suffix == ".json":
         return read_mapping
     return stored_types if path.suffix in (".safetensors", ".bin") else _read_text
@@ -126,10 +131,21 @@ def _follow(link: Path) -> None:
     raise ValueError(f"it is a link to {os.readlink(link)}, and nothing is there")
 
 
+def _read_config(path: Path) -> None:
+    config = read_mapping(path)
+    for part in (config, *(value for value in config.values() if isinstance(value, dict))):
+        for key, value in part.items():
+            if COUNT.fullmatch(key) and isinstance(value, int | float) and value > MOST_PARTS:
+                raise ValueError(f"{key} is {value:.15g}, and no model has so many")
+
+
 def _read_index(path: Path) -> None:
-    shards = read_mapping(path).get("weight_map")
+    index = read_mapping(path)
+    shards = index.get("weight_map")
     if not isinstance(shards, dict) or not shards:
         raise ValueError("its weight_map names no files")
+    if not isinstance(index.get("metadata"), dict):
+        raise ValueError("it has no object metadata: write an empty one")
     for shard in sorted(set(map(str, shards.values()))):
         if not (path.parent / shard).is_file():
             raise ValueError(f"it names {shard}, which is not there")

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.distributed.tensor import DTensor
 
-from oprd.foundation.errors import UserError
+from oprd.foundation.errors import Fault, UserError
 
 COMPUTED_IN = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
@@ -86,7 +86,7 @@ def check_loaded(model: nn.Module, who: str) -> None:
 
 
 def check_trained(model: nn.Module, step: int) -> None:
-    """Raise `RuntimeError` if training left a weight that is not finite.
+    """Raise `Fault` if training left a weight that is not finite.
 
     Of a sharded model every rank asks, and raises for all of them; otherwise each has all weights.
     """
@@ -95,7 +95,7 @@ def check_trained(model: nn.Module, step: int) -> None:
     is_sharded = isinstance(weight, DTensor) or hasattr(weight, "ds_tensor")
     found = [name for name in (gather_object(here) if is_sharded else here) if name]
     if found:
-        raise RuntimeError(
+        raise Fault(
             f"step {step}: the student's weights are not finite ({found[0]} is the first), so they are not "
             "saved; checkpoints are from before: lower the learning rate"
         )
@@ -103,14 +103,14 @@ def check_trained(model: nn.Module, step: int) -> None:
 
 @contextmanager
 def finite_logits(model: Any, who: str) -> Iterator[None]:
-    """Within it a forward of `model`, called `who`, raises `RuntimeError` if its logits are not finite."""
+    """Within it a forward of `model`, called `who`, raises `Fault` if its logits are not finite."""
     causal = getattr(model, "get_base_model", lambda: model)()
 
     def check(_module: nn.Module, _args: Any, output: Any) -> None:
         if not bool((output.logits < torch.inf).all()):  # −∞ rules a token out
             name = _first_not_finite(model)
             cause = f"its weights are not: {name} is the first" if name else "a smaller dtype than it needs?"
-            raise RuntimeError(f"{who}'s logits are not finite ({cause})")
+            raise Fault(f"{who}'s logits are not finite ({cause})")
 
     hook = causal.register_forward_hook(check)
     try:

@@ -186,9 +186,10 @@ def load_model(name: str, **kwargs: Any) -> PreTrainedModel:
     if holds_adapters(name):
         return _merged(name, kwargs)
     revision = kwargs.get("revision")
-    with told_of("the model", name, (*CONFIGS, *INDEXES, *WEIGHTS), revision), loading_reported(name):
-        model, found = AutoModelForCausalLM.from_pretrained(name, output_loading_info=True, **kwargs)
-    check_weights(name, model, found, folder_of(name, revision))
+    with told_of("the model", name, (*CONFIGS, *INDEXES, *WEIGHTS), revision):
+        with loading_reported(name):
+            model, found = AutoModelForCausalLM.from_pretrained(name, output_loading_info=True, **kwargs)
+        check_weights(name, model, found, folder_of(name, revision))
     check_ids(name, model)
     return model
 
@@ -211,6 +212,9 @@ def _merged(name: str, kwargs: dict[str, Any]) -> PreTrainedModel:
             raise ValueError(f"its task_type is {kind.task_type}, and only CAUSAL_LM is distilled")
         if not any(os.path.lexists(os.path.join(name, file)) for file in ADAPTER_WEIGHTS):
             raise ValueError(f"it holds no {' and no '.join(ADAPTER_WEIGHTS)}")
+        rank, widest = getattr(kind, "r", 0), max(n for weight in base.parameters() for n in weight.shape)
+        if isinstance(rank, int) and rank > widest:
+            raise ValueError(f"its r is {rank}, and no weight of the model is wider than {widest}")
         with torch.random.fork_rng(devices=()):  # peft draws adapters before it loads them
             wide = PeftModelForCausalLM(base, kind)
         check_adapters(name, wide, wide.load_adapter(name, "default"))

@@ -70,8 +70,10 @@ def half_precision(model: Any) -> torch.dtype | None:
 
 def own_autocast(model: Any) -> torch.autocast:
     """Autocast as a model needs it by itself: one with linear layers in half precision beside others."""
-    half = half_precision(model)
-    return torch.autocast(model.device.type, half, enabled=half is not None and model.dtype != half)
+    half, device = half_precision(model), model.device
+    if device.type == "meta":  # offloaded: its blocks run elsewhere
+        device = torch.accelerator.current_accelerator() or torch.device("cpu")
+    return torch.autocast(device.type, half, enabled=half is not None and model.dtype != half)
 
 
 @torch.no_grad()

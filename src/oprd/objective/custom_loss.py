@@ -136,7 +136,7 @@ def _import(name: str) -> Any:
             where = f"there is no module {error.name}, neither installed nor in {os.getcwd()}"
             raise UserError(f"representation_loss: {where}") from error
         raise UserError(f"representation_loss: {name} cannot be imported: {error}") from error
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         told = f"{type(error).__name__}: {error}"
         raise UserError(f"representation_loss: {name} cannot be imported: {told}") from error
 

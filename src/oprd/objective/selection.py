@@ -9,6 +9,7 @@ from torch import Tensor
 from oprd.foundation.errors import UserError
 
 LAYER_FORMS = "'all', 'last', 'even', 'odd', 'every=4', '1,14,28' or '14=18,28=36'"
+MOST_ROWS = 2**63 - 1  # that tensors can count
 POSITION_FORMS = "'all', 'last', 'last=2000' or 'first=50'"
 
 
@@ -104,17 +105,17 @@ class Positions:
     count: int = 0
 
     @classmethod
-    def parse(cls, spec: str) -> "Positions":
-        """Read `all`, `last` (= `last=1`), `last=k` or `first=k`; raises `UserError` otherwise."""
+    def parse(cls, spec: str, key: str = "positions") -> "Positions":
+        """Read `all`, `last` (= `last=1`), `last=k` or `first=k`; else a `UserError` that names `key`."""
         text = str(spec).strip()
         match = re.fullmatch(r"(all|last)|(last|first)\s*=\s*(\d+)", text)
         if not match:
-            raise UserError(f"cannot read positions {text!r}; write {POSITION_FORMS}")
+            raise UserError(f"cannot read {key} {text!r}; write {POSITION_FORMS}")
         if match[1]:
             return cls(match[1], int(match[1] == "last"))
         if int(match[3]) < 1:
-            raise UserError(f"positions {text!r} select no row; k must be at least 1")
-        return cls(match[2], int(match[3]))
+            raise UserError(f"{key} {text!r} select no row; k must be at least 1")
+        return cls(match[2], min(int(match[3]), MOST_ROWS))
 
     def mask(self, response_mask: Bool[Tensor, "B T"]) -> Bool[Tensor, "B T"]:
         """The rows of `response_mask` that are selected; rows outside it neither count nor appear."""

@@ -124,7 +124,7 @@ class ObjectiveSettings:
         if self.anchor_schedule.ever_active and self.bridge is None:
             raise UserError("anchor_weight holds what a bridge leaves open, and there is no bridge: drop it")
         Positions.parse(self.positions)
-        Positions.parse(self.output_positions)
+        Positions.parse(self.output_positions, "output_positions")
         self._check_weights()
         self._check_output()
 
@@ -192,8 +192,8 @@ def mapping(name: str, value: Mapping[str, Any] | str | None) -> dict[str, Any]:
     """A key's mapping, which a flag writes as JSON; empty for None. Raises `UserError` for anything else."""
     try:
         parsed = json.loads(value) if isinstance(value, str) else value or {}
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise UserError(f"{name}: {value!r} is not JSON ({error})") from error
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{name}: {value!r:.80} is not JSON ({error})") from error
     if not isinstance(parsed, Mapping):
         raise UserError(f"{name}: {value!r} is not a mapping of arguments")
     return dict(parsed)

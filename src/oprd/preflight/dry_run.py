@@ -12,7 +12,7 @@ import torch
 from datasets import Dataset
 from torch import Tensor
 
-from oprd.foundation.errors import memory_may_run_out, refusals_told
+from oprd.foundation.errors import Fault, memory_may_run_out, refusals_told
 from oprd.foundation.meters import MB, resident_mb
 from oprd.preflight.doctor import longest_rollout
 from oprd.preflight.planning.decoding import sample_last_token
@@ -51,7 +51,7 @@ class DryRunTrainer(OPRDTrainer):
 def try_longest(run: RunArguments, config: OPRDConfig) -> str:
     """Carry out the longest update of a recipe; what it took beside what was planned, in a sentence.
 
-    Raises `UserError` for what the user can mend and, if memory runs out, `RuntimeError` with what to turn.
+    Raises `UserError` for what the user can mend and, if memory runs out, `Fault` with what to turn.
     """
     longest, _ = longest_rollout(run, config, launched_ranks())
     machine = Machine.here(config)  # beside the prompts
@@ -68,9 +68,9 @@ def try_longest(run: RunArguments, config: OPRDConfig) -> str:
         gc.collect()  # what the run held, or no plan of a knob would find room
         where = f"out of memory at the longest rollout ({longest.num_tokens} tokens"
         if plan is None:
-            raise RuntimeError(f"{where}); {UNPLANNED}")
+            raise Fault(f"{where}); {UNPLANNED}")
         sizes = f"planned {plan.peak_mb:,.0f} of {machine.free_bytes / MB:,.0f} MB"
-        raise RuntimeError(f"{where}, {sizes}); {_what_to_turn(run, config, longest, machine, plan)}")
+        raise Fault(f"{where}, {sizes}); {_what_to_turn(run, config, longest, machine, plan)}")
     took = (
         f"{STEPS} steps of {longest.num_tokens}-token rollouts fit, in {time.perf_counter() - started:.0f} s"
     )

@@ -18,13 +18,15 @@ Row = dict[str, Any]
 
 COLUMNS = ("prompt", *ANSWER_COLUMNS)
 LIKELY_PROMPTS = ("problem", "question", "query", "instruction", "input", "messages", "conversations", "text")
+MOST_SHOWN = 20  # names of columns
 SPLIT_WORDS = {"train", "test", "eval", "validation", "val", "dev"}
 
 
 def folder_files(folder: Path, split: str) -> list[Path]:
     """The data files of `folder` that belong to `split`, sorted by name; raises `UserError` without one."""
     try:
-        files = sorted(path for path in folder.iterdir() if path.suffix.lower() in READERS)
+        listed = (path for path in folder.iterdir() if not path.name.startswith("."))
+        files = sorted(path for path in listed if path.suffix.lower() in READERS)
     except OSError as error:
         raise UserError(
             f"{folder}: the folder cannot be read ({error.strerror}): check its rights."
@@ -153,7 +155,9 @@ def _columns_to_read(found: Iterable[str], where: str) -> list[str]:
         likely = next(
             (f"rename {column!r} to 'prompt'" for column in LIKELY_PROMPTS if column in found), None
         )
+        names = ", ".join(name if name.isprintable() else repr(name) for name in found[:MOST_SHOWN])
+        others = ", …" if len(found) > MOST_SHOWN else ""
         raise UserError(
-            f"{where}: no column 'prompt' (found {', '.join(found)}): {likely or 'rename or add it'}."
+            f"{where}: no column 'prompt' (found {names}{others}): {likely or 'rename or add it'}."
         )
     return [column for column in COLUMNS if column in found]

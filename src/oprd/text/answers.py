@@ -46,14 +46,19 @@ def answer_text(value: Any, at: str) -> str | None:
     if isinstance(value, np.generic) and not isinstance(value, np.floating):
         value = value.item()
     if isinstance(value, str):
-        line = value.rstrip().rpartition("\n")[2]
-        answer = line.removeprefix(MARK).strip()
-        return answer if line.startswith(MARK) and answer and answer[0] != "#" else value
+        return after_mark(value) or value
     if value is None or (isinstance(value, Number) and value != value):  # NaN is pandas' missing value
         return None
     if isinstance(value, Number):
         return _number_text(value)
     raise UserError(f"{at}: the solution is {shown(value)}, neither text nor a number: write it as text.")
+
+
+def after_mark(text: str) -> str | None:
+    """What stands after `####` in the last line of `text`, as in GSM8K's solutions."""
+    line = text.rstrip().rpartition("\n")[2]
+    answer = line.removeprefix(MARK).strip()
+    return answer if line.startswith(MARK) and answer and answer[0] != "#" else None
 
 
 def reference_answers(rows: Sequence[Mapping[str, Any]], places: Sequence[str]) -> list[str | None]:

@@ -64,14 +64,17 @@ def read_decoder(backend: dict[str, Any]) -> Decoder | None:
     return Decoder(spell, renames, drops)
 
 
-def read_normalizer(backend: dict[str, Any], renames: Mapping[str, str]) -> Normalizer | None:
+def read_normalizer(
+    backend: dict[str, Any], renames: Mapping[str, str], adds_space: bool
+) -> Normalizer | None:
     """What the tokenizer of a `tokenizer.json` changes in a text; None if it changes nothing.
 
-    These are the steps of its normaliser and the spaces that added tokens take with them. They act on a part
-    of a text as on the whole: spaces at the ends of a text, which a spelling treats by itself, are left out,
-    and characters that stand for others in tokens are the others, as the decoder `renames` them.
+    These are the steps of its normaliser and the spaces that added tokens take with them, or have behind them
+    if the tokenizer `adds_space` in front of what it reads: after such a token it starts anew. They act on a
+    part of a text as on the whole: spaces at the ends of a text, which a spelling treats by itself, are left
+    out, and characters that stand for others in tokens are the others, as the decoder `renames` them.
     """
-    steps = [_eaten_spaces(token) for token in backend["added_tokens"] if not token["special"]]
+    steps = [_spaces_around(token, adds_space) for token in backend["added_tokens"] if not token["special"]]
     steps += [_decoded(step, renames) for step in _steps(backend["normalizer"])]
     if not any(steps):
         return None
@@ -80,10 +83,10 @@ def read_normalizer(backend: dict[str, Any], renames: Mapping[str, str]) -> Norm
     return Tokenizer.from_str(json.dumps(blank | {"normalizer": described})).normalizer
 
 
-def _eaten_spaces(token: dict[str, Any]) -> dict[str, Any] | None:
-    if not token["lstrip"] and not token["rstrip"]:
+def _spaces_around(token: dict[str, Any], adds_space: bool) -> dict[str, Any] | None:
+    if not token["lstrip"] and not token["rstrip"] and not adds_space:
         return None
-    before, after = r"\s*" * token["lstrip"], r"\s*" * token["rstrip"]
+    before, after = r"\s*" * token["lstrip"], r"\s*" if token["rstrip"] else " *" * adds_space
     return _replace({"Regex": before + re.escape(token["content"]) + after}, token["content"])
 
 

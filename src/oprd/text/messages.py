@@ -72,6 +72,8 @@ def _without_nulls(value: Any, what: str, levels: int = MOST_LEVELS) -> Any:
         raise UserError(f"{what} is nested more than {MOST_LEVELS} levels deep: mend it.")
     if isinstance(value, Mapping):
         return {k: _without_nulls(item, what, levels - 1) for k, item in value.items() if item is not None}
+    if isinstance(value, int) and not -(2**63) <= value < 2**64:
+        raise UserError(f"{what} holds a whole number of more than 64 bits: write it as text.")
     return [_without_nulls(item, what, levels - 1) for item in value] if isinstance(value, list) else value
 
 

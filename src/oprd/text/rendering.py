@@ -7,7 +7,7 @@ from typing import Any
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
-from oprd.foundation.errors import UserError
+from oprd.foundation.errors import UserError, panics_are_errors
 from oprd.text.messages import Prompt, checked_prompt, excerpt
 
 SET_BY_RENDERER = (
@@ -77,7 +77,8 @@ class Renderer:
                 "prompts as plain text, or use a tokenizer with a chat_template"
             )
         try:
-            return [self._accepted(ids) for ids in self._ids(kind, prompts)]
+            with panics_are_errors():
+                return [self._accepted(ids) for ids in self._ids(kind, prompts)]
         except Exception as error:
             if len(prompts) == 1:
                 read_by = "tokenizer" if kind.is_text else "chat template"

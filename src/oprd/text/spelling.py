@@ -129,14 +129,14 @@ def spelling(tokenizer: Tokenizer, role: str) -> Spelling:
     text = {i: piece for i, piece in text.items() if i not in controls}
     broken = {i for i in added.keys() & text.keys() if valid_utf8(text[i], ended=True)[1] < len(text[i])}
     start = b"".join(text.get(i, b"") for i in encode(tokenizer, "a"))
-    drops = decoder.drops_space
+    drops, adds = decoder.drops_space, start[:1] == b" "
     return Spelling(
         text,
         controls,
         {tokenizer.eos_token_id, end_of_turn(tokenizer)} - {None},
-        (drops, not drops) if drops or start[:1] == b" " else (drops,),
+        (drops, not drops) if drops or adds else (drops,),
         {i: added[i].content.encode() for i in broken},
-        None if backend is None else read_normalizer(backend, decoder.renames),
+        None if backend is None else read_normalizer(backend, decoder.renames, adds),
     )
 
 

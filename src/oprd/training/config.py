@@ -73,6 +73,12 @@ class OPRDConfig(ObjectiveSettings, DistillationConfig):
             raise UserError(
                 "beta is TRL's name for the divergence; use divergence: reverse_kl, forward_kl or jsd"
             )
+        if self.output_dir == "":
+            raise UserError("output_dir is empty: name a folder")
+        if self.ignore_data_skip:
+            raise UserError(
+                "ignore_data_skip: a resumed run would draw the first prompts again: leave it out"
+            )
         self.check()
         asked = str(getattr(self, "fsdp")).lower()  # noqa: B009 - mypy cannot tell its type
         if asked in ("true", "false"):  # the base class takes text for the options that it once was

@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Mapping, Sequence
 
+from oprd.foundation.errors import Fault
 from oprd.objective.settings import ObjectiveSettings
 
 logger = logging.getLogger(__name__)
@@ -46,9 +47,9 @@ class SupervisionWatch:
             logger.warning("%d of %d steps supervised nothing", self._empty, self._steps)
 
     def check(self) -> None:
-        """Raise `RuntimeError` if no step supervised anything."""
+        """Raise `Fault` if no step supervised anything."""
         if self._empty and self._empty == self._steps:
-            raise RuntimeError(
+            raise Fault(
                 "no step supervised anything, so the student is what it was and is not saved again; the "
                 "warning of the first step says why"
             )

@@ -89,6 +89,11 @@ def parse_training_recipe(
         if not name:
             raise UserError(f"{told} names no {key}: add it to the recipe or as a flag")
     check_ranges(vars(run))
+    if config.resume_from_checkpoint is not None:
+        raise UserError(
+            f"{told}: resume_from_checkpoint: a run goes on by itself from the last whole checkpoint in its "
+            "output_dir: leave it out"
+        )
     return run, config
 
 

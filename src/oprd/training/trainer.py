@@ -32,7 +32,7 @@ from oprd.folders.saving import ResumableTrainer
 from oprd.folders.schedule import check_optimizer
 from oprd.folders.stopping import Stopping
 from oprd.folders.whole import write_whole
-from oprd.foundation.errors import UserError
+from oprd.foundation.errors import UserError, whatever_fails_is
 from oprd.foundation.meters import MemoryMeter
 from oprd.models.activation_checkpointing import check_attention_kept
 from oprd.models.capture import blocks
@@ -100,6 +100,8 @@ class OPRDTrainer(ResumableTrainer, UpdateTrainer, DistillationTrainer):
             train_dataset = look_ahead(train_dataset, stream_length(args, args.world_size))
         if not isinstance(train_dataset, Dataset):
             raise UserError(f"train_dataset must be a datasets.Dataset, got {type(train_dataset).__name__}")
+        if args.eval_on_start and kwargs.get("eval_dataset") is None:
+            raise UserError("eval_on_start takes an eval_dataset: leave it out, or set accuracy_dataset_name")
         check_installed(args)
         if not isinstance(teacher_model, str):
             check_loaded_teacher(args)
@@ -143,7 +145,11 @@ class OPRDTrainer(ResumableTrainer, UpdateTrainer, DistillationTrainer):
         self.translation = self._translate(args)
         self._check_prompts()
         settle_steps(args, len(self.train_dataset), self.accelerator.num_processes)
-        check_optimizer(args, *self.get_optimizer_cls_and_kwargs(args, self.model))
+        with whatever_fails_is(
+            lambda error: f"optim: {args.optim.value}, optim_args: {args.optim_args}: {error}"
+        ):
+            chosen = self.get_optimizer_cls_and_kwargs(args, self.model)
+        check_optimizer(args, *chosen)
         self._prepare_rollouts()
         for role, read in (("student", self.model), ("teacher", self.teacher.model)):
             with told_of_architecture(role, read):

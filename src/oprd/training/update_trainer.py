@@ -9,6 +9,7 @@ import torch
 from accelerate.utils import DistributedType
 from torch import Tensor
 
+from oprd.foundation.errors import Fault
 from oprd.foundation.meters import MemoryMeter
 from oprd.models.finite import NonFiniteLoss
 from oprd.rollouts.rows import Batch, on_host
@@ -94,7 +95,7 @@ class UpdateTrainer(RolloutTrainer):
             self.recorder.grad_norm = float(norm)
             # A gradient scaler, in float16, skips such a step and scales less from then on.
             if self.accelerator.scaler is None and not math.isfinite(self.recorder.grad_norm):
-                raise RuntimeError(
+                raise Fault(
                     f"step {self.state.global_step + 1}: the gradient is not finite although the loss is; "
                     "lower the learning rate or the loss weights"
                 )
@@ -106,4 +107,4 @@ class UpdateTrainer(RolloutTrainer):
         except NonFiniteLoss as error:
             prompts = [text[:300] for text in self._tokenizer.batch_decode(error.rollouts[:4])]
             where = f"step {self.state.global_step + 1}: {error}"
-            raise RuntimeError(f"{where}, in rollouts of {prompts}") from error
+            raise Fault(f"{where}, in rollouts of {prompts}") from error

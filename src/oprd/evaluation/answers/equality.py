@@ -27,6 +27,7 @@ from oprd.evaluation.answers.tokens import Token, Tokens, render
 
 FLIPPED = {"<": ">", ">": "<", r"\le": r"\ge", r"\ge": r"\le", "=": "=", r"\ne": r"\ne"}
 ORDERED = {"()"}
+BINDING = {r"\sum", r"\prod", r"\int", r"\lim"}  # the letter below them is no unknown
 
 
 def same(given: Answer, wanted: Answer) -> bool:
@@ -48,6 +49,8 @@ def same(given: Answer, wanted: Answer) -> bool:
             return True
         case Relation(), Quantity():
             return _same_quantity_of(given, wanted)
+        case Collection(joined_by_or=True, items=spellings), Quantity():  # 1/2 or 0.5
+            return all(same(spelling, wanted) for spelling in spellings)
     return (
         _same_unwrapped(given, wanted, same)
         or _same_unwrapped(wanted, given, lambda a, b: same(b, a))
@@ -220,8 +223,10 @@ def _same_quantity_of(given: Relation, wanted: Quantity) -> bool:
     """m + n = 25 and 3 + 4 = 7 state a number; 2x = 10, one equation for one variable, does not."""
     if set(given.signs) != {"="}:
         return False
-    letters = {token.text for part in given.parts[:-1] for token in part if token.kind == "letter"}
-    return (len(letters) != 1) and same(understand(given.parts[-1]), wanted)
+    before = [token for part in given.parts[:-1] for token in part]
+    letters = {token.text for token in before if token.kind == "letter"}
+    solved = len(letters) == 1 and not any(token.text in BINDING for token in before)
+    return not solved and same(understand(given.parts[-1]), wanted)
 
 
 def _as_relation(answer: Answer) -> Relation | None:

@@ -19,6 +19,7 @@ from oprd.evaluation.answers.tokens import Token, Tokens
 DIGITS = 30
 AGREEING = sympy.Float(10) ** -20
 LARGEST = 5000  # decimal digits of a number that is evaluated
+LARGEST_EXPONENT = 10**5
 LONGEST_SUM = 100
 MOST_TOKENS = 300
 UNREAD = {"'", '"', r"\dots"}  # the parser leaves them out
@@ -214,7 +215,7 @@ def _points(first: sympy.Expr, second: sympy.Expr) -> list[dict[Any, sympy.Ratio
 def _value(expression: sympy.Expr, point: dict[Any, sympy.Rational]) -> Any:
     """The value to DIGITS digits, or None if there is none."""
     try:
-        value = sympy.N(expression.xreplace(point), DIGITS)
+        value = sympy.N(_at(expression, point), DIGITS)
     except Exception:
         return None
     parts = value.as_real_imag() if value.is_number else ()
@@ -224,6 +225,18 @@ def _value(expression: sympy.Expr, point: dict[Any, sympy.Rational]) -> Any:
     scale = abs(real) + abs(imaginary)
     real, imaginary = (0 if abs(part) < AGREEING * scale else part for part in (real, imaginary))
     return real + sympy.I * imaginary
+
+
+def _at(expression: Any, point: dict[Any, sympy.Rational]) -> Any:
+    """`expression` with the numbers of `point`; raises `Unreadable` for a power that is too large."""
+    if not expression.args or not expression.free_symbols:
+        return point.get(expression, expression)
+    arguments = [_at(argument, point) for argument in expression.args]
+    if isinstance(expression, (sympy.Pow, sympy.exp, sympy.factorial)):
+        exponent = arguments[-1]
+        if exponent.is_number and not abs(sympy.N(exponent)) < LARGEST_EXPONENT:
+            raise Unreadable("too large to evaluate")
+    return expression.func(*arguments)
 
 
 def _close(a: Any, b: Any) -> bool:

@@ -1,4 +1,4 @@
-r"""Where a response states its answer: its last \boxed{}, else its last "Answer:" line.
+r"""Where a response states its answer: in its last \boxed{}, after "Answer:", "answer is" or `####`.
 
 Every search here is linear in the length of the response, which may be anything that a model wrote.
 """
@@ -6,13 +6,17 @@ Every search here is linear in the length of the response, which may be anything
 import re
 from typing import NamedTuple
 
+from oprd.text.answers import after_mark
+
 BOX = re.compile(r"\\(?:boxed|fbox)\s*\{")
+BARE_BOX = re.compile(r"\\boxed\s*(-?\d[\d.,]*(?<=\d))")
 BRACES = re.compile("(?P<box>" + BOX.pattern + r")|\\.|(?P<open>\{)|(?P<close>\})", re.S)
 LABEL = re.compile(
-    r"[ \t>*_#`-]*(?:the\s+)?(?:(?:final|correct)\s+)?answer(?:\s+is)?"
+    r"[ \t>*_#`-]*(?:(?:so|thus|hence|therefore),?\s+)?(?:the\s+)?(?:(?:final|correct)\s+)?answer(?:\s+is)?"
     r"(?P<colon>[\s*_`]*[:：])?[*_`]*\s*(?P<rest>.*)",
     re.I,
 )
+STATED = re.compile(r"\b(?:answer|(?:final|correct) (?:option|choice)) is:?\s+", re.I)
 GLUE = r"(?:[\s$*~{}]|\\[()\[\],;:! ]|\\q?quad|\\text)*"
 JOINED = re.compile(rf"{GLUE}(?:[,;]|,?{GLUE}(?:and|or)){GLUE}")
 SENTENCE_END = re.compile(r"(?<=[\d)}\]$*%])\.\s+(?=[A-Z])")
@@ -36,9 +40,11 @@ def extract_answer(response: str) -> str | None:
 
     It is the content of the last complete, non-empty `\boxed{}`; boxes joined by nothing but a comma, "and"
     or "or" are one list. Without a box it is the first sentence after the last "Answer:" (Markdown around it
-    allowed), on that line or on the next one that is not blank. Numbers elsewhere in the text never count.
+    allowed), on that line or on the next one that is not blank. Without that it is the rest of the sentence
+    after the last "answer is" or "correct option is", else what the last line has after `####`. Numbers
+    elsewhere in the text never count.
     """
-    return _boxed(response) or _labelled(response)
+    return _boxed(response) or _labelled(response) or _stated(response) or after_mark(response)
 
 
 def unboxed(reference: str) -> str:
@@ -47,6 +53,7 @@ def unboxed(reference: str) -> str:
 
 
 def _boxed(text: str) -> str | None:
+    text = BARE_BOX.sub(r"\\boxed{\1}", text)
     boxes = sorted(_boxes(text))  # by where they open
     if not boxes:
         return None
@@ -92,12 +99,20 @@ def _labelled(response: str) -> str | None:
                 found = _displayed(lines, i + 1, rest) if rest in DISPLAY else rest
             else:
                 found = ""
-            found = SENTENCE_END.split(found, maxsplit=1)[0]
-            found = found if found.startswith(("*", "_")) else CLOSED_OUTSIDE.sub(r"\1", found)
-            if found.strip(" *_"):
+            if (found := _first_sentence(found)).strip(" *_"):
                 return found
         below = i if lines[i] else below
     return None
+
+
+def _stated(response: str) -> str | None:
+    statements = list(STATED.finditer(response))
+    return _first_sentence(response[statements[-1].end() :].partition("\n")[0]) if statements else None
+
+
+def _first_sentence(found: str) -> str:
+    found = SENTENCE_END.split(found, maxsplit=1)[0]
+    return found if found.startswith(("*", "_")) else CLOSED_OUTSIDE.sub(r"\1", found)
 
 
 def _displayed(lines: list[str], start: int, opening: str | None = None) -> str:

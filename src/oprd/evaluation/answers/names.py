@@ -7,8 +7,10 @@ from oprd.evaluation.answers.vocabulary import GREEK
 
 def is_name(tokens: Tokens) -> bool:
     """A variable with or without subscript and prime, f(x), |AB|, words, or a tuple of variables."""
-    kinds = {token.kind for token in tokens}
     texts = [token.text for token in tokens]
+    if texts[1:6] == ["^", "{", "-", "1", "}"] and (texts[6:7] == ["("] or texts[0].isupper()):  # f^{-1}(x)
+        tokens, texts = [tokens[0], *tokens[6:]], [texts[0], *texts[6:]]
+    kinds = {token.kind for token in tokens}
     if r"\frac" in texts or "/" in texts:  # AB/CD
         return all(
             t.text in (r"\frac", "/", "{", "}") or (t.kind == "letter" and t.text.isupper()) for t in tokens
@@ -22,7 +24,7 @@ def is_name(tokens: Tokens) -> bool:
         return False
     if not variables or set(texts) & {"+", "-", "/", r"\cdot", r"\frac", r"\sqrt", "!"}:
         return False
-    if "^" in texts and texts[texts.index("^") + 1 :][:3] != ["{", "-", "1"] and "'" not in texts:
+    if "^" in texts and "'" not in texts:
         return False
     plain = [
         t

@@ -95,7 +95,7 @@ def _marked(rest: Tokens) -> Tokens:
 
 
 def _bases(tokens: Tokens) -> list[Token]:
-    """ "52 base 8" and "52 (base eight)" as 52_8; a base of ten is left out."""
+    r""" "52 base 8", "52 (base eight)" and 52_{base 8} as 52_8; a base of ten is left out."""
     result: list[Token] = []
     i = 0
     while i < len(tokens):
@@ -103,7 +103,10 @@ def _bases(tokens: Tokens) -> list[Token]:
         base = i + wrapped
         if tokens[base].text == "base" and base + 1 < len(tokens) and result:
             number = str(NUMBER_WORDS.get(tokens[base + 1].text, tokens[base + 1].text))
-            result += [Token("mark", "_"), Token("number", number)]
+            subscript = [t.text for t in result[-2:]] == ["_", "{"]
+            result += (
+                [Token("number", number)] if subscript else [Token("mark", "_"), Token("number", number)]
+            )
             i = base + 2 + wrapped
         else:
             result.append(tokens[i])

@@ -11,6 +11,8 @@ def trimmed(tokens: Tokens) -> Tokens:
         tokens = tokens[1:-1]
     while tokens and tokens[-1].text in {".", ",", ";", ":", "?"}:
         tokens = tokens[:-1]
+    if tokens and tokens[-1].kind == "number":
+        tokens = [*tokens[:-1], tokens[-1]._replace(text=tokens[-1].text.rstrip("."))]
     while tokens and tokens[0].text in {".", ",", ";", ":", "=", r"\approx", r"\to"}:
         tokens = tokens[1:]
     if tokens and tokens[-1].text == "!" and tokens[-2:-1] and tokens[-2].kind == "word":
@@ -23,7 +25,8 @@ def trimmed(tokens: Tokens) -> Tokens:
     if len(tokens) > 2 and tokens[-1].text == ")":
         start = next(i for i in reversed(range(len(tokens))) if i == 0 or tokens[i].text == "(")
         inside = tokens[start + 1 : -1]
-        if start and inside and all(t.kind == "word" and not is_meaningful(t) for t in inside):
+        aside = all(t.kind == "word" and not is_meaningful(t) for t in inside)
+        if start and inside and (aside or inside[0].text == "or"):
             tokens = [*tokens[:start], *inside]
     return tokens
 
@@ -40,9 +43,8 @@ def _without_prose(tokens: Tokens) -> Tokens:
         for i, token in enumerate(tokens)
         if token.kind == "word" and LINKING & {token.text, singular(token.text)}
     ]
-    if verbs and verbs[-1] + 1 < len(tokens):
-        before = tokens[: verbs[-1]]
-        prose = all(t.kind in ("word", "letter") and not is_meaningful(t) for t in before)
-        if prose:
-            return tokens[verbs[-1] + 1 :]
+    for verb in reversed(verbs):
+        before, after = tokens[:verb], tokens[verb + 1 :]
+        if after and all(t.kind in ("word", "letter") and not is_meaningful(t) for t in before):
+            return after
     return tokens

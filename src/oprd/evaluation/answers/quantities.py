@@ -1,5 +1,7 @@
 """Numbers and expressions with a unit, a percent sign or other words around them."""
 
+from itertools import pairwise
+
 from oprd.evaluation.answers.kinds import Quantity
 from oprd.evaluation.answers.tokens import Token, Tokens
 from oprd.evaluation.answers.vocabulary import (
@@ -14,10 +16,13 @@ from oprd.evaluation.answers.vocabulary import (
     UNITS,
 )
 
+TRIGONOMETRIC = {r"\sin", r"\cos", r"\tan", r"\cot", r"\sec", r"\csc"}
+PI_BY_180 = [Token("command", r"\pi"), Token("mark", "/"), Token("number", "180")]
+
 
 def quantity(tokens: Tokens) -> Quantity | None:
     """An expression with words or a percent sign around it that leave its value as it is."""
-    unit: set[str] = set()
+    tokens, unit = _without_degrees(tokens)
     while tokens and tokens[0].kind == "word":
         if tokens[0].text in {"negative", "minus"}:
             tokens = [Token("mark", "-"), *tokens[1:]]
@@ -44,6 +49,31 @@ def quantity(tokens: Tokens) -> Quantity | None:
     return Quantity(core, frozenset(unit | _unit_words(tail)), percent, alone, letters)
 
 
+def _without_degrees(tokens: Tokens) -> tuple[Tokens, set[str]]:
+    r"""Degree signs as pi/180 where there is a sine, and those inside a sum as the unit of all of it.
+
+    The signs of 20^\circ and of 20^\circ C stay: they are a unit as any other.
+    """
+    in_radians = any(token.text in TRIGONOMETRIC for token in tokens)
+    result: list[Token] = []
+    unit: set[str] = set()
+    for i, token in enumerate(tokens):
+        after = tokens[i + 1 : i + 2]
+        if token.text != "degree" or not result:
+            result.append(token)
+        elif in_radians and result[-1].kind in ("number", "letter"):
+            result[-1:] = [Token("mark", "("), result[-1], *PI_BY_180, Token("mark", ")")]
+        elif after and not _is_scale(after[0]):
+            unit.add("degree")
+        else:
+            result.append(token)
+    return result, unit
+
+
+def _is_scale(token: Token) -> bool:
+    return token.kind == "word" or token.text in ("C", "F")
+
+
 def number_words(tokens: Tokens) -> tuple[int, int] | None:
     """The number that words at the start of `tokens` name, and how many they are."""
     texts = [token.text for token in tokens if token.text != "-"]
@@ -58,10 +88,11 @@ def number_words(tokens: Tokens) -> tuple[int, int] | None:
 
 def is_unit(tail: Tokens) -> bool:
     exponent = {"^", "{", "}", "1", "2", "3", "/", "-", ".", "(", ")", "'", r"\cdot", "st", "nd", "rd", "th"}
+    counts = any(a.kind == "word" and b.kind == "number" and b.spaced for a, b in pairwise(tail))  # 1 of 3
     return all(
         not is_meaningful(token) if token.kind == "word" else token.kind == "letter" or token.text in exponent
         for token in tail
-    ) and not (tail and tail[-1].text in ("-", "/"))
+    ) and not (counts or (tail and tail[-1].text in ("-", "/")))
 
 
 def is_meaningful(token: Token) -> bool:

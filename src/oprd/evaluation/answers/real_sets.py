@@ -26,6 +26,8 @@ SYMBOLS = {
 }
 OPERATIONS = {r"\cup": sympy.Union, r"\cap": sympy.Intersection, r"\setminus": sympy.Complement}
 
+MOST_PIECES = 20  # intervals, numbers and conditions that are compared; SymPy's time grows with their square
+
 
 def same_set(given: Answer, wanted: Answer) -> bool:
     """Whether both are the same set; two pairs in brackets are compared as pairs, not here."""
@@ -37,6 +39,8 @@ def same_set(given: Answer, wanted: Answer) -> bool:
         return False
     if isinstance(given, Quantity) or isinstance(wanted, Quantity):
         return False
+    if _pieces(given) + _pieces(wanted) > MOST_PIECES:
+        return False
     variables = {symbol for answer in (given, wanted) for symbol in _variables(answer)}
     try:
         first, second = _as_set(given), _as_set(wanted)
@@ -45,6 +49,15 @@ def same_set(given: Answer, wanted: Answer) -> bool:
     if len(variables) > 1:
         return False
     return bool(first == second or sympy.SymmetricDifference(first, second) == sympy.S.EmptySet)
+
+
+def _pieces(answer: Answer) -> int:
+    match answer:
+        case SetOf(parts=parts) | Collection(items=parts):
+            return sum(map(_pieces, parts))
+        case Named(value=value):
+            return _pieces(value)
+    return 1
 
 
 def _is_solution(collection: Collection) -> bool:

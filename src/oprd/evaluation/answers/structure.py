@@ -34,6 +34,7 @@ def understand(tokens: Tokens) -> Answer:
         _choice,
         _unbalanced,
         _words,
+        _date,
         _list,
         _related,
         _signs,
@@ -50,9 +51,9 @@ def understand(tokens: Tokens) -> Answer:
 
 
 def _choice(tokens: Tokens) -> Answer | None:
-    r"""(C), C), C. text, (C) text, or "option C"."""
+    r"""(C), C), C. text, C - text, (C) text, or "option C"."""
     texts = [token.text for token in tokens]
-    if texts[:1] in (["option"], ["choice"]):
+    if texts[:1] in (["option"], ["choice"], ["answer"]):
         return _choice(tokens[1:]) or (
             Choice(texts[1].upper(), None) if len(texts) == 2 and len(texts[1]) == 1 else None
         )
@@ -63,6 +64,7 @@ def _choice(tokens: Tokens) -> Answer | None:
     letter = texts[start]
     upper = letter.isupper() or (letter in "abcde" and not rest)
     marked = mark == ")" or (not start and mark in (".", ":") and rest and rest[0].spaced)
+    marked = marked or (not start and mark == "-" and tokens[1].spaced and rest and rest[0].kind == "word")
     if not (marked and upper) or (rest and not start and mark == ")" and rest[0].text in OPENING):
         return None
     if rest and start and not rest[0].spaced and rest[0].kind not in ("word", "number"):
@@ -116,6 +118,18 @@ def _named_words(texts: list[str]) -> Answer:
     return Words(text)
 
 
+def _date(tokens: Tokens) -> Answer | None:
+    """2024-05-06 or 5/6/2024, which is no difference and no quotient."""
+    texts = [token.text for token in tokens]
+    numbers, marks = texts[::2], texts[1::2]
+    if len(texts) != 5 or marks not in (["-"] * 2, ["/"] * 2) or not all(map(str.isdecimal, numbers)):
+        return None
+    digits = [len(number) for number in numbers]
+    if sorted(digits)[1:] not in ([1, 4], [2, 4]) or digits[1] == 4 or any(t.spaced for t in tokens[1:]):
+        return None
+    return Words(marks[0].join(number.lstrip("0") for number in numbers))
+
+
 def _list(tokens: Tokens) -> Answer | None:
     groups = next((g for mark in (";", "or") if len((g := split(tokens, {mark}))[0]) > 1), None)
     parts, found = groups or split(tokens, SEPARATORS)
@@ -135,18 +149,27 @@ def _list(tokens: Tokens) -> Answer | None:
     first, *others = items
     if isinstance(first, Named) and not any(isinstance(item, (Named, Relation)) for item in others):
         return Named(first.name, Collection("", [first.value, *others]))
+    if isinstance(first, Relation) and first.signs == [r"\ne"]:  # x != 1, -1
+        items = [first, *(_unequal(first, item) for item in others)]
     named = [item for item in items if isinstance(item, Named)]
     if len(named) == len(items) and len({render(item.name) for item in named}) == 1:  # x = 1 or x = 2
         return Named(named[0].name, Collection("", [item.value for item in named]))
     return Collection("", items, joined_by_or="or" in found)
 
 
+def _unequal(relation: Relation, value: Answer) -> Answer:
+    """`relation`, of two different sides, with `value` on the right."""
+    return (
+        Relation([relation.parts[0], value.tokens], relation.signs) if isinstance(value, Quantity) else value
+    )
+
+
 def _related(tokens: Tokens) -> Answer | None:
     parts, signs = split(tokens, RELATIONS)
-    if any(token.text in OTHER_RELATIONS for token in tokens):
+    if split(tokens, OTHER_RELATIONS)[1]:
         return Other(render(tokens))
     if not signs:
-        return None
+        return _point(tokens)
     if not all(parts):
         return Other(render(tokens))
     if signs == [r"\in"] or set(signs) == {"="}:
@@ -157,7 +180,20 @@ def _related(tokens: Tokens) -> Answer | None:
             return Named(last, understand(first))
     if r"\in" in signs:
         return Other(render(tokens))
-    return Relation(parts, signs)
+    measured = [quantity(part) for part in parts]
+    bare = [m.tokens if m and m.unit else part for m, part in zip(measured, parts, strict=True)]
+    relation = Relation(bare, signs)
+    if signs == [r"\ne"] and isinstance(values := _signs(parts[1]), Collection):  # x != +-1
+        return Collection("", [_unequal(relation, value) for value in values.items])
+    return relation
+
+
+def _point(tokens: Tokens) -> Answer | None:
+    """A(3, -2)."""
+    if len(tokens) > 3 and tokens[0].kind == "letter" and tokens[0].text.isupper() and tokens[1].text == "(":
+        place = _bracketed(tokens[1:])
+        return Named(tokens[:1], place) if isinstance(place, Collection) else None
+    return None
 
 
 def _signs(tokens: Tokens) -> Answer | None:
@@ -256,9 +292,11 @@ def _ratio(tokens: Tokens) -> Answer | None:
 
 
 def _compound(tokens: Tokens) -> Answer | None:
-    """7 hours 30 minutes."""
-    for i in range(2, len(tokens)):
-        if tokens[i].kind == "number" and tokens[i - 1].kind == "word":
+    """7 hours 30 minutes, or 7 h 30 min."""
+    last = len(tokens) if tokens and tokens[-1].spaced else len(tokens) - 1  # the 2 of 5 cm2 is an exponent
+    for i in range(2, last):
+        if tokens[i].kind == "number" and tokens[i - 1].kind in ("word", "letter"):
             first = quantity(tokens[:i])
-            return _list([*tokens[:i], Token("word", "and"), *tokens[i:]]) if first and first.unit else None
+            measured = first and (first.unit or first.letters)
+            return _list([*tokens[:i], Token("word", "and"), *tokens[i:]]) if measured else None
     return None

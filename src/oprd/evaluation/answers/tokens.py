@@ -32,6 +32,7 @@ TEXT = re.compile(
     r"\\(?:text(?:bf|it|rm|tt|sf|normal|up)?|mbox|hbox|emph|mathrm|operatorname\*?)\s*\{([^{}]*)\}"
 )
 EMPHASIS = re.compile(r"(?<![\w)}\]*])(\*{1,3}|_{1,3}|~~)(?=[^\s*_])(.+?)(?<=[^\s*_])\1(?![\w({\[*])", re.S)
+NAME = re.compile(r"[A-Z](?=[a-z]?[aeiouy])[a-z]{2}|[AEIOU][a-z]{2}")  # Tom, May, Ann
 VULGAR = re.compile("[¼-¾⅐-⅞]")
 RAISED = re.compile("[⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻⁽⁾ⁿⁱˣ]+")
 LOWERED = re.compile("[₀₁₂₃₄₅₆₇₈₉₊₋₍₎ₙₖₓ]+")
@@ -57,7 +58,8 @@ def tokenize(answer: str) -> list[Token]:
         if read:
             read[0] = read[0]._replace(spaced=spaced or read[0].spaced)
         tokens += read
-        spaced = match.lastgroup == "space" or (spaced and not read)
+        ends_in_space = match.lastgroup == "space" or (match["quoted"] or "").endswith(" ")
+        spaced = ends_in_space or (spaced and not read)
     return tokens
 
 
@@ -73,9 +75,12 @@ def _plain(answer: str) -> str:
         text = re.sub(r"\\\\(?=[a-zA-Z(\[{])", r"\\", text)
     for _ in range(3):
         text = EMPHASIS.sub(r"\2", text)
-    text = _ascii(text.strip("*_ \n")).replace(r"\$", DOLLAR)
+    text = re.sub(r"\\(?:text)?color\s*\{[^{}]*\}", "", _ascii(text.strip("*_ \n")))
+    text = re.sub(r"(?<![\w)}])-\s*(\\?\$)(?=\s*[\d.])", r"\1-", text)  # -$5 is $-5
+    text = text.replace(r"\$", DOLLAR)
     text = text.replace("$", DOLLAR if text.count("$") == 1 else " ")
     text = re.sub(r"(?<!\\)\\[()\[\]]", " ", text)
+    text = re.sub(r"\\\\\s*\[[\d.]+[a-z]{2}\]", r"\\\\", text)  # space between two rows
     text = re.sub(r"\b([AaPp])\.\s?[Mm]\b\.?", r"\1m", text)
     for _ in range(5):  # as deep as such commands are nested
         text = TEXT.sub(lambda m: QUOTE + re.sub(f"[{QUOTE}{UNQUOTE}]", " ", m[1]) + UNQUOTE, text)
@@ -135,9 +140,9 @@ def _letters(run: str) -> Iterator[Token]:
     if low in ("pi", "infinity", "inf") or run in COMMANDS:
         name = "\\infty" if low.startswith("inf") else "\\" + (run if run in COMMANDS else low)
         yield Token("command", SPELLINGS.get(name, name))
-    elif len(run) == 4 and run[:3] in ("sin", "cos", "tan"):
+    elif len(run) == 4 and run[:3] in ("sin", "cos", "tan") and run not in ("cost", "sine", "sink", "tank"):
         yield from (Token("command", "\\" + run[:3]), Token("letter", run[3]))
-    elif len(run) > 3 or low in SHORT_WORDS:
+    elif len(run) > 3 or low in SHORT_WORDS or NAME.fullmatch(run):
         yield Token("word", low)
     else:
         yield from (Token("letter", letter) for letter in run)

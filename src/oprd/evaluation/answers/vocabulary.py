@@ -62,8 +62,8 @@ SPELLINGS = {
 }
 DROPPED = _words(
     r"\quad \qquad \displaystyle \textstyle \limits \nolimits \hfill \rm \bf \it \hline \Large \large "
-    r"\square \blacksquare \therefore \because \bullet \angle \triangle \text \textbf \mathbf \mathrm "
-    r"\mathit \mathsf \mathcal \boldsymbol \bm \pmb \vec \hat \widehat \boxed \fbox \underline "
+    r"\square \blacksquare \checkmark \therefore \because \bullet \angle \triangle \text \textbf \mathbf "
+    r"\mathrm \mathit \mathsf \mathcal \boldsymbol \bm \pmb \vec \hat \widehat \boxed \fbox \underline "
     r"\operatorname \mathop"
 ) | {"\\'", "\\", '"'}
 """Commands that say how the math behind them looks, or what it is, and not which."""
@@ -72,7 +72,7 @@ SHORT_WORDS = _words(
     "and or if is no yes on in of to by at as so it an the for all any not non odd day hrs hr min max sec "
     "mod cm mm km kg mg ml ft yd mi lb lbs oz mph kmh kph deg rad st nd rd th usd eur gbp inr rs am pm "
     "pct per via dne one two six ten man men boy cup box car cat dog red sum its are has was old sq we he "
-    "she our let get"
+    "she our let get be bus"
 )
 """Words of two or three letters; other runs of so few letters are variables side by side."""
 
@@ -132,7 +132,7 @@ NO_UNITS = _words("old st nd rd th of in unit")
 ARTICLES = _words("a an the")
 LINKING = _words(
     "is are equal be was of exactly about approximately roughly around total only just approx has have "
-    "cost need get make equals"
+    "cost need get make equals both at take took earn earned pay paid spend spent save saved sell sold weigh"
 )
 """Words that may end the prose before a number."""
 SO = _words("so thus therefore hence then")

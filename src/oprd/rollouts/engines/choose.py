@@ -13,7 +13,7 @@ from urllib.request import Request, urlopen
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from oprd.foundation.errors import UserError, reason, whatever_fails_is
+from oprd.foundation.errors import Fault, UserError, reason, whatever_fails_is
 from oprd.models.eos import eos_token_ids
 from oprd.models.loading import holds_adapters
 from oprd.rollouts.engines.staleness import CHECKED_TOKENS, log_prob_gaps
@@ -170,7 +170,7 @@ class ServerEngine:
                 return json.load(answer)
         except HTTPError as error:
             said = error.read().decode(errors="replace")[:500]
-            raise RuntimeError(f"the server at {self._url} refused {path}: {error}: {said}") from error
+            raise Fault(f"the server at {self._url} refused {path}: {error}: {said}") from error
         except TimeoutError as error:
             raise UserError(
                 f"the server at {self._url} has not answered {path} for {patience:.0f} s: see what it says "

@@ -13,6 +13,7 @@ from accelerate.utils import broadcast_object_list
 from jaxtyping import Float
 from torch import Tensor
 
+from oprd.foundation.errors import Fault
 from oprd.rollouts.engines.student import Drawn, StudentEngine
 
 CHECKED_TOKENS = 32
@@ -57,22 +58,22 @@ class FixedText:
 
 
 def check_gap(gap: float, dtypes: Sequence[torch.dtype | None], step: int) -> None:
-    """Raise `RuntimeError` if engine and student, computing in `dtypes`, differ more than rounding explains.
+    """Raise `Fault` if engine and student, computing in `dtypes`, differ more than rounding explains.
 
     `gap` is the mean |Δ log-prob| in nats; None is a dtype that only a server knows, taken as half precision.
     """
     allowed = _tolerance(dtypes)
     if not gap <= allowed:
-        raise RuntimeError(
+        raise Fault(
             f"step {step}: with the weights handed over, vLLM's log-probs of its own tokens differ from the "
             f"student's by {gap:.3g} nats on average (rounding explains {allowed:g}): {_STALE}"
         )
 
 
 def check_moved_alone(moved: float, dtypes: Sequence[torch.dtype | None], step: int) -> None:
-    """Raise `RuntimeError` if the student moved by `moved` nats while its engine, handed it, stood still."""
+    """Raise `Fault` if the student moved by `moved` nats while its engine, handed it, stood still."""
     if not moved <= UNMOVED * _tolerance(dtypes):
-        raise RuntimeError(
+        raise Fault(
             f"step {step}: the student's log-probs of a text have moved by {moved:.3g} nats on average, and "
             f"vLLM's, with the weights handed over, by nothing at all: {_STALE}"
         )

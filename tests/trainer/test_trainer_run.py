@@ -256,7 +256,7 @@ def test_epochs_are_passes_over_the_prompts(tmp_path, recipe, monkeypatch, epoch
     )
     shutil.rmtree(tmp_path / f"checkpoint-{steps}")
     before = files(tmp_path)
-    monkeypatch.setattr("oprd.train._make_trainer", None)  # known to be finished without the models
+    monkeypatch.setattr("oprd.training.train._make_trainer", None)  # known to be finished without the models
     train(*recipe(tmp_path, *flags))
     assert files(tmp_path) == before
     with pytest.raises(UserError, match=f"after {steps} steps, and the checkpoint of its last step is gone"):

@@ -3,7 +3,6 @@
 The folder holds `bridge.safetensors`, `report.json`, three plots and `resolved.yaml`.
 """
 
-import json
 import logging
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -22,6 +21,7 @@ from oprd.bridge.identity import identity
 from oprd.bridge.model_pair import ModelPair
 from oprd.bridge.plots import plot_bridge
 from oprd.bridge.recipe import BridgeArguments
+from oprd.bridge.report import REPORT_FILE, report_is_of, write_report
 from oprd.folders.claims import OF_A_RUN, check_foreign
 from oprd.folders.fingerprint import model_fingerprints, rows_fingerprint
 from oprd.folders.lock import hold
@@ -33,7 +33,6 @@ from oprd.folders.run_folder import (
     resolved_settings,
     write_resolved,
 )
-from oprd.folders.whole import write_whole
 from oprd.foundation.errors import UserError
 from oprd.foundation.ranks import Ranks, joined_ranks
 from oprd.models.forward import StateRequest, read_states
@@ -48,7 +47,6 @@ from oprd.rollouts.rows import TERMS, Batch, readable
 
 logger = logging.getLogger(__name__)
 
-REPORT_FILE = "report.json"
 READING_KEYS = ("final_norm", "teacher_chat_template", "teacher_tokenization")
 
 
@@ -63,7 +61,7 @@ def fit_bridge(args: BridgeArguments) -> Path:
     inputs = _inputs_of(args, prompts)
     with joined_ranks() as ranks:
         bridge = _fitted(args, inputs)
-        if bridge is not None and _report_is_of(folder, bridge):
+        if bridge is not None and report_is_of(folder, bridge):
             logger.warning("%s holds this bridge: nothing to do", folder)
             return folder
         with hold(folder, "oprd bridge", ranks.is_first, lambda refusal: ranks.gather(refusal)[0]):
@@ -72,7 +70,7 @@ def fit_bridge(args: BridgeArguments) -> Path:
                 _fit(args, prompts, inputs, ranks)
             elif ranks.is_first:
                 logger.warning("%s/%s is missing or was changed: it is written again", folder, REPORT_FILE)
-                _write_report(folder, bridge)
+                write_report(folder, bridge)
     return folder
 
 
@@ -87,20 +85,6 @@ def _fitted(args: BridgeArguments, inputs: Inputs) -> Bridge | None:
         return Bridge.load(folder)
     except UserError as error:
         raise UserError(f"{error}: delete {BRIDGE_FILE}, and the same command does so") from error
-
-
-def _report(bridge: Bridge) -> str:
-    return json.dumps(bridge.metadata, indent=1) + "\n"
-
-
-def _report_is_of(folder: Path, bridge: Bridge) -> bool:
-    """Whether the report in a folder says what its bridge says."""
-    file = folder / REPORT_FILE
-    return file.exists() and file.read_bytes() == _report(bridge).encode()
-
-
-def _write_report(folder: Path, bridge: Bridge) -> None:
-    write_whole(folder / REPORT_FILE, _report(bridge))
 
 
 def _fit(args: BridgeArguments, prompts: Dataset, inputs: Inputs, ranks: Ranks) -> None:
@@ -123,7 +107,7 @@ def _fit(args: BridgeArguments, prompts: Dataset, inputs: Inputs, ranks: Ranks) 
     origin = _origin(args, pair, counts, fitter, engine)
     bridge = replace(bridge, metadata=bridge.metadata | origin)
     write_resolved(folder, resolved_settings(args), inputs)
-    _write_report(folder, bridge)
+    write_report(folder, bridge)
     plot_bridge(bridge.metadata, folder)
     bridge.save(folder)
 

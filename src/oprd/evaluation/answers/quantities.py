@@ -127,3 +127,13 @@ def _before_letters(core: Tokens) -> Tokens:
 
 def _ends_number(token: Token) -> bool:
     return token.kind == "number" or token.text in ("}", ")")
+
+
+def second_quantity(tokens: Tokens) -> int | None:
+    """Where the second of two quantities begins, as in 7 hours 30 minutes; None if there are no two."""
+    last = len(tokens) if tokens and tokens[-1].spaced else len(tokens) - 1  # the 2 of 5 cm2 is an exponent
+    for i in range(2, last):
+        if tokens[i].kind == "number" and tokens[i - 1].kind in ("word", "letter"):
+            first = quantity(tokens[:i])
+            return i if first and (first.unit or first.letters) else None
+    return None

@@ -17,13 +17,18 @@ from oprd.evaluation.answers.kinds import (
 )
 from oprd.evaluation.answers.names import is_name
 from oprd.evaluation.answers.prose import trimmed
-from oprd.evaluation.answers.quantities import number_words, quantity
+from oprd.evaluation.answers.quantities import number_words, quantity, second_quantity
 from oprd.evaluation.answers.tokens import Token, Tokens, render
-from oprd.evaluation.answers.vocabulary import ARTICLES, NOTHING, REALS, VERDICTS
+from oprd.evaluation.answers.vocabulary import (
+    ARTICLES,
+    NOTHING,
+    OTHER_RELATIONS,
+    REALS,
+    RELATIONS,
+    SEPARATORS,
+    VERDICTS,
+)
 
-RELATIONS = {"=", r"\in", "<", ">", r"\le", r"\ge", r"\ne"}
-OTHER_RELATIONS = {r"\equiv", r"\to", r"\sim", r"\cong", r"\propto", r"\subset", r"\subseteq", r"\notin"}
-SEPARATORS = {",", ";", "and", "or", "{,}"}
 MAX_SIGNS = 4
 
 
@@ -276,14 +281,8 @@ def _ratio(tokens: Tokens) -> Answer | None:
     parts, found = split(tokens, {":"})
     if not found:
         return None
-    minutes = parts[1][:1]
-    if (
-        parts[0]
-        and parts[0][0].kind == "number"
-        and minutes
-        and len(minutes[0].text) == 2
-        and minutes[0].kind == "number"
-    ):
+    hour, minutes = parts[0][:1], parts[1][:1]
+    if [token.kind for token in (*hour, *minutes)] == ["number"] * 2 and len(minutes[0].text) == 2:
         return Words(render(tokens).lstrip("0").replace(" ", ""))
     items = [understand(part) for part in parts]
     return (
@@ -293,10 +292,5 @@ def _ratio(tokens: Tokens) -> Answer | None:
 
 def _compound(tokens: Tokens) -> Answer | None:
     """7 hours 30 minutes, or 7 h 30 min."""
-    last = len(tokens) if tokens and tokens[-1].spaced else len(tokens) - 1  # the 2 of 5 cm2 is an exponent
-    for i in range(2, last):
-        if tokens[i].kind == "number" and tokens[i - 1].kind in ("word", "letter"):
-            first = quantity(tokens[:i])
-            measured = first and (first.unit or first.letters)
-            return _list([*tokens[:i], Token("word", "and"), *tokens[i:]]) if measured else None
-    return None
+    second = second_quantity(tokens)
+    return None if second is None else _list([*tokens[:second], Token("word", "and"), *tokens[second:]])

@@ -147,3 +147,7 @@ MEANINGFUL = _words(
 VERDICTS = _words("yes no true false")
 NOTHING = _words("nosolution nosolutions norealsolution norealsolutions emptyset")
 REALS = _words("allrealnumbers allreals anyrealnumber realnumbers setofallrealnumbers")
+
+RELATIONS = {"=", r"\in", "<", ">", r"\le", r"\ge", r"\ne"}
+OTHER_RELATIONS = {r"\equiv", r"\to", r"\sim", r"\cong", r"\propto", r"\subset", r"\subseteq", r"\notin"}
+SEPARATORS = {",", ";", "and", "or", "{,}"}

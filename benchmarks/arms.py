@@ -31,7 +31,7 @@ from oprd.objective.settings import ObjectiveSettings
 from oprd.preflight.planning.counted import counted
 from oprd.preflight.planning.footprint import Footprint
 from oprd.preflight.planning.parts import KEPT
-from oprd.rollouts.rows import Batch, weigh_rows
+from oprd.rollouts.rows import RolloutBatch, weigh_rows
 from oprd.training.comparison import Comparison
 from oprd.training.step import Update
 
@@ -141,10 +141,10 @@ def make_inputs(shape: Shape, device: torch.device) -> dict[str, Tensor]:
     return inputs
 
 
-def make_batch(shape: Shape, settings: ObjectiveSettings, device: torch.device) -> Batch:
+def make_batch(shape: Shape, settings: ObjectiveSettings, device: torch.device) -> RolloutBatch:
     inputs = make_inputs(shape, device)
     truncated = torch.zeros(shape.rollouts, dtype=torch.bool)
-    return Batch.of(inputs | weigh_rows(inputs, truncated, settings, lambda units: units))
+    return RolloutBatch.of(inputs | weigh_rows(inputs, truncated, settings, lambda units: units))
 
 
 class Arm:

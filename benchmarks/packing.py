@@ -21,7 +21,7 @@ from torch import Tensor
 from oprd.models.teacher import Teacher
 from oprd.objective.settings import ObjectiveSettings
 from oprd.rollouts.packing import repack
-from oprd.rollouts.rows import Batch, Inputs, weigh_rows
+from oprd.rollouts.rows import Inputs, RolloutBatch, weigh_rows
 from oprd.training.step import Update
 
 SHAPE = Shape(6, 256, 768, 4, 2, 4096, 2048, 2048)
@@ -49,7 +49,7 @@ def run(update: Update, parts: Sequence[Inputs]) -> dict[str, float]:
     update.student.zero_grad()
     start, tokens = time.perf_counter(), 0
     for part in parts:
-        batch = Batch.of(part)
+        batch = RolloutBatch.of(part)
         tokens += batch.student.input_ids.numel()
         update.loss(batch, step=0).backward()
     seconds = time.perf_counter() - start

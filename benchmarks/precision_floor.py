@@ -27,7 +27,7 @@ from oprd.models.precision import Precision
 from oprd.models.teacher import Teacher, quantization
 from oprd.rollouts.generation import Sampling, generate, left_pad, render_prompt
 from oprd.rollouts.prompts import load_prompts
-from oprd.rollouts.rows import Batch, weigh_rows
+from oprd.rollouts.rows import RolloutBatch, weigh_rows
 from oprd.training.config import OPRDConfig
 from oprd.training.step import Update
 
@@ -96,7 +96,7 @@ def measure(name: str, student: Student, teacher: dict[str, Any], inputs: Any, a
     update = Update.bind(settings, model.train(), tokenizer, Teacher.load(name, kwargs, precision), CPU)
     update.freeze_unreached()
     whole = torch.zeros(len(inputs["prompt_ids"]), dtype=torch.bool)
-    batch = Batch.of(inputs | weigh_rows(inputs, whole, settings, lambda units: units))
+    batch = RolloutBatch.of(inputs | weigh_rows(inputs, whole, settings, lambda units: units))
     trained = [weight for weight in model.parameters() if weight.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=args.learning_rate, weight_decay=0)
     found = []

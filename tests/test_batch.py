@@ -8,7 +8,7 @@ from oprd.foundation.errors import UserError
 from oprd.models.forward import ModelInput, StateRequest, read_states
 from oprd.models.padding import heeds_padding
 from oprd.objective.settings import ObjectiveSettings
-from oprd.rollouts.rows import Batch, weigh_rows
+from oprd.rollouts.rows import RolloutBatch, weigh_rows
 
 PROMPTS = [[5, 6, 7, 8], [9, 4], [3, 3, 8]]
 COMPLETIONS = [[10, 11], [12, 13, 14, 15, 16], [17]]
@@ -192,10 +192,10 @@ def test_counts_come_from_all_ranks():
 def test_batch_pairs_the_response_rows_of_two_prompts():
     inputs = padded(PROMPTS, COMPLETIONS)
     weights = {f"{term}_weights": inputs["completion_mask"].float() for term in ("representation", "output")}
-    batch = Batch.of(inputs | weights)
+    batch = RolloutBatch.of(inputs | weights)
     assert batch.teacher is batch.student
     other = padded([[1] * 7, [2], [3] * 4], COMPLETIONS)
-    batch = Batch.of(
+    batch = RolloutBatch.of(
         inputs | weights | {f"teacher_{name}": other[name] for name in ("prompt_ids", "prompt_mask")}
     )
     mask = inputs["completion_mask"].bool()

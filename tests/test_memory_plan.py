@@ -35,7 +35,7 @@ from oprd.preflight.planning.parts import (
 )
 from oprd.preflight.planning.rehearsal import Rehearsal
 from oprd.preflight.planning.resident import ResidentBlocks
-from oprd.rollouts.rows import Batch
+from oprd.rollouts.rows import RolloutBatch
 from oprd.training.step import Update
 from oprd.training.train import parse_training_recipe
 
@@ -158,7 +158,7 @@ def test_shapes_hold_what_values_hold(read, tiny_model, tmp_path, kind, checkpoi
     tokenizer = load_tokenizer(folder)
     update = Update.bind(config, student.train(), tokenizer, Teacher(teacher, tokenizer), CPU)
     update.freeze_unreached()
-    batch = Batch.of(rehearsal.inputs(4))
+    batch = RolloutBatch.of(rehearsal.inputs(4))
     footprint = Footprint(CPU)
     for model in (student, teacher):
         for weight in [*model.parameters(), *model.buffers()]:

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from oprd.rollouts.packing import micro_batches, repack
-from oprd.rollouts.rows import Batch
+from oprd.rollouts.rows import RolloutBatch
 
 LENGTHS = st.lists(st.tuples(st.integers(1, 20), st.integers(1, 40)), min_size=1, max_size=9)
 
@@ -88,7 +88,7 @@ def test_a_window_keeps_its_rollouts(budget, accumulation):
         assert torch.equal(part["completion_mask"], whole["completion_mask"][rows])
         assert torch.equal(part["prompt_mask"], whole["prompt_mask"][rows])
         assert part["num_items_in_batch"] == 28 and "nothing" not in part
-        assert len(rows) == 1 or Batch.of(part).student.input_ids.numel() <= budget
+        assert len(rows) == 1 or RolloutBatch.of(part).student.input_ids.numel() <= budget
 
 
 def test_ranks_run_equally_many_micro_batches():

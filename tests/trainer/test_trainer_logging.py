@@ -10,10 +10,10 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig
 from tiny_pair import prompt_texts
-from transformers import AutoModelForCausalLM, Trainer, TrainerCallback
+from transformers import AutoModelForCausalLM, TrainerCallback
 from trl import DistillationTrainer
 
-from oprd.rollouts.rows import Batch
+from oprd.rollouts.rows import RolloutBatch
 
 LORA = LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "up_proj"], init_lora_weights=False)
 
@@ -246,62 +246,12 @@ def test_adapters(make_trainer, roll_out, student, terms, checkpointing):
     assert AutoModelForCausalLM.from_pretrained(student).config.num_hidden_layers == 2
 
 
-# The private seams of TRL and transformers that the trainer overrides or calls
-
-SIGNATURES = {
-    (DistillationTrainer, "_generate_and_score_completions"): ["self", "inputs"],
-    (DistillationTrainer, "_generate_single_turn"): [
-        "self",
-        "prompt_ids",
-        "images",
-        "multimodal_fields",
-        "has_tool_images",
-    ],
-    (DistillationTrainer, "compute_loss"): [
-        "self",
-        "model",
-        "inputs",
-        "return_outputs",
-        "num_items_in_batch",
-    ],
-    (DistillationTrainer, "training_step"): ["self", "model", "inputs", "num_items_in_batch"],
-    (DistillationTrainer, "prediction_step"): [
-        "self",
-        "model",
-        "inputs",
-        "prediction_loss_only",
-        "ignore_keys",
-    ],
-    (DistillationTrainer, "_get_train_sampler"): ["self", "dataset"],
-    (DistillationTrainer, "_prepare_inputs"): ["self", "generation_batch"],
-    (Trainer, "_get_grad_norm"): ["self", "model", "grad_norm"],
-    (Trainer, "save_model"): ["self", "output_dir", "_internal_call"],
-    (Trainer, "_save"): ["self", "output_dir", "state_dict"],
-    (Trainer, "_save_optimizer_and_scheduler"): ["self", "output_dir"],
-    (Trainer, "_load_optimizer_and_scheduler"): ["self", "checkpoint"],
-    (Trainer, "_load_from_checkpoint"): ["self", "resume_from_checkpoint", "model"],
-    (Trainer, "_run_epoch"): None,
-    (Trainer, "_get_output_dir"): ["self", "trial"],
-    (DistillationTrainer, "_save_checkpoint"): ["self", "model", "trial"],
-    (Trainer, "create_model_card"): None,
-}
-
-
-@pytest.mark.parametrize(
-    ("owner", "name"), SIGNATURES, ids=lambda value: str(getattr(value, "__name__", value))
-)
-def test_signatures(owner, name):
-    wanted = SIGNATURES[owner, name]
-    given = list(inspect.signature(getattr(owner, name)).parameters)
-    assert wanted is None or given == wanted
-
-
 def test_forward_redirection_calls_the_method_inside_the_wrapper(make_trainer, roll_out):
     trainer = make_trainer()
     parameters = list(inspect.signature(type(trainer._forward_redirection).__call__).parameters)
     assert parameters == ["self", "wrapper_module", "original_module", "method", "args", "kwargs"]
     batch = roll_out(trainer)
-    direct = trainer.update.loss(Batch.of(batch), 0)
+    direct = trainer.update.loss(RolloutBatch.of(batch), 0)
     assert torch.equal(direct, trainer.compute_loss(trainer.model, batch))
 
 

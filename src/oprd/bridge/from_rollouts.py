@@ -43,7 +43,7 @@ from oprd.rollouts.generation import Engine, Rollout, Sampling, left_pad
 from oprd.rollouts.intake import usable_prompts
 from oprd.rollouts.progress import tokens_shown
 from oprd.rollouts.prompts import load_prompts
-from oprd.rollouts.rows import TERMS, Batch, readable
+from oprd.rollouts.rows import TERMS, RolloutBatch, readable
 
 logger = logging.getLogger(__name__)
 
@@ -235,7 +235,7 @@ def _update(
     else:
         supervised &= readable(inputs["completion_ids"], pair.teacher.vocabulary)
     mask = Positions.parse(args.positions).mask(supervised)
-    batch = Batch.of(inputs | {f"{term}_weights": mask.float() for term in TERMS})
+    batch = RolloutBatch.of(inputs | {f"{term}_weights": mask.float() for term in TERMS})
     requests = [
         StateRequest(fitter.student_layers, mask, args.final_norm),
         StateRequest(fitter.teacher_layers, batch.on_teacher(mask), args.final_norm),

@@ -20,8 +20,11 @@ TERMS = ("representation", "output", "anchor")
 
 
 @dataclass(frozen=True)
-class Batch:
-    """One micro-batch of rollouts with the weight of every row (zero = not supervised)."""
+class RolloutBatch:
+    """A micro-batch of rollouts: what was sampled, what the teacher reads, and the weight of every row.
+
+    A weight of zero is a row that is not supervised.
+    """
 
     student: ModelInput
     teacher: ModelInput
@@ -35,7 +38,7 @@ class Batch:
     engine_log_probs: Float[Tensor, "B T"] | None = None
 
     @classmethod
-    def of(cls, inputs: Inputs) -> "Batch":
+    def of(cls, inputs: Inputs) -> "RolloutBatch":
         """Read `prompt_*`, `completion_*`, all `*_weights`; if given, `teacher_*` and `engine_log_probs`."""
         completion = inputs["completion_ids"], inputs["completion_mask"]
         student = ModelInput.of(inputs["prompt_ids"], inputs["prompt_mask"], *completion)

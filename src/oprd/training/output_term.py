@@ -15,7 +15,7 @@ from oprd.models.teacher import Teacher, shared_vocabulary
 from oprd.objective import output_space
 from oprd.objective.settings import ObjectiveSettings
 from oprd.rollouts.engines.importance import importance_weights
-from oprd.rollouts.rows import Batch, SupervisedRows
+from oprd.rollouts.rows import RolloutBatch, SupervisedRows
 from oprd.text.alignment import same_vocabulary
 from oprd.training.diagnostics import add_log_prob_gap, add_output_statistics
 
@@ -61,12 +61,12 @@ class OutputTerm:
         assert self.heads is not None
         return self.heads
 
-    def teacher_mask(self, batch: Batch, mask: Bool[Tensor, "B T"]) -> Bool[Tensor, "B T2"]:
+    def teacher_mask(self, batch: RolloutBatch, mask: Bool[Tensor, "B T"]) -> Bool[Tensor, "B T2"]:
         """The teacher's rows that the student's rows of `mask` are compared with."""
         return mask if self.vocabulary else batch.spans(mask).teacher_mask
 
     def loss(
-        self, batch: Batch, here: SupervisedRows, student: Rows, teacher: Rows, averages: Averages
+        self, batch: RolloutBatch, here: SupervisedRows, student: Rows, teacher: Rows, averages: Averages
     ) -> tuple[Float[Tensor, ""], Float[Tensor, " N"]]:
         """Σ_rows weight · value (Eq. 2–5) and the values, from the final states of the supervised rows.
 
@@ -77,7 +77,7 @@ class OutputTerm:
             return self._loss(batch, here, student, teacher, averages)
 
     def _loss(
-        self, batch: Batch, here: SupervisedRows, student: Rows, teacher: Rows, averages: Averages
+        self, batch: RolloutBatch, here: SupervisedRows, student: Rows, teacher: Rows, averages: Averages
     ) -> tuple[Float[Tensor, ""], Float[Tensor, " N"]]:
         mask, weights, size = here.mask, here.weights, self.settings.output_chunk_size
         tokens = batch.tokens[mask]
@@ -112,7 +112,9 @@ class OutputTerm:
     def _teacher_log_probs(self, logits: Logits, tokens: Int[Tensor, " N"]) -> Float[Tensor, " N"]:
         return output_space.log_probs(_cooled(logits, self.settings.teacher_temperature), tokens)
 
-    def _engine_log_probs(self, batch: Batch, mask: Bool[Tensor, "B T"]) -> tuple[Float[Tensor, " N"], ...]:
+    def _engine_log_probs(
+        self, batch: RolloutBatch, mask: Bool[Tensor, "B T"]
+    ) -> tuple[Float[Tensor, " N"], ...]:
         """What the rollouts' engine held of the sampled tokens, if it said."""
         if batch.engine_log_probs is not None:
             return (batch.engine_log_probs[mask],)

@@ -26,7 +26,7 @@ from oprd.rollouts.engines.student import StudentEngine
 from oprd.rollouts.intake import prompts_per_step, usable_prompts
 from oprd.rollouts.packing import repack
 from oprd.rollouts.progress import tokens_shown
-from oprd.rollouts.rows import TERMS, Batch, on_host, truncated_rollouts, weigh_rows
+from oprd.rollouts.rows import TERMS, RolloutBatch, on_host, truncated_rollouts, weigh_rows
 from oprd.rollouts.translation import Translation
 from oprd.text.alignment import AlignedResponse
 from oprd.text.rendering import Renderer
@@ -34,8 +34,6 @@ from oprd.training.step import Update
 from oprd.training.supervision import SupervisionWatch
 
 logger = logging.getLogger(__name__)
-
-PACKED = "micro_batches"  # where a buffered batch is a list of others
 
 
 class RolloutTrainer(Trainer):
@@ -191,15 +189,15 @@ class RolloutTrainer(Trainer):
         width = batch["completion_ids"].shape[1]
         return {} if self.tools else {"engine_log_probs": drawn.padded(width, device)}
 
-    def _prepare_inputs(self, generation_batch: Any) -> Any:
-        """The next micro-batch of the window; with a token budget, a list of them in its place."""
+    def _prepare_inputs(self, generation_batch: Any) -> list[RolloutBatch]:
+        """The micro-batches of the next backward: one, or with a token budget as many as it takes."""
         inputs = super()._prepare_inputs(generation_batch)
-        budget = self.args.max_tokens_per_micro_batch
-        if budget is None or not self.model.training:
-            return inputs
-        if PACKED not in inputs:  # a window that has just been rolled out
-            window = self._buffered_inputs
-            self._buffered_inputs = [{PACKED: parts} for parts in repack(window, budget, self._most)]
+        if not self.model.training:
+            return [RolloutBatch.of(inputs)]
+        if isinstance(inputs, dict):  # of a window that has just been rolled out
+            window, budget = self._buffered_inputs, self.args.max_tokens_per_micro_batch
+            parts = [[part] for part in window] if budget is None else repack(window, budget, self._most)
+            self._buffered_inputs = [list(map(RolloutBatch.of, micro_batches)) for micro_batches in parts]
             inputs = self._buffered_inputs[self._step % self.args.gradient_accumulation_steps]
         return inputs
 
@@ -232,7 +230,7 @@ class RolloutTrainer(Trainer):
         every = self.args.diagnostics_steps
         if every and (self.state.global_step + 1) % every == 0:
             size = self.args.per_device_train_batch_size
-            first = Batch.of({key: value[:size] for key, value in batch.items() if value.ndim})
+            first = RolloutBatch.of({key: value[:size] for key, value in batch.items() if value.ndim})
             with self.update.stopwatch.part("diagnostics"), torch.no_grad():
                 self._through(self.model_wrapped, self.update.observe, first)
 

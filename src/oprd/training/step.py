@@ -26,7 +26,7 @@ from oprd.models.teacher import Teacher
 from oprd.objective.custom_loss import CustomLoss, row_loss
 from oprd.objective.selection import LayerMap
 from oprd.objective.settings import ObjectiveSettings
-from oprd.rollouts.rows import TERMS, Batch, SupervisedRows
+from oprd.rollouts.rows import TERMS, RolloutBatch, SupervisedRows
 from oprd.training.anchor import Anchor
 from oprd.training.comparison import Comparison, States
 from oprd.training.diagnostics import add_representation_cosine
@@ -96,7 +96,7 @@ class Update:
         if self.anchor is not None:
             self.anchor.place(device, sharding)
 
-    def loss(self, batch: Batch, step: int) -> Tensor:
+    def loss(self, batch: RolloutBatch, step: int) -> Tensor:
         """μ · representation + w · output (Eq. 7) + a · anchor of one micro-batch at update `step`, 0-based.
 
         A term of weight zero costs nothing, and a step without any changes nothing.
@@ -113,7 +113,7 @@ class Update:
         return total
 
     @torch.no_grad()
-    def observe(self, batch: Batch, step: int) -> None:
+    def observe(self, batch: RolloutBatch, step: int) -> None:
         """Measure on `batch` what `loss` does not show at this step: cosines, entropies, top-k overlap."""
         off = [term for term, schedule in self.settings.schedules.items() if schedule(step) == 0]
         possible = {"representation": self._comparable, "output": self.output.vocabulary is not None}
@@ -150,7 +150,7 @@ class Update:
         width = backbone(self.student).config.get_text_config().hidden_size
         return self.comparison.bridge is not None or width == self.teacher.width
 
-    def _targets(self, batch: Batch, rows: Rows) -> Targets:
+    def _targets(self, batch: RolloutBatch, rows: Rows) -> Targets:
         """The teacher's states on its rows of the same text; for the anchor, the student's former ones."""
         here, norm = self.comparison, self.settings.final_norm
         requests = {}
@@ -173,7 +173,7 @@ class Update:
             targets["anchor"] = self.anchor.read(batch.student, request)
         return targets
 
-    def _losses(self, batch: Batch, rows: Rows, targets: Targets) -> dict[str, Tensor]:
+    def _losses(self, batch: RolloutBatch, rows: Rows, targets: Targets) -> dict[str, Tensor]:
         """The loss of each term: of states, the mean over layers; of the output, from final states."""
         device = batch.tokens.device
         student = self._student_forward(batch, rows, self._layer_losses(batch, rows, targets))
@@ -185,7 +185,7 @@ class Update:
                 losses[term] = torch.stack([loss.to(device) for loss in at_layers.values()]).mean()
         return losses
 
-    def _layer_losses(self, batch: Batch, rows: Rows, targets: Targets) -> dict[str, AtLayer]:
+    def _layer_losses(self, batch: RolloutBatch, rows: Rows, targets: Targets) -> dict[str, AtLayer]:
         """By term, the loss that the student's forward computes at each of its layers."""
         ids = batch.student.input_ids
         losses: dict[str, AtLayer] = {}
@@ -209,7 +209,7 @@ class Update:
         return losses
 
     def _student_forward(
-        self, batch: Batch, rows: Rows, at_layer: dict[str, AtLayer]
+        self, batch: RolloutBatch, rows: Rows, at_layer: dict[str, AtLayer]
     ) -> dict[str, dict[int, Tensor]]:
         """One forward of the student: by term and layer its states, or what `at_layer` makes of them."""
         layers, norm = self.layer_map.student_layers, self.settings.final_norm
@@ -227,7 +227,9 @@ class Update:
             )
         return dict(zip(requests, states, strict=True))
 
-    def _output_loss(self, batch: Batch, here: SupervisedRows, student: Tensor, teacher: Tensor) -> Tensor:
+    def _output_loss(
+        self, batch: RolloutBatch, here: SupervisedRows, student: Tensor, teacher: Tensor
+    ) -> Tensor:
         """Eq. 2-5 from final states."""
         value, values = self.output.loss(batch, here, student, teacher, self.averages)
         self.watch.add("the output loss", None, values, here.mask, batch.student.input_ids)

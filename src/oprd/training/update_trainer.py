@@ -12,8 +12,8 @@ from torch import Tensor
 from oprd.foundation.errors import Fault
 from oprd.foundation.meters import MemoryMeter
 from oprd.models.finite import NonFiniteLoss
-from oprd.rollouts.rows import Batch, on_host
-from oprd.training.rollout_trainer import PACKED, RolloutTrainer
+from oprd.rollouts.rows import RolloutBatch, on_host
+from oprd.training.rollout_trainer import RolloutTrainer
 
 
 class UpdateTrainer(RolloutTrainer):
@@ -28,21 +28,26 @@ class UpdateTrainer(RolloutTrainer):
     def compute_loss(
         self,
         model: torch.nn.Module,
-        inputs: dict[str, Any],
+        inputs: list[RolloutBatch] | dict[str, Any],
         return_outputs: bool = False,
         num_items_in_batch: Any = None,
     ) -> Any:
-        """Eq. 7 on one micro-batch, run inside the wrapper's forward so that DDP and FSDP see it."""
+        """Eq. 7 on micro-batches, run inside the wrapper's forward so that DDP and FSDP see it.
+
+        `inputs` may be rollouts in TRL's form, which are then a window of their own.
+        """
         if self.model.training and self._step % self.args.gradient_accumulation_steps == 0:
             self.memory.start()
             self.update.watch.clear()
-        if "representation_weights" not in inputs and PACKED not in inputs:
-            inputs = on_host(inputs)  # rollouts that somebody gave: a window of their own
-            inputs = inputs | self._row_weights(inputs)
-        loss = self._packed_loss(model, inputs[PACKED]) if PACKED in inputs else self._one_loss(model, inputs)
+        if isinstance(inputs, dict):
+            if "representation_weights" not in inputs:
+                inputs = on_host(inputs)
+                inputs |= self._row_weights(inputs)
+            inputs = [RolloutBatch.of(inputs)]
+        loss = self._losses(model, inputs)
         return (loss, None) if return_outputs else loss
 
-    def _packed_loss(self, model: torch.nn.Module, parts: list[dict[str, Any]]) -> Tensor:
+    def _losses(self, model: torch.nn.Module, parts: list[RolloutBatch]) -> Tensor:
         """The loss of the last micro-batch, plus those of the others, whose gradients are taken here."""
         total = torch.zeros((), device=self.accelerator.device, requires_grad=True)
         for part in parts[:-1]:
@@ -67,12 +72,12 @@ class UpdateTrainer(RolloutTrainer):
         with self.accelerator.no_sync(model) if self.sharding is None else nullcontext():
             yield {}
 
-    def _one_loss(self, model: torch.nn.Module, inputs: dict[str, Any]) -> Tensor:
-        loss = self._through(model, self.update.loss, Batch.of(inputs))
+    def _one_loss(self, model: torch.nn.Module, batch: RolloutBatch) -> Tensor:
+        loss = self._through(model, self.update.loss, batch)
         # DDP and FSDP average gradients over ranks; the weights already sum to one over all of them.
         return loss * self.accelerator.num_processes
 
-    def _through(self, model: torch.nn.Module, function: Callable[..., Any], batch: Batch) -> Any:
+    def _through(self, model: torch.nn.Module, function: Callable[..., Any], batch: RolloutBatch) -> Any:
         """`function(batch, step)` inside the wrapper's forward, where DDP and FSDP have the weights ready."""
         unwrapped = self.accelerator.unwrap_model(model)
         # TRL's redirection goes past the forward that accelerate wrapped in autocast.

@@ -35,7 +35,7 @@ from oprd.preflight.planning.parts import (
     TEACHER,
 )
 from oprd.preflight.planning.pretended import shard_student
-from oprd.rollouts.rows import Batch, Inputs, weigh_rows
+from oprd.rollouts.rows import Inputs, RolloutBatch, weigh_rows
 from oprd.rollouts.translation import Translation
 from oprd.training.step import Update
 
@@ -97,7 +97,7 @@ class Rehearsal:
             settings.per_device_train_batch_size,
             settings.gradient_accumulation_steps,
         )
-        batch = Batch.of(self.inputs(size))
+        batch = RolloutBatch.of(self.inputs(size))
         for _ in range(min(count, 2)):
             with self.footprint.part(ACTIVATIONS):
                 with self._autocast():
@@ -145,7 +145,7 @@ class Rehearsal:
         frozen = sum(weight.numel() for weight in self.student.parameters() if not weight.requires_grad)
         return model, checkpoint, model + adapters * MERGED_BYTES * frozen
 
-    def _through(self, batch: Batch, step: int) -> Tensor:
+    def _through(self, batch: RolloutBatch, step: int) -> Tensor:
         """The loss inside the student's forward, in which FSDP has the weights ready."""
 
         def loss() -> Tensor:

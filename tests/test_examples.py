@@ -53,7 +53,7 @@ def test_the_paper_recipe_has_the_papers_settings():
     assert (on_8_gpus // config.num_generations, config.num_generations) == (8, 2)
 
 
-def test_the_first_recipe_is_short_and_can_be_planned(one_heap_pass):
+def test_the_first_recipe_is_short_and_can_be_planned():
     """On the bundled models, since its own are on the Hub."""
     names = ["--model_name_or_path", "tiny:student", "--teacher_model_name_or_path", "tiny:teacher"]
     run, config = parse_training_recipe(

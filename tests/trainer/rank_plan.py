@@ -27,7 +27,6 @@ def main() -> None:
         shard_on_cpu(config)
     longest, _ = longest_rollout(run, config, config.world_size)
     machine = replace(Machine.here(config), sharded=sharded)
-    memory_plan.HEAP_PASSES = 1  # the others tell of holes in a heap, which this one has none of
     plan = memory_plan.plan_memory(run.model_name_or_path, config, longest, machine, run.lora)
     peaks = dry_run(run.model_name_or_path, config, longest, plan.step, peft_config=run.lora)
     if config.process_index == 0:

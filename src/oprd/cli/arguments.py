@@ -81,6 +81,9 @@ def _parser() -> argparse.ArgumentParser:
     doctor.add_argument(
         "--ranks", type=_positive, metavar="N", help="plan for so many processes; default: WORLD_SIZE, or 1"
     )
+    doctor.add_argument(
+        "--gpu", metavar="SIZE", help="plan for GPUs of so much memory, such as 80GB, which need not be here"
+    )
     doctor.add_argument("--json", action="store_true", help="for scripts")
     _add_recipe_command(commands, "bridge", "fit a bridge between two models of another depth or width")
     _add_evaluation(commands)

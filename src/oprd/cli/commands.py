@@ -121,12 +121,14 @@ def _leave_ranks(config: Any) -> None:
 
 def _doctor(args: argparse.Namespace, rest: list[str]) -> None:
     from oprd.preflight.doctor import examine, show_finding, show_memory
+    from oprd.preflight.planning.machine import parse_size
     from oprd.training.train import parse_training_recipe
 
     run, config = _read_recipe(args, rest, parse_training_recipe)
+    gpu_bytes = None if args.gpu is None else parse_size(args.gpu)
     with refusals_told():
         tell = {} if args.json else {"tell": show_finding}
-        diagnosis = examine(run, config, args.ranks, **tell)
+        diagnosis = examine(run, config, args.ranks, gpu_bytes, **tell)
     if args.json:
         print(json.dumps(diagnosis.as_json(), indent=2))
     else:

@@ -55,7 +55,7 @@ class Diagnosis:
         return {
             "is_well": self.is_well,
             "findings": [asdict(finding) for finding in self.findings],
-            "device": self.machine.device.type,
+            "device": "gpu" if self.machine.is_gpu else self.machine.device.type,
             "ranks": self.machine.ranks,
             "sharded": self.machine.sharded,
             "free_mb": self.machine.free_bytes / MB,
@@ -71,9 +71,10 @@ def examine(
     run: RunArguments,
     config: OPRDConfig,
     ranks: int | None = None,
+    gpu_bytes: int | None = None,
     tell: Callable[[Finding], None] = lambda _: None,
 ) -> Diagnosis:
-    """Look at a recipe on this machine, and `tell` each finding as it is made, what is quickest first.
+    """Look at a recipe on this machine, or for other GPUs of `gpu_bytes`; `tell` each finding as it is made.
 
     What could be turned is planned only where memory is short. Raises `UserError` for what a run would
     refuse.
@@ -85,19 +86,25 @@ def examine(
         tell(finding)
 
     longest, count = longest_rollout(run, config, ranks or launched_ranks())
-    machine = Machine.here(config, ranks)  # beside the prompts
+    machine = (
+        Machine.here(config, ranks)  # beside the prompts
+        if gpu_bytes is None
+        else Machine.with_gpus(gpu_bytes, config, ranks)
+    )
     settle_steps(config, count, machine.ranks)
     folder = Path(config.output_dir)
     settings = resolved_settings(config, run) | {"num_processes": machine.ranks}
     found(Finding("recipe", f"{run.model_name_or_path} learns from {config.teacher_model_name_or_path}"))
     found(Finding("prompts", f"{count}, the longest of {len(longest.prompt_ids)} tokens"))
     found(Finding("rollouts", f"up to {len(longest.response_ids)} tokens after the prompt"))
-    found(checked("engine", lambda: check_engine(config)))
-    inputs = run_inputs(run, config, prompts_of(run, config)) if holds_results(folder) else {}
-    defaults = default_settings(config, run)
-    found(checked("folder", lambda: check_output(folder, settings, inputs, defaults)))
+    if gpu_bytes is None:
+        found(checked("engine", lambda: check_engine(config)))
+        inputs = run_inputs(run, config, prompts_of(run, config)) if holds_results(folder) else {}
+        defaults = default_settings(config, run)
+        found(checked("folder", lambda: check_output(folder, settings, inputs, defaults)))
     plan = plan_memory(run.model_name_or_path, config, longest, machine, run.lora)
-    found(checked("disk", lambda: check_disk(folder, config, plan)))
+    if gpu_bytes is None:
+        found(checked("disk", lambda: check_disk(folder, config, plan)))
     knob = None
     if plan.peak_mb * MB > AMPLE * machine.free_bytes:
         knob = first_knob(run.model_name_or_path, config, longest, machine, plan, run.lora)
@@ -157,16 +164,20 @@ def _tokenizer(name: str, given: dict[str, Any]) -> tuple[PreTrainedTokenizerBas
 
 
 def _memory(plan: MemoryPlan, machine: Machine, knob: Knob | None) -> Finding:
-    needs = f"needs {plan.peak_mb:,.0f} MB a rank, and this {_named(machine.device)} has {{}} MB for it"
-    says = needs.format(f"{machine.free_bytes / MB:,.0f}")
+    room = f"{_named(machine)} has {machine.free_bytes / MB:,.0f} MB"
+    says = f"{plan.peak_mb:,.0f} MB live on a rank, and {room}"
+    if not machine.is_gpu:
+        says += " (freed blocks that malloc keeps come on top: oprd train --dry_run measures)"
     fits = plan.peak_mb * MB <= machine.free_bytes
     return Finding(
         "memory", f"{says}: {'it fits' if fits else f'it does not fit; {advice(plan, knob)}'}", fits
     )
 
 
-def _named(device: torch.device) -> str:
-    return "machine" if device.type == "cpu" else torch.cuda.get_device_name(device)
+def _named(machine: Machine) -> str:
+    if machine.device.type == "cpu":
+        return "such a GPU" if machine.is_gpu else "this machine"
+    return f"this {torch.cuda.get_device_name(machine.device)}"
 
 
 def show_finding(finding: Finding) -> None:

@@ -23,8 +23,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from oprd.preflight.planning.parts import GATHERED, HOST, KEPT
-from oprd.preflight.planning.resident import ResidentBlocks
+from oprd.preflight.planning.parts import GATHERED, HOST
 
 ROW_BYTES = 2**20
 
@@ -37,9 +36,9 @@ def has_values(tensor: Tensor) -> bool:
 class Footprint(TorchDispatchMode):
     """Counts the bytes that live on a device while it is active, by the part of the program that made them.
 
-    On a CPU freed blocks that malloc would keep are a part of their own. Rows are chosen by their values, so
-    what is made of real tensors has values too, unless it outgrows them and `row_bytes`, as masks do that
-    pair rows with rows. Storages that are emptied, to be filled again, are those of gathered layers.
+    Rows are chosen by their values, so what is made of real tensors has values too, unless it outgrows them
+    and `row_bytes`, as masks do that pair rows with rows. Storages that are emptied, to be filled again, are
+    those of gathered layers.
     """
 
     def __init__(self, device: torch.device, row_bytes: int = ROW_BYTES) -> None:
@@ -49,10 +48,8 @@ class Footprint(TorchDispatchMode):
         self._held: dict[int, tuple[str, int]] = {}
         self._unread: dict[int, tuple[Tensor, str]] = {}
         self._parts = [HOST]
-        self._blocks = ResidentBlocks() if device.type == "cpu" else None
         self._live: Counter[str] = Counter()
         self._peak: Counter[str] = Counter()
-        self._most_resident = 0
 
     def without_values(self, model: nn.Module, device: torch.device) -> list[Tensor]:
         """Give the weights of `model`, made on the meta device, a device; returns them, in shape alone."""
@@ -80,8 +77,6 @@ class Footprint(TorchDispatchMode):
             self._live[self._held[key][0]] -= size
         else:
             weakref.finalize(storage, self._release, key)
-            if self._blocks is not None:
-                self._blocks.take(key, size)
         self._held[key] = part, size
         self._live[part] += size
         self._note_peak()
@@ -111,14 +106,10 @@ class Footprint(TorchDispatchMode):
 
     def peak_of(self, program: Callable[[], Any]) -> dict[str, int]:
         """Bytes by part at the moment of `program` at which they are most."""
-        if self._blocks is not None:
-            self._blocks.trim()
         self._peak.clear()
-        self._most_resident = 0
         self._note_peak()
         with self:
             program()
-        self._peak[KEPT] = max(self._most_resident - self._peak.total(), 0)
         return {part: size for part, size in self._peak.items() if size > 0}
 
     def __enter__(self) -> Any:
@@ -177,29 +168,18 @@ class Footprint(TorchDispatchMode):
             self._release(key)
             self._held[key] = GATHERED, size
             self._live[GATHERED] += size
-            if self._blocks is not None:
-                self._blocks.take(key, size)
             self._note_peak()
 
     def _note_beside(self, size: int) -> None:
         """Count `size` bytes that are there and gone."""
-        part, key = self._parts[-1], -1
-        self._live[part] += size
-        if self._blocks is not None:
-            self._blocks.take(key, size)
+        self._live[self._parts[-1]] += size
         self._note_peak()
-        self._live[part] -= size
-        if self._blocks is not None:
-            self._blocks.free(key)
+        self._live[self._parts[-1]] -= size
 
     def _release(self, key: int) -> None:
         part, size = self._held.pop(key)
         self._live[part] -= size
-        if self._blocks is not None:
-            self._blocks.free(key)
 
     def _note_peak(self) -> None:
         if self._live.total() > self._peak.total():
             self._peak = self._live.copy()
-        if self._blocks is not None:
-            self._most_resident = max(self._most_resident, self._blocks.size)

@@ -95,7 +95,7 @@ def _turns(config: Any, longest: Longest, machine: Machine) -> Iterator[_Turn]:
     if machine.ranks > 1 and not machine.sharded:
         yield _Turn("FSDP, which shards both models", config, replace(machine, sharded=True), MODELS)
     teacher = dict(config.teacher_model_init_kwargs or {})
-    if machine.device.type != "cpu" and "device_map" not in teacher and not config.teacher_offload:
+    if machine.is_gpu and "device_map" not in teacher and not config.teacher_offload:
         yield turn(frozenset({TEACHER}), teacher_offload=True)
     if teacher.get("dtype", "float32") == "float32":
         yield turn(frozenset({TEACHER}), teacher_model_init_kwargs=teacher | {"dtype": "bfloat16"})

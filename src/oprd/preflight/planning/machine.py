@@ -2,6 +2,7 @@
 
 import math
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,9 +11,13 @@ import torch
 from accelerate.utils import parse_flag_from_env
 from torch import nn
 
+from oprd.foundation.errors import UserError
 from oprd.foundation.meters import MB, resident_mb
 
+SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(GB|GiB|)", re.I)
 CONTAINER = Path("/sys/fs/cgroup")
+CONTEXT_BYTES = 600_000_000  # CUDA's context and its libraries' workspaces, roughly: not measured by us
+UNITS = {"": 10**9, "GB": 10**9, "GIB": 2**30}
 TRAINER_BYTES = 16_000_000  # a trainer, and pages of libraries that it is the first to read: as measured
 
 
@@ -26,6 +31,7 @@ class Machine:
     process_bytes: int = 0
     ranks: int = 1
     sharded: bool = False
+    is_gpu: bool = False
 
     @classmethod
     def here(cls, settings: Any, ranks: int | None = None) -> "Machine":
@@ -39,7 +45,7 @@ class Machine:
         sharded = bool(settings.fsdp) or parse_flag_from_env("ACCELERATE_USE_FSDP")
         if not settings.use_cpu and torch.cuda.is_available():
             free, total = torch.cuda.mem_get_info()
-            return cls(torch.device("cuda"), total, free, ranks=world, sharded=sharded)
+            return cls(torch.device("cuda"), total, free, ranks=world, sharded=sharded, is_gpu=True)
         sharded = sharded and ranks is not None
         _compute()
         here = int(resident_mb("VmRSS") * MB) if Path("/proc/self/status").exists() else 0
@@ -47,6 +53,24 @@ class Machine:
         free, total = _host_memory()
         local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         return cls(torch.device("cpu"), total, free // local + here, process, world, sharded)
+
+    @classmethod
+    def with_gpus(cls, size: int, settings: Any, ranks: int | None = None) -> "Machine":
+        """A machine that is not here, with a GPU of `size` bytes for each rank.
+
+        Tensors without values stand on the CPU, where torch without CUDA can make them.
+        """
+        sharded = bool(settings.fsdp) or parse_flag_from_env("ACCELERATE_USE_FSDP")
+        world = ranks or launched_ranks()
+        return cls(torch.device("cpu"), size, size, CONTEXT_BYTES, world, sharded and world > 1, is_gpu=True)
+
+
+def parse_size(text: str) -> int:
+    """Bytes of `80GB`, `80` or `24GiB`; raises `UserError`."""
+    found = SIZE.fullmatch(text.strip())
+    if found is None or not float(found[1]):
+        raise UserError(f"{text!r} is no size of memory: write it as 80GB or 24GiB")
+    return int(float(found[1]) * UNITS[found[2].upper()])
 
 
 def launched_ranks() -> int:

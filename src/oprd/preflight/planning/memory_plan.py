@@ -22,10 +22,6 @@ from oprd.rollouts.engines.vllm import CPU_CACHE_GIB
 
 Parts = dict[str, int]
 
-# Updates that are gone through on a CPU, of which the fullest counts: holes in malloc's heap are others each
-# time, and a run meets the fullest of many steps.
-HEAP_PASSES = 3
-
 
 class Unplannable(UserError):
     """What a model computes cannot be carried out on shapes alone."""
@@ -77,8 +73,7 @@ def plan_memory(
         roll_out = (lambda: None) if settings.use_vllm else rehearsal.roll_out
         if rehearsal.footprint.is_unread:
             measure(roll_out)  # what either reads of a file is there when the other comes again
-        passes = HEAP_PASSES if machine.device.type == "cpu" else 1
-        updates = [(measure(partial(rehearsal.update, step)), step) for step in _steps(settings) * passes]
+        updates = [(measure(partial(rehearsal.update, step)), step) for step in _steps(settings)]
         rollout = measure(roll_out)
         update, step = max(updates, key=lambda each: sum(each[0].values()))
         rollout, update = (_beside(rehearsal, parts, machine) for parts in (rollout, update))
@@ -99,7 +94,7 @@ def _beside(rehearsal: Rehearsal, parts: Parts, machine: Machine) -> Parts:
 
 def _engine_bytes(settings: Any, rehearsal: Rehearsal, machine: Machine) -> int:
     """A colocated engine's share of an accelerator; on a CPU its cache and the weights, in float32."""
-    if machine.device.type != "cpu":
+    if machine.is_gpu:
         return int(settings.vllm_gpu_memory_utilization * machine.device_bytes)
     return CPU_CACHE_GIB * 2**30 + 4 * sum(weight.numel() for weight in rehearsal.student.parameters())
 

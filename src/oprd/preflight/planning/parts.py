@@ -4,9 +4,9 @@ PROCESS, STUDENT, TEACHER = "process and libraries", "student's weights", "teach
 REFERENCE, GRADIENTS, OPTIMISER = "bridge and anchor", "student's gradients", "optimiser's state"
 BUCKETS, GATHERED, ENGINE = "DDP's buckets", "layers gathered whole", "vLLM"
 SAMPLING, READING, ACTIVATIONS = "cache and sampling", "teacher's forward", "student's activations"
-LOGITS, HOST, KEPT = "output loss", "rollouts and indices", "freed, kept by malloc"
+LOGITS, HOST = "output loss", "rollouts and indices"
 
 ORDER = (
     *(PROCESS, STUDENT, TEACHER, REFERENCE, GRADIENTS, OPTIMISER, BUCKETS, GATHERED),
-    *(ENGINE, SAMPLING, READING, ACTIVATIONS, LOGITS, HOST, KEPT),
+    *(ENGINE, SAMPLING, READING, ACTIVATIONS, LOGITS, HOST),
 )

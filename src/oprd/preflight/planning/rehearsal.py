@@ -60,7 +60,8 @@ class Rehearsal:
         mesh: DeviceMesh | None = None,
     ) -> None:
         self.settings, self.longest, self.device = settings, longest, machine.device
-        self._maps_files = machine.device.type == "cpu" and machine.ranks == 1  # several move their weights
+        self._is_gpu = machine.is_gpu
+        self._maps_files = not machine.is_gpu and machine.ranks == 1  # several move their weights
         self.footprint = Footprint(self.device, BYTES_OF_A_TOKEN * _rollouts(settings) * longest.num_tokens)
         given = student_kwargs(settings)
         located = resolve_model(student, **hub_kwargs(given))
@@ -126,7 +127,7 @@ class Rehearsal:
             ]
             saved = sum(weight.nbytes - weight.numel() * QUANTISED_BYTES[kind] for weight in linear)
             return int(_bytes(model) - saved)
-        if self.settings.teacher_offload and self.device.type != "cpu":
+        if self.settings.teacher_offload and self._is_gpu:
             return self.largest_block(model)
         return None
 

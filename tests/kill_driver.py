@@ -17,7 +17,7 @@ import torch
 from transformers import GenerationMixin, TrainerState, modeling_utils
 
 from oprd.cli import commands as cli
-from oprd.evaluation import run as evaluation
+from oprd.evaluation import evaluate as evaluation
 
 Strike = Callable[[Callable[..., Any], tuple[Any, ...], dict[str, Any]], None]
 

@@ -25,7 +25,7 @@ def train(*words: object, **environment: str) -> subprocess.CompletedProcess[str
 def test_two_processes_of_a_file(tmp_path):
     launcher = {
         "compute_environment": "LOCAL_MACHINE",
-        "distributed_type": "MULTI_CPU",
+        "distributed_type": "MULTI_GPU",  # torchrun, as for GPUs
         "use_cpu": True,
         "num_machines": 1,
         "num_processes": 2,

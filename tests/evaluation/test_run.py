@@ -10,7 +10,7 @@ import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from oprd.cli import commands as cli
-from oprd.evaluation import run
+from oprd.evaluation import evaluate as evaluation
 from oprd.evaluation.evaluate import evaluate, evaluation_folder, graded
 from oprd.evaluation.grade import grade
 from oprd.evaluation.metrics import confidence_interval
@@ -282,7 +282,7 @@ def test_a_damaged_summary_is_made_again_from_the_samples(
 
 def test_a_line_that_another_program_takes_away_is_missed(model, tokenizer, tmp_path, monkeypatch):
     """The lock keeps other evaluations out, not an editor."""
-    written = run.line
+    written = evaluation.line
     calls = itertools.count()
 
     def meddle(record):
@@ -290,7 +290,7 @@ def test_a_line_that_another_program_takes_away_is_missed(model, tokenizer, tmp_
             (tmp_path / "samples.jsonl").write_bytes(b"")
         return written(record)
 
-    monkeypatch.setattr(run, "line", meddle)
+    monkeypatch.setattr(evaluation, "line", meddle)
     with pytest.raises(RuntimeError, match=r"samples\.jsonl lacks 4 problems, which another program"):
         evaluate(model, tokenizer, ROWS, SETTINGS, tmp_path, progress=False)
     assert not (tmp_path / "summary.json").exists()

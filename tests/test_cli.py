@@ -312,13 +312,17 @@ def on_two_ranks(*command):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("mistaken", "said"),
-    [("01", "oprd: layers='9'"), ("0", "oprd: layers='9'"), ("1", "[rank 1] oprd: layers='9'")],
+    [
+        pytest.param("01", "oprd: layers='9'", marks=pytest.mark.drill),
+        pytest.param("0", "oprd: layers='9'", marks=pytest.mark.drill),
+        ("1", "[rank 1] oprd: layers='9'"),
+    ],
 )
 def test_of_several_ranks_one_tells_the_mistake(recipe, tmp_path, mistaken, said):
     for rank in "01":
         layers = "9" if rank in mistaken else "all"
         (tmp_path / f"{rank}.yaml").write_text(Path(recipe(layers=layers, ddp_backend="gloo")).read_text())
-    each = f"exec {sys.executable} -m oprd.cli.commands train {tmp_path}/$RANK.yaml"
+    each = f"exec {sys.executable} -m oprd.cli train {tmp_path}/$RANK.yaml"
     _, errors, code = on_two_ranks("sh", "-c", each)
     assert code == 1
     told = [line for line in errors.splitlines() if "layer 9" in line]

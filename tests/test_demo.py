@@ -1,14 +1,13 @@
 """`oprd demo` from start to finish, at a very small size."""
 
 import json
-from dataclasses import replace
 
 import pytest
 import yaml
 
 from oprd.cli import commands as cli
-from oprd.cli.demo import at_share, run_demo
-from oprd.cli.demo_pairs import BRIDGE, PAIRS, SHARED
+from oprd.cli.demo import at_share
+from oprd.cli.demo_pairs import BRIDGE, SHARED
 from oprd.folders.recorder import read_metrics
 
 pytestmark = pytest.mark.xdist_group("demo")
@@ -108,7 +107,9 @@ BRIDGED = {
 
 
 @pytest.mark.parametrize("pair", BRIDGED)
-def test_pairs_that_need_a_bridge(pair, tmp_path):
+def test_pairs_that_need_a_bridge(pair, tmp_path, monkeypatch):
+    if pair == "tokenizer":
+        monkeypatch.setitem(SHARED, "max_completion_length", 64)  # room for lengths to differ
     output = tmp_path / "out"
     argv = ["demo", "--pair", pair, "--output", str(output)]
     assert cli.run([*argv, "--steps", "5", "--problems", "4", "--samples", "2"]) == 0
@@ -121,26 +122,17 @@ def test_pairs_that_need_a_bridge(pair, tmp_path):
         assert ("loss/output" in records[-1]) == ("opd" in arm or "text" in arm)
         assert ("rollout/coverage" in records[0]) == (pair == "tokenizer" and arm != "bridge_authors")
     assert (output / "accuracy.png").stat().st_size > 5000
+    if pair == "tokenizer":
+        check_two_runs(output / "bridge_then_text-first", output / "bridge_then_text")
 
 
-def test_a_run_before_the_run(tmp_path, monkeypatch):
+def check_two_runs(first_folder, then_folder):
     """Half the steps through the bridge, half over the text from there, on other prompts."""
-    monkeypatch.setitem(SHARED, "max_completion_length", 64)  # room for lengths to differ
-    bridged = PAIRS["tokenizer"]
-    arms = {"bridge_then_text": bridged.arms["bridge_then_text"]}
-    monkeypatch.setitem(
-        PAIRS, "tokenizer", replace(bridged, arms=arms, bridges={"fit": bridged.bridges["fit"]})
-    )
-    output = tmp_path / "out"
-    run_demo(output, steps=5, problems=4, samples=2, seed=0, pair_name="tokenizer")
-    first, then = (
-        read_metrics(output / f"bridge_then_text{end}" / "metrics.jsonl") for end in ("-first", "")
-    )
+    first, then = (read_metrics(folder / "metrics.jsonl") for folder in (first_folder, then_folder))
     assert [r["step"] for r in first] == [1, 2] and [r["step"] for r in then] == [1, 2, 3]
     assert all("loss/representation" in r and "loss/output" not in r for r in first)
     assert all("loss/output" in r and "loss/representation" not in r for r in then)
-    resolved = yaml.safe_load((output / "bridge_then_text" / "resolved.yaml").read_text())
-    assert str(output / "bridge_then_text-first") in json.dumps(resolved)
+    assert str(first_folder) in json.dumps(yaml.safe_load((then_folder / "resolved.yaml").read_text()))
     assert first[0]["rollout/mean_length"] != then[0]["rollout/mean_length"]
 
 

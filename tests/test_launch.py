@@ -21,7 +21,7 @@ def train(*words: object, **environment: str) -> subprocess.CompletedProcess[str
     return subprocess.run(command, env=OURS | environment, capture_output=True, text=True, check=False)
 
 
-@pytest.mark.slow
+@pytest.mark.drill
 def test_two_processes_of_a_file(tmp_path):
     launcher = {
         "compute_environment": "LOCAL_MACHINE",

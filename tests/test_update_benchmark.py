@@ -76,6 +76,7 @@ def test_a_sweep_on_shapes(tmp_path, monkeypatch):
     assert output.with_suffix(".png").stat().st_size > 5000
 
 
+@pytest.mark.drill
 def test_a_run_in_turn(tmp_path, monkeypatch, capsys):
     """What has no room is not run, and its memory counted."""
     output = tmp_path / "rows.csv"

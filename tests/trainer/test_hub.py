@@ -187,7 +187,7 @@ def test_a_student_of_a_kind_of_its_own_trains_where_its_code_is_trusted(
     assert (saved["model_type"], saved["auto_map"]) == ("own", OWN_CLASSES)
 
 
-@pytest.mark.slow
+@pytest.mark.drill
 @pytest.mark.parametrize("revision", [None, "v2"])
 def test_adapters_are_merged_into_the_revision_they_were_trained_on(
     hub, tmp_path, student, teacher, revision
@@ -212,7 +212,7 @@ def test_adapters_are_merged_into_the_revision_they_were_trained_on(
         torch.testing.assert_close(weight, wanted[name], rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.slow
+@pytest.mark.drill
 def test_a_plan_and_a_bridge_of_a_student_of_a_kind_of_its_own(hub, tmp_path, make_folder, own_kind):
     names = {
         "model_name_or_path": str(own_kind),

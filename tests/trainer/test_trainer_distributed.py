@@ -150,7 +150,7 @@ def test_two_processes_equal_one(two_ranks, tmp_path, models, case):
 FROM_RANK_0 = ("output", "tied", "bridge", "adapters")
 
 
-@pytest.mark.slow
+@pytest.mark.drill
 def test_rank_0_may_load_for_all(tmp_path, models):
     launch(models, tmp_path, "fsdp_from_rank_0", [("sharded", case, {}) for case in FROM_RANK_0])
     for case in FROM_RANK_0:
@@ -267,7 +267,7 @@ def test_two_ranks_measure_the_accuracy_that_one_does(two_ranks, tmp_path):
     assert 0 < one["eval/avg_at_k"] < one["eval/best_at_k"]
 
 
-@pytest.mark.slow
+@pytest.mark.drill
 def test_one_process_told_to_shard_says_that_it_does_not_and_resumes(tmp_path, student, teacher):
     names = {"model_name_or_path": student, "teacher_model_name_or_path": teacher, "dataset_name": "tiny"}
     keys = {"save_strategy": "steps", "save_steps": 1, "output_dir": str(tmp_path / "run")}

@@ -83,7 +83,7 @@ class ResidentBlocks:
 
 
 def _is_limited() -> bool:
-    """Whether this process may take so much memory only: then empty blocks would leave no room for others."""
+    """Whether this process has a memory limit: then empty blocks would leave no room for others."""
     import resource
 
     kinds = resource.RLIMIT_DATA, resource.RLIMIT_AS

@@ -54,7 +54,7 @@ bench-quick: .venv/ready
 .venv-docs/ready: pyproject.toml constraints-docs.txt
 	$(PYTHON) -m venv .venv-docs
 	$(DOCS)/python -m pip install --quiet --upgrade pip
-	$(DOCS)/python -m pip install --quiet --constraint constraints-docs.txt mkdocs-material "mkdocstrings[python]"
+	$(DOCS)/python -m pip install --quiet --constraint constraints-docs.txt mkdocs-material "mkdocstrings[python]" ruff
 	touch .venv-docs/ready
 
 clean:

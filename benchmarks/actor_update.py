@@ -5,7 +5,7 @@
     python benchmarks/actor_update.py --preset qwen2.5-1.5b --shapes  # memory alone, on fake tensors
 
 An update is teacher forward, student forward and backward on one batch of rollouts, the same random weights
-and tokens for all arms (arms.py tells which there are), gradient checkpointing on; the optimiser, the same
+and tokens for all arms (arms.py has them), gradient checkpointing on; the optimiser, the same
 for all, is left out. Seconds are wall time; memory is torch's allocations at most, gradients included, over
 those before the update. On CUDA that is the allocator's peak, on a CPU the sum of the profiler's events in
 an update of its own, which is the warm-up too (what is resident there lies by the habits of malloc). Where

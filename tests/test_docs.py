@@ -253,7 +253,8 @@ def check_command(words: list[str]) -> None:
         assert all((ROOT / file).exists() for file in files)
         if program == "python":
             known = "".join(path.read_text() for path in (ROOT / "benchmarks").glob("*.py"))
-            assert all(f'"{word}"' in known for word in rest if word.startswith("--"))
+            flags = [word.removeprefix("--") for word in rest if word.startswith("--")]
+            assert all(re.search(rf'"(--)?{flag}"', known) for flag in flags)
     elif program == "pip":
         project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
         extras = re.findall(r"\[(\w+)\]", " ".join(rest))

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from trl import DistillationConfig
 
 from oprd.bridge.recipe import BridgeArguments, parse_bridge_recipe
 from oprd.cli.arguments import parse_command, recipe_and_flags
@@ -152,6 +153,19 @@ def test_links_and_anchors_resolve(document):
 
 def test_the_readme_is_short():
     assert len(PAGES["README.md"].splitlines()) <= 150
+
+
+TO_TOUCH = re.findall(
+    r"^\| (`[^|]*`.*?) \| (.*) \|$", PAGES["docs/architecture.md"].partition("\n## To add")[2], re.M
+)
+
+
+@pytest.mark.parametrize(("files", "what"), TO_TOUCH)
+def test_what_to_touch_is_in_those_files(files, what):
+    source = "".join((ROOT / file).read_text() for file in re.findall(r"`(\S+)`", files))
+    for name in re.findall(r"`([A-Za-z_.]+)`", what):
+        if not name.startswith("oprd."):
+            assert all(re.search(rf"\b{part}\b", source) for part in name.split(".")), name
 
 
 # The site
@@ -361,6 +375,21 @@ def test_the_tables_name_keys_with_their_defaults(heading):
                 assert is_told(default, known[key].default), key
                 compared += 1
     assert compared
+
+
+def test_the_defaults_beside_those_of_trl():
+    page = PAGES["docs/from-trl.md"].split("## Defaults that differ\n")[1].split("\n## ")[0]
+    compared = 0
+    for line in page.splitlines():
+        if line.startswith("| `"):
+            keys, theirs, ours = (cell.replace("`", "").split(", ") for cell in line.strip("| ").split(" | "))
+            for key, trl, here in zip(keys, theirs, ours, strict=True):
+                for told, kind in ((trl, DistillationConfig), (here, OPRDConfig)):
+                    default = {field.name: field.default for field in fields(kind)}[key]
+                    if re.fullmatch(r"[\w.-]+", told) and told != "all":
+                        assert is_told(told, getattr(default, "value", default)), (key, kind)
+                        compared += 1
+    assert compared > 15
 
 
 # Around the documents

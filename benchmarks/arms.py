@@ -123,7 +123,7 @@ def make_model(shape: Shape, seed: int, device: torch.device, shared: Path | Non
 
 
 def make_shapes(shape: Shape, footprint: Footprint) -> PreTrainedModel:
-    """The same model without values, held by `footprint`."""
+    """The same model as fake tensors, held by `footprint`."""
     with torch.device("meta"):
         model = make_model(shape, 0, torch.device("meta"))
     for tensor in footprint.without_values(model, CPU):
@@ -287,7 +287,7 @@ class Arm:
 
 @cache
 def counted_mb(name: str, shape: Shape) -> float:
-    """Transient megabytes of an update on a CPU, carried out on tensors that have a shape and no values."""
+    """Transient megabytes of an update on a CPU, run on fake tensors."""
     if torch.cuda.is_available():
         shape = replace(shape, dtype=torch.bfloat16)
     footprint = Footprint(CPU)

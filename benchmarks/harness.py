@@ -26,7 +26,7 @@ Row = dict[str, Any]
 
 
 def serve(measure: Callable[[], dict[str, float]]) -> None:
-    """The worker's side: say that it is ready, then measure whenever it is told to."""
+    """The worker's side: report that it is ready, then measure on request."""
     out, sys.stdout = sys.stdout, sys.stderr  # what libraries print must not reach the other side
     print("ready", file=out, flush=True)
     for _ in sys.stdin:

@@ -83,7 +83,7 @@ def make_models(preset: str) -> tuple[PreTrainedModel, PreTrainedModel]:
 
 
 class Pause(TrainerCallback):
-    """Stops after every step until the next is asked for, and tells what it took without its rollouts.
+    """Stops after every step until the next is asked for, and reports its cost without its rollouts.
 
     The second step, whose memory is watched, takes longer for it.
     """

@@ -358,7 +358,7 @@ def count_runs(model):
 def test_checkpointing_that_is_not_hugging_faces_is_refused():
     model = Stack()
     model.layers[0].gradient_checkpointing = True
-    with pytest.raises(UserError, match="ReplayedBlock checkpoints in a way of its own"), capture(model, [1]):
+    with pytest.raises(UserError, match="checkpoints its blocks in a way of its own"), capture(model, [1]):
         pass
 
 

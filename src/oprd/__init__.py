@@ -1,5 +1,6 @@
 """On-policy distillation of language models in representation space (OPRD, arXiv 2606.06021)."""
 
+import importlib
 import os
 from typing import Any
 
@@ -11,7 +12,6 @@ if "OMP_WAIT_POLICY" not in os.environ:
 from oprd.bridge import Bridge, BridgeFitter
 from oprd.foundation.errors import UserError
 from oprd.models.capture import capture
-from oprd.models.loading import load_model, load_tokenizer
 from oprd.objective import losses, output_space
 from oprd.objective.selection import LayerMap, Positions
 from oprd.text.alignment import align_tokens
@@ -28,16 +28,24 @@ __all__ = [
     "align_tokens",
     "capture",
     "load_model",
+    "load_prompts",
     "load_tokenizer",
     "losses",
     "output_space",
 ]
 
 
-def __getattr__(name: str) -> Any:
-    """The trainer on demand, so that the losses come without importing TRL."""
-    if name in ("OPRDConfig", "OPRDTrainer"):
-        from oprd.training import trainer
+ON_DEMAND = {  # so that the losses come without importing TRL or datasets
+    "OPRDConfig": "oprd.training.config",
+    "OPRDTrainer": "oprd.training.trainer",
+    "load_model": "oprd.models.loading",
+    "load_prompts": "oprd.rollouts.prompts",
+    "load_tokenizer": "oprd.models.loading",
+}
 
-        return getattr(trainer, name)
+
+def __getattr__(name: str) -> Any:
+    """What is imported when it is first asked for."""
+    if name in ON_DEMAND:
+        return getattr(importlib.import_module(ON_DEMAND[name]), name)
     raise AttributeError(f"module 'oprd' has no attribute {name!r}")

@@ -220,7 +220,7 @@ def test_an_engine_that_stands_still_is_told(make_trainer, last):
     # The first visit knows nothing yet, and one after the last hand-over sees that move.
     told = found[visits[1]] if last == 1 else found[visits[2]]
     assert found[visits[0]] == 0 and 1e-5 < told < 1e-2
-    with pytest.raises(RuntimeError, match="by nothing at all: it does not hold the student's weights"):
+    with pytest.raises(RuntimeError, match="have not moved at all: it does not hold the student's weights"):
         check_moved_alone(told, (torch.float32, torch.float32), 16)
     check_gap(told / 2, (None, torch.bfloat16), 16)  # which rounding could explain
 

@@ -139,5 +139,5 @@ def test_training_against_a_server_needs_cuda(start, tmp_path):
     flags = ["--use_vllm", "true", "--vllm_mode", "server", "--output_dir", tmp_path / "run"]
     ended = start("-m", "oprd.cli", "train", RECIPES / "vanilla.yaml", *flags)
     assert ended.returncode == 2
-    assert ended.stderr.splitlines()[-1].startswith("oprd: vllm_mode: server is handed the student's weights")
+    assert ended.stderr.splitlines()[-1].startswith("oprd: vllm_mode: server gets the student's weights")
     assert not (tmp_path / "run").exists()

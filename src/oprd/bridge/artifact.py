@@ -199,7 +199,7 @@ def _tensors(projectors: Mapping[int, Projector]) -> dict[str, Tensor]:
 
 
 def _checksum(header: Mapping[str, str], tensors: Mapping[str, Tensor]) -> str:
-    """Of what a bridge's file says and holds; those of oprd 0.1.0 have none."""
+    """The checksum of a bridge's metadata and tensors; files of oprd 0.1.0 have none."""
     digest = xxhash.xxh3_128((header["layer_map"] + header["oprd"]).encode())
     for name in sorted(tensors):
         digest.update(name.encode())

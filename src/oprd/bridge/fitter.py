@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 
 
 class BridgeFitter:
-    """Accumulates the rows of both models and solves for a bridge, as often as wanted, without them.
+    """Accumulates moments of both models' rows, not the rows, and solves for a bridge as often as wanted.
 
     Pairs are those of `layer_map`; with `all_pairs`, each of its student layers with each of its teacher
     layers, which `best_layer_map` and `cka` between all layers need. `holdout` is the share of rollouts
@@ -107,7 +107,7 @@ class BridgeFitter:
     def fit(
         self, rank: Rank = "auto", settings: FitSettings | None = None, layer_map: LayerMap | None = None
     ) -> Bridge:
-        """The bridge of `rank` directions per layer, or of as many as make the held-out Eq. 30 least.
+        """The bridge of `rank` directions per layer, or of the number that makes the held-out Eq. 30 least.
 
         With `auto` a layer may be dropped (rank 0), with a warning. `settings` and `layer_map` fit the
         same rows in another way than the fitter's own. Raises `UserError` for too few rows.
@@ -245,7 +245,7 @@ class BridgeFitter:
 
 
 def rows_needed(width: int) -> int:
-    """The fewest rows that states so wide can be fitted on: fewer leave their covariance singular."""
+    """The fewest rows that states of `width` can be fitted on: fewer leave their covariance singular."""
     return width + 1
 
 

@@ -122,7 +122,7 @@ def accumulate(
 ) -> Counter[str]:
     """Roll out every prompt and give the fitter both models' states; returns what was counted.
 
-    Every rank takes every so-manieth batch, and has in the end what all of them have seen.
+    Batches go to the ranks round-robin. In the end every rank has the moments of all batches.
     """
     counts: Counter[str] = Counter()
     total = len(prompts) * args.num_generations

@@ -1,4 +1,4 @@
-"""What is kept apart of the rows a bridge is fitted on, and what it shows: errors, ρ², cosines, rank."""
+"""Rows that are held out from the fit of a bridge, and what they measure: errors, ρ², cosines, rank."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ SAMPLE = 1024  # held-out rows kept for cosines, which moments do not give
 
 @dataclass(frozen=True)
 class LayerReport:
-    """What was fitted for one pair of layers, and how it does on held-out rows with P_S fitted on the others.
+    """What was fitted for one pair of layers, and its held-out measures with P_S fitted on the other rows.
 
     `variance` (λ_i) and `share` (ρ_i²) are per direction, `error` is Eq. 30 at ranks 0, 1, …, `mse` and
     `cosine` stand at ranks 1, 2, …, beside those of a random P_S (`…_before`), and `cosine_at_rank` is that

@@ -152,7 +152,7 @@ def alignment(rows: PairRows, settings: FitSettings) -> float:
 
 
 def _directions(rows: PairRows, method: Method) -> Float[Tensor, "R T"]:
-    """PCA sees the teacher alone, so all its rows; what looks at the student must not see held-out ones."""
+    """PCA uses the teacher alone, so all its rows; methods that use the student leave held-out rows out."""
     if method == "pca":
         return principal_directions(rows.both)
     supervised = rows.training if rows.can_measure else rows.both

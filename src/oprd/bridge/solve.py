@@ -85,7 +85,7 @@ class Predictor:
     offset: Float[Tensor, " R"]
 
     def first(self, rank: int) -> "Predictor":
-        """That of the first directions."""
+        """The predictor of the first directions."""
         return Predictor(self.matrix[:rank], self.offset[:rank])
 
 

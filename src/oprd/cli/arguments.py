@@ -1,4 +1,4 @@
-"""The words of the `oprd` command line: commands, their flags, and where a recipe stands among them."""
+"""Parses the `oprd` command line: commands, their flags, and the recipe."""
 
 import argparse
 import importlib.metadata
@@ -48,7 +48,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="oprd",
         description="On-policy representation distillation of language models (arXiv 2606.06021).",
-        epilog="oprd COMMAND --help tells a command's flags and the keys of its recipe.",
+        epilog="oprd COMMAND --help shows a command's flags and the keys of its recipe.",
     )
     parser.add_argument("--version", action="version", version=_versions())
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
@@ -79,7 +79,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     doctor = _add_recipe_command(commands, "doctor", "will this recipe run here, and what will it hold?")
     doctor.add_argument(
-        "--ranks", type=_positive, metavar="N", help="plan for so many processes; default: WORLD_SIZE, or 1"
+        "--ranks", type=_positive, metavar="N", help="plan for N processes; default: WORLD_SIZE, or 1"
     )
     doctor.add_argument(
         "--gpu", metavar="SIZE", help="plan for GPUs of so much memory, such as 80GB, which need not be here"
@@ -125,7 +125,7 @@ def _add_evaluation(commands: Any) -> None:
     flag("--data", required=True, help="tiny, a parquet/jsonl/json file, or a Hub name")
     flag("--output", type=_folder, required=True, help="the folder of answers and summary")
     flag("--split", default="test", help="of a Hub dataset")
-    flag("--limit", type=_positive, help="evaluate the first so many problems only")
+    flag("--limit", type=_positive, help="evaluate the first n problems only")
     flag("--samples", type=int, default=16, help="responses per problem: the k of Avg@k")
     flag("--temperature", type=float, default=0.7, help="of sampling; 0 is greedy")
     flag("--top_p", type=float, default=0.95, help="nucleus of sampling")

@@ -67,7 +67,7 @@ def run(argv: Sequence[str]) -> int:
 
 
 def _left(args: argparse.Namespace) -> str:
-    """What a stopped command leaves where no run was under way, and what the same command does."""
+    """What a command that was stopped outside a run leaves behind, and what the same command does next."""
     if args.command == "eval":
         from oprd.evaluation.evaluate import num_kept
 
@@ -218,7 +218,7 @@ COMMANDS = {
 
 
 def _read_recipe(args: argparse.Namespace, rest: list[str], parse: Callable[..., Any]) -> Any:
-    """What `parse` makes of the recipe and flags; a key of another command's recipe is told to be one."""
+    """What `parse` makes of the recipe and flags; a key of another command's recipe is named as such."""
     from oprd.foundation.recipe import UnknownKey
 
     recipe, flags = recipe_and_flags(args, rest)
@@ -259,7 +259,7 @@ def _is_first() -> bool:
 
 
 def _complain(error: UserError) -> None:
-    """Print a mistake as one line; one rank of several tells it, whichever made it."""
+    """Print a mistake as one line; one rank prints it, whichever rank made it."""
     if os.environ.get("LOCAL_RANK", "0") != "0":
         time.sleep(PATIENCE_SECONDS)  # if the first one makes the same mistake, the launcher ends this one
     where = "" if _is_first() else f"[rank {os.environ['RANK']}] "
@@ -268,13 +268,13 @@ def _complain(error: UserError) -> None:
 
 
 def _close_bars() -> None:
-    """End the progress bars that an error left open, so that nothing is drawn after what it says."""
+    """Close the progress bars that an error left open, so that none is drawn below its message."""
     for bar in list(getattr(tqdm, "_instances", ())):
         bar.close()
 
 
 def _quiet() -> None:
-    """Leave the screen to progress bars and to what the user has to know."""
+    """Show progress bars and warnings alone: other libraries' messages are off."""
     from transformers.utils import logging as transformers_logging
 
     logging.basicConfig(format="%(message)s", level=logging.WARNING, handlers=[_AboveBars()])

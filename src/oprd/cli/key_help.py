@@ -139,7 +139,7 @@ def add_key_help(
     if left:
         parser.epilog = (
             f"{parser.prog} --help all shows {len(left)} more keys, of TRL and transformers. docs/recipes.md "
-            "tells more of ours."
+            "explains ours."
         )
 
 
@@ -153,14 +153,14 @@ def _is_ours(kind: type) -> bool:
 
 
 def _taken(left: dict[str, Field], patterns: Iterable[str]) -> Iterator[Field]:
-    """The keys that match, in the order of the patterns, which no other group will show again."""
+    """The keys that match, in the order of the patterns; removed, so that no other group shows them."""
     for pattern in patterns:
         for name in [name for name in left if fnmatch(name, pattern)]:
             yield left.pop(name)
 
 
 def _sentence(field: Field, is_ours: bool) -> str:
-    """A key's help, of a library the first sentence, and its default: ours are required if it is empty."""
+    """A key's help (of a library's key the first sentence) and its default; our empty ones are required."""
     text = " ".join(str(field.metadata["help"]).replace("%%", "%").split())
     if not is_ours:
         text = SENTENCE_END.split(text)[0]

@@ -1,7 +1,7 @@
 r"""Is a response right? The answer it states is read and compared with the reference.
 
 `answers.extract` finds it, `.tokens` and `.numerals` bring it into one spelling, `.structure` says what kind
-of thing it is, `.expressions` compares values, and `.equality` has the rules, which docs/recipes.md states.
+of thing it is, `.expressions` compares values, and `.equality` has the rules (docs/evaluation.md).
 """
 
 import threading

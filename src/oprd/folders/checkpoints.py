@@ -34,7 +34,7 @@ def checkpoints(folder: Path) -> list[Path]:
 
 
 def last_whole_checkpoint(folder: Path) -> Path | None:
-    """The newest checkpoint that was written to its end and is as it was written; logs those passed over."""
+    """The newest checkpoint that is whole and unchanged; logs the ones that are skipped."""
     passed_over = checkpoints(folder)
     for checkpoint in passed_over:
         fault = damage(checkpoint) or _other_step(checkpoint)
@@ -49,7 +49,7 @@ def last_whole_checkpoint(folder: Path) -> Path | None:
 
 
 def _other_step(checkpoint: Path) -> str | None:
-    """What is wrong with the file that tells a resumed run its step; older seals have no checksum of it."""
+    """What is wrong with the file that holds a checkpoint's step; older seals have no checksum of it."""
     step = steps_done(checkpoint)
     if step is None or not _is_state(checkpoint / STATE_FILE):
         return f"{STATE_FILE} cannot be read"
@@ -73,7 +73,7 @@ def _is_model_only(checkpoint: Path) -> bool:
 
 @contextmanager
 def written_whole(folder: Path, *, is_writer: bool, wait: Callable[[], None]) -> Iterator[None]:
-    """Around the code by which all ranks write `folder`: what lay there goes first, the seal comes last.
+    """Wraps the code by which all ranks write `folder`: old files go first, the seal is written last.
 
     `is_writer`: whether this rank seals it; `wait` returns when every rank has called it. A fault of the disk
     becomes a `Fault` that names the folder, of which nothing is left; other errors pass, and what they

@@ -104,12 +104,12 @@ def steps_done(folder: Path) -> int | None:
 
 
 def _changes(folder: Path) -> list[tuple[str, str]]:
-    """What differs from the finished model, but for its card, which everybody edits."""
+    """What differs from the finished model, except its card, which anyone may edit."""
     return [fault for fault in faults(folder) if Path(fault[0]).name != CARD_FILE]
 
 
 def check_final(folder: Path, checkpoint: Path | None) -> None:
-    """Raise `UserError` if a run from `checkpoint`, or from the start, would write over what may be wanted.
+    """Raise `UserError` if a run from `checkpoint`, or from the start, would overwrite a model.
 
     That is a finished model that somebody has changed, or one that would be trained anew, because the
     checkpoint of its last step is gone. What is only missing from it is written again.
@@ -138,7 +138,7 @@ def check_final(folder: Path, checkpoint: Path | None) -> None:
 
 
 def _check_unsealed(folder: Path, checkpoint: Path | None) -> None:
-    """Raise `UserError` for weights that no seal tells of, unless a run has begun to move them there."""
+    """Raise `UserError` for weights that no seal lists, unless a run has begun to move them there."""
     if checkpoint is not None or (folder / PARTIAL).exists():
         return
     for path in (path for pattern in WEIGHTS for path in sorted(folder.glob(pattern))):

@@ -1,4 +1,4 @@
-"""What a run is made from, told by content: weights, tokenizers, prompts and bridges.
+"""What a run is made from, identified by content: weights, tokenizers, prompts and bridges.
 
 A name says nothing of what lies there now. Files up to 64 MiB are read whole, larger ones at 4,096 places, so
 a fingerprint costs seconds and finds other weights, but not one changed number in billions.
@@ -32,7 +32,7 @@ Fingerprints = dict[str, str]
 
 
 def model_fingerprints(name: str, **hub_kwargs: Any) -> Fingerprints:
-    """Of a model by name: the `commit` on the Hub, or the `weights` and the `tokenizer` of a folder.
+    """Fingerprints of a named model: the `commit` on the Hub, or a folder's `weights` and `tokenizer`.
 
     Those of adapters include the model that they belong to. Raises `UserError` where there is no model.
     """
@@ -51,12 +51,12 @@ def model_fingerprints(name: str, **hub_kwargs: Any) -> Fingerprints:
 
 
 def file_fingerprint(path: Path) -> str:
-    """Of one file."""
+    """The fingerprint of one file."""
     return _file_digest(path).hex()[:16]
 
 
 def rows_fingerprint(rows: Dataset) -> str:
-    """Of all rows of a dataset, in their order."""
+    """The fingerprint of all rows of a dataset, in their order."""
     digest = hashlib.sha256()
     for batch in rows.iter(ROWS_AT_A_TIME):
         digest.update(json.dumps(batch, sort_keys=True, default=str).encode())
@@ -92,6 +92,6 @@ def _config_digest(path: Path) -> bytes:
     try:
         config = json.loads(path.read_bytes())
         kept = {key: value for key, value in config.items() if key not in UNDECISIVE}
-    except (ValueError, AttributeError):  # loading the model tells what is wrong with it
+    except (ValueError, AttributeError):  # loading the model will say what is wrong with it
         return _file_digest(path)
     return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).digest()

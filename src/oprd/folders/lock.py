@@ -41,7 +41,7 @@ _held: dict[Path, str] = {}  # the folders that this process holds, and the toke
 
 @dataclass(frozen=True)
 class Holder:
-    """A process as its lock describes it; `start` is empty where the system does not tell it."""
+    """A process as its lock describes it; `start` is empty where the system does not report it."""
 
     token: str
     command: str
@@ -144,7 +144,7 @@ def _acquire(lock: Path, me: Holder) -> None:
 
 
 def _holder(lock: Path) -> tuple[Holder | None, Path, Path]:
-    """Who holds a lock, the file that says so, and the file that the next holder has to create.
+    """Who holds a lock, the file that records it, and the file that the next holder has to create.
 
     That is the lock's creator, or who took it over from that one and has not renamed its file yet, and so on.
     """
@@ -181,7 +181,7 @@ def _read(file: Path) -> Holder | None:
 
 
 def _is_alive(holder: Holder, file: Path) -> bool:
-    """Whether a holder works on in this folder; waits for a sign of it where its process cannot be seen."""
+    """Whether a holder still works here; where its process cannot be seen, waits for a touch of its lock."""
     original = Path(holder.folder) / LOCK_FILE
     with suppress(OSError):
         if not original.samefile(file) and _read(original) == holder:
@@ -236,7 +236,7 @@ def _host() -> str:
 
 
 def _start_of(pid: int) -> str | None:
-    """When a running process was started, empty where the system does not tell it; None if there is none."""
+    """When a running process was started, empty where the system does not say; None if there is none."""
     try:
         os.kill(pid, 0)
         state, *fields = (

@@ -88,7 +88,7 @@ def check_folder(
 
     Compared are the keys that decide what a run computes, and the fingerprints of what they name (`inputs`);
     without fingerprints of it, a name stands for its content. A key that an older version did not record had
-    its default. What cannot be compared is told. A folder in which nothing was trained may become any run.
+    its default. What cannot be compared is logged. A folder in which nothing was trained may become any run.
 
     Raises `UserError` naming the first key that differs.
     """
@@ -151,7 +151,7 @@ def _check_batch(folder: Path, was: dict[str, Any], now: dict[str, Any]) -> None
 
 
 def _defaults_of_older(stored: Record, settings: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
-    """What keys were that the version of then did not have: their defaults; nothing if it is this version."""
+    """Values of keys that an older version did not have: their defaults; none if it is this version."""
     if all(stored.versions.get(name) == version for name, version in _versions().items()):
         return {}
     return {key: defaults.get(key) for key in settings.keys() - stored.settings.keys()}

@@ -25,7 +25,7 @@ from oprd.models.sharding.state import (
 
 @contextmanager
 def loading(checkpoint: str, *names: str) -> Iterator[None]:
-    """Within it what cannot be loaded from these files, whole as they are, is a `UserError` naming them."""
+    """Inside it, a failure to load these files, which are whole, is a `UserError` that names them."""
     try:
         yield
     except Exception as error:
@@ -84,7 +84,7 @@ class ResumableTrainer(Trainer):
                 load_weights(self.model, Path(resume_from_checkpoint))
 
     def _load_best_model(self) -> None:
-        """As a checkpoint is; under FSDP the base class would look for files of a format of its own."""
+        """Loads it like a checkpoint; under FSDP the base class would look for files of another format."""
         if self.sharding is None and (isinstance(self.model, PeftModel) or self.is_deepspeed_enabled):
             return super()._load_best_model()
         load_weights(self.model, Path(self.state.best_model_checkpoint))

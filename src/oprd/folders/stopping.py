@@ -1,4 +1,4 @@
-"""A run that is told to stop ends after its step, with a checkpoint; told again, it leaves at once."""
+"""A run that gets a signal ends after its step, with a checkpoint; at a second signal it exits at once."""
 
 import os
 import signal
@@ -22,7 +22,7 @@ ECHO_SECONDS = 5
 
 
 class Stopping(TrainerCallback):
-    """Ends training after the step in which any rank was told to; handles the signals of its process.
+    """Ends training after the step in which any rank got a signal; handles the signals of its process.
 
     `reduce` sums a tensor over ranks, so that all of them stop after the same step. `agreed` is then the
     number of the signal.
@@ -36,7 +36,7 @@ class Stopping(TrainerCallback):
         self._since = 0.0
 
     def handle(self, number: int) -> None:
-        """Take note of a first signal; raise `Stopped` for a second one, and where no step is under way."""
+        """Remember a first signal; raise `Stopped` for a second one, and outside a step."""
         if self._step is None:
             raise Stopped(number)
         if self._number is None:

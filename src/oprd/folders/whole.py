@@ -102,7 +102,7 @@ def _checksum(path: Path) -> str:
 
 
 def check_place(folder: Path) -> None:
-    """Raise `UserError` for what is no name of a folder: too long, in a loop of links, or a file's."""
+    """Raise `UserError` for what cannot be a folder: too long a name, a loop of links, or a file."""
     try:
         str(folder).encode()
         if folder.resolve().exists() and not folder.is_dir():

@@ -1,4 +1,4 @@
-"""The exceptions for what the user can mend and what befalls a run, and what others tell of the machine."""
+"""The exceptions for what the user can mend and what happens to a run, and which others are the machine's."""
 
 import errno
 import os
@@ -29,7 +29,7 @@ class Fault(RuntimeError):
 
 @contextmanager
 def refusals_told() -> Iterator[None]:
-    """Within it what a library refuses, or finds not installed, is the user's to mend: a `UserError`."""
+    """Inside it, what a library refuses or finds missing is a `UserError`: the user can mend it."""
     try:
         yield
     except UserError:
@@ -40,7 +40,7 @@ def refusals_told() -> Iterator[None]:
 
 @contextmanager
 def whatever_fails_is(sentence: Callable[[Exception], str]) -> Iterator[None]:
-    """Within it every exception is a `UserError` with the words of `sentence`: for files and code of others.
+    """Inside it, every exception becomes a `UserError` with the words of `sentence`.
 
     A `UserError` stays as it is, and so does what is the machine's (`is_fault`).
     """
@@ -108,7 +108,7 @@ def writing(path: Path) -> Iterator[None]:
 
 
 def is_out_of_memory(error: BaseException | None) -> bool:
-    """Whether an error, or the one it came of, is that memory ran out: every library says so its own way."""
+    """Whether an error, or its cause, is out of memory: every library words it differently."""
     if error is None:
         return False
     told = isinstance(error, MemoryError) or any(words in str(error) for words in OUT_OF_MEMORY)
@@ -117,7 +117,7 @@ def is_out_of_memory(error: BaseException | None) -> bool:
 
 @contextmanager
 def memory_may_run_out() -> Iterator[None]:
-    """Within it running out of memory ends the block, and nothing more."""
+    """Inside it, out of memory ends the block and nothing else."""
     try:
         yield
     except Exception as error:

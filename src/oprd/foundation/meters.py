@@ -109,7 +109,7 @@ class MemoryMeter:
 
     @contextmanager
     def rollout(self) -> Iterator[None]:
-        """Measure the block as the rollouts of the step that `read` will tell of."""
+        """Measure the block as the rollouts of the step that `read` will report."""
         self.start()
         yield
         if self._baseline is not None:

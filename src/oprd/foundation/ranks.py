@@ -56,7 +56,7 @@ def joined_ranks() -> Iterator[Ranks]:
 
 
 def leave_ranks() -> None:
-    """Take the process group down with its threads, which could abort a Python that is on its way out.
+    """Destroy the process group with its threads, which could abort the interpreter at exit.
 
     They live as long as anything holds the group, and trainers hold it in reference cycles.
     """

@@ -50,7 +50,7 @@ class UnknownKey(UserError):
 
 @contextmanager
 def _depth_told() -> Iterator[None]:
-    """Within it what is nested deeper than Python reads is the user's to mend."""
+    """Inside it, YAML that is nested too deeply for Python is a `UserError`."""
     try:
         yield
     except RecursionError as error:
@@ -130,7 +130,7 @@ def _instead_of(path: Path) -> str:
 
 
 def _within(folder: Path) -> str:
-    """What to name in place of a folder."""
+    """What to name instead of a folder."""
     if (folder / "config.json").exists():
         return f" that holds a model: name that by --model_name_or_path {folder}"
     recipes = sorted(file.name for file in folder.glob("*") if file.suffix in SUFFIXES)

@@ -11,7 +11,7 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
 class Stopped(KeyboardInterrupt):
-    """A command that was told to stop by a signal; `says` what it leaves and what the same command does.
+    """A command that was stopped by a signal; `says` what it leaves and what the same command does.
 
     `by_all`: every rank stops so, at the same place.
     """

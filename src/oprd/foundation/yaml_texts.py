@@ -31,7 +31,7 @@ class Loader(yaml.SafeLoader):
         if node is None:
             return None
         if not isinstance(node, yaml.MappingNode) or node.tag != f"{_TAG}map":
-            self.construct_document(node)  # what is malformed is told first
+            self.construct_document(node)  # what is malformed is reported first
             return None
         self._refuse_twice(node)
         self.flatten_mapping(node)

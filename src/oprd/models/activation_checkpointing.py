@@ -1,4 +1,4 @@
-"""Blocks that checkpoint themselves, and what they need not compute again in the backward."""
+"""Blocks under gradient checkpointing, and what they need not compute again in the backward."""
 
 import warnings
 from collections import deque
@@ -124,7 +124,7 @@ def _contexts() -> tuple[AbstractContextManager, AbstractContextManager]:
 
 
 class _AroundAttention(TorchFunctionMode):
-    """Calls attention inside a context, and all else as it is: torch's own would see every operation."""
+    """Calls attention inside a context, and nothing else: torch's own mode would see every operation."""
 
     def __init__(self, context: Callable[[], AbstractContextManager]) -> None:
         super().__init__()

@@ -32,7 +32,7 @@ def backbone(model: nn.Module) -> Any:
 
 
 def blocks(model: nn.Module) -> nn.ModuleList:
-    """The blocks of a causal language model, in order; raises `UserError` where they cannot be told."""
+    """The blocks of a causal language model, in order; raises `UserError` where they cannot be found."""
     stack = backbone(model)
     depth = stack.config.get_text_config().num_hidden_layers
     lists = [layers for layers in _module_lists(stack) if len(layers) == depth]
@@ -143,7 +143,7 @@ class _Store:
 
 
 def _replayer(block: Any, stack: Any) -> Any | None:
-    """What will run a block again in the backward, its hooks included: itself, its stack, or nothing.
+    """What runs a block again in the backward, hooks included: the block, its stack, or nothing.
 
     Blocks of transformers 5.19 checkpoint their `__call__`, those of 5.23 their `forward` alone; models of an
     older style have their stack do it.
@@ -155,8 +155,8 @@ def _replayer(block: Any, stack: Any) -> Any | None:
         return None
     if not hasattr(owner, "_gradient_checkpointing_func"):
         raise UserError(
-            f"{type(owner).__name__} checkpoints in a way of its own, which its states cannot be told from: "
-            "switch it on with gradient_checkpointing_enable, or off"
+            f"{type(owner).__name__} checkpoints its blocks in a way of its own, so their states cannot be "
+            "captured: switch it on with gradient_checkpointing_enable, or off"
         )
     return owner
 

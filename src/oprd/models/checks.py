@@ -26,7 +26,7 @@ FLOATS = ("float64", "float32", "float16", "bfloat16")
 def check_weights(name: str, model: PreTrainedModel, found: Mapping[str, Any], folder: Path | None) -> None:
     """Raise `UserError` for weights that the files lack, or hold as something else than real numbers.
 
-    `found` is what `from_pretrained` tells of loading; what it filled in would be drawn at random.
+    `found` is what `from_pretrained` reports of loading; a weight that it filled in would be random.
     """
     where = folder or name
     missing, others = sorted(found["missing_keys"]), sorted(found["unexpected_keys"])
@@ -100,7 +100,7 @@ def num_embeddings(model: Any) -> int:
 
 
 def try_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Let a tokenizer read a word, and its chat template a turn: raises what damaged files make of it.
+    """Let a tokenizer read a word, and its chat template a turn; raises whatever damaged files cause.
 
     Whether the template takes the turns of a dataset is for its rows to tell.
     """

@@ -1,4 +1,4 @@
-"""The files of a model, and which of them cannot be read: what libraries raise seldom says it."""
+"""The files of a model, and which of them cannot be read: libraries' errors seldom name the file."""
 
 import fnmatch
 import json
@@ -39,7 +39,7 @@ NEEDS_CODE = "it needs code that comes with it: read that, and set trust_remote_
 def told_of(
     kind: str, name: str, files: Sequence[str], revision: str | None = None
 ) -> AbstractContextManager[None]:
-    """Within it whatever is raised over a user's files is a `UserError` that names the model and the file.
+    """Inside it, any error over a user's files becomes a `UserError` that names the model and the file.
 
     `files` are the names, or patterns, of those that were read.
     """

@@ -1,4 +1,4 @@
-"""Losses, logits and weights that are not numbers: told with the step, the layer, the parameter."""
+"""Losses, logits and weights that are not finite: the error names the step, the layer, the parameter."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,7 +19,7 @@ COMPUTED_IN = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 class NonFiniteLoss(RuntimeError):
-    """A loss that is not a number: which, and what the rollouts were that it came from."""
+    """A loss that is not finite: which one, and the rollouts that it came from."""
 
     def __init__(self, message: str, rollouts: list[Int[Tensor, " S"]]) -> None:
         super().__init__(message)
@@ -36,7 +36,7 @@ class _Note:
 
 
 class FiniteWatch:
-    """Notes of a step's row losses; asking for them waits for the device, so it is done once a step."""
+    """Records whether a step's row losses are finite; read once a step, since that waits for the device."""
 
     def __init__(self) -> None:
         self._notes: list[_Note] = []

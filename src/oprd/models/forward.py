@@ -185,7 +185,7 @@ def _inputs(
 
 
 def _is_attention_alone(stack: Any) -> bool:
-    """Whether all layers tell sequences apart by their positions: recurrent and convolutional ones do not."""
+    """Whether all layers separate sequences by their positions: recurrent and convolutional ones do not."""
     kinds = getattr(stack.config, "layer_types", None) or ()
     return not getattr(stack, "_is_stateful", False) and all(
         "attention" in k and "linear" not in k for k in kinds
@@ -195,7 +195,7 @@ def _is_attention_alone(stack: Any) -> bool:
 def _mixing(stack: Any, varlen: bool) -> str | None:
     """How a stack mixes rollouts that it reads as one sequence, in words; None if it keeps them apart.
 
-    Its attention has to be told where they begin: by their lengths, or by positions in its mask.
+    Its attention has to know where they begin: by their lengths, or by positions in its mask.
     """
     if not _is_attention_alone(stack):
         return "carries states from one rollout to the next"

@@ -1,4 +1,4 @@
-"""A model's own generation config: how its makers advise to sample, which no rollout here obeys."""
+"""A model's own generation config: its makers' sampling advice, which rollouts here ignore."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager

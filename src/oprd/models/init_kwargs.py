@@ -1,4 +1,4 @@
-"""What a run's keys say of how its models are loaded."""
+"""How a run's models are loaded, from its keys."""
 
 from typing import Any
 
@@ -17,7 +17,7 @@ def student_kwargs(settings: Any) -> dict[str, Any]:
 
 
 def teacher_kwargs(settings: Any) -> dict[str, Any]:
-    """Arguments of the teacher's, but for how it is quantised; `dtype` only if the user names one."""
+    """Arguments of the teacher's, except how it is quantised; `dtype` only if the user names one."""
     given = dict(settings.teacher_model_init_kwargs or {})
     if settings.teacher_model_revision is not None:
         given.setdefault("revision", settings.teacher_model_revision)
@@ -36,5 +36,5 @@ def check_loaded_teacher(settings: Any) -> None:
 
 
 def hub_kwargs(given: dict[str, Any]) -> dict[str, Any]:
-    """Those of them that a config and a tokenizer take too."""
+    """The arguments that a config and a tokenizer take too."""
     return {key: given[key] for key in ("revision", "trust_remote_code") if key in given}

@@ -1,4 +1,4 @@
-"""Do a run's longest prompts and responses fit into the positions of its models? Told before any is drawn."""
+"""Do a run's longest prompts and responses fit into its models' positions? Checked before any rollout."""
 
 import logging
 from collections.abc import Sequence

@@ -56,7 +56,7 @@ class Head:
 
     @contextmanager
     def gathered(self) -> Iterator[None]:
-        """The weights whole on this rank, where they are sharded on their own or offloaded; all ranks ask."""
+        """Inside it the weights are unsharded and at hand on this rank; all ranks have to enter it."""
         linear, sharded = self.linear, {}
         offloaded = getattr(linear, "_hf_hook", None)
         if offloaded is not None:
@@ -138,7 +138,7 @@ class Head:
 
     @torch.no_grad()
     def _check(self, model: Any) -> None:
-        """Architectures scale their logits in ways no list of ours can keep up with: compare once."""
+        """Compare our logits with the model's once: architectures scale theirs in many ways."""
         if not weights_are_here(model):
             return
         ids = torch.arange(4, device=model.device)[None] % self.vocabulary
@@ -235,7 +235,7 @@ class _WeightedLoss(torch.autograd.Function):
 def _accumulate(
     gradients: Sequence[Tensor | None], chunk: slice, slope: Tensor, states: Tensor, weight: Tensor
 ) -> None:
-    """Add what a chunk's gradient with respect to W h says of rows, W and bias."""
+    """Add a chunk's gradient with respect to W h to the gradients of rows, W and bias."""
     rows, of_weight, of_bias = gradients
     vocabulary = len(weight)
     half = slope.to(weight.dtype)

@@ -1,6 +1,6 @@
 """Does a batch change what a model makes of a rollout? Attention masks padding; some recurrent layers do not.
 
-Whether a model is one of these is tried on a few tokens, since nothing that it declares says so.
+Whether a model is one of these is tried on a few tokens, since no field of its config shows it.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -78,7 +78,7 @@ def _batch_kind(model: Any) -> str:
 
 
 def _once(question: str, model: Any, find: Callable[[], Any], untried: Any) -> Any:
-    """What was found of this architecture before, or is found now."""
+    """The cached answer for this architecture, or a new one."""
     stack = backbone(model)
     if stack not in _architectures:
         _architectures[stack] = f"{type(stack).__name__} {stack.config}"
@@ -134,7 +134,7 @@ def _logits_shift(model: Any, first: int, second: int) -> float:
 def _pair(
     model: Any, first: int, second: int, device: torch.device
 ) -> tuple[Int[Tensor, "2 S"], Int[Tensor, "2 S"]]:
-    """Two sequences of so many tokens, padded on the left with other tokens, and their mask."""
+    """Two sequences of `first` and `second` tokens, padded on the left with other tokens, and their mask."""
     longest = max(first, second)
     ids = torch.arange(2 * longest, device=device).reshape(2, -1) % model.config.get_text_config().vocab_size
     lengths = torch.tensor([[first], [second]], device=device)

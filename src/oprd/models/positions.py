@@ -26,7 +26,7 @@ def _ropes(config: Any) -> list[Mapping[str, Any]]:
 
 
 def _reach(rope: Mapping[str, Any], declared: int) -> int:
-    """Positions of a rotary embedding in a model that declares so many."""
+    """Positions of a rotary embedding in a model that declares `declared` of them."""
     if rope.get("rope_type") not in STRETCHED:
         return declared
     unstretched = rope.get("original_max_position_embeddings") or declared

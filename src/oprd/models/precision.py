@@ -28,7 +28,7 @@ class Precision:
 
     @classmethod
     def of(cls, student: PreTrainedModel, settings: Any, distributed: DistributedType) -> "Precision":
-        """That of `student` in a run with the keys of `settings`, before it is sharded."""
+        """The precision of `student` in a run with the keys of `settings`, before it is sharded."""
         half = torch.bfloat16 if settings.bf16 else torch.float16 if settings.fp16 else None
         weights = student.get_input_embeddings().weight.dtype
         # DeepSpeed and FSDP2 cast the weights themselves.

@@ -134,7 +134,7 @@ class Teacher:
             try_states("teacher", self.model, layers, final_norm)
 
     def _device_for(self, students: torch.device) -> torch.device:
-        """Where it reads what a student on that device wrote."""
+        """The device on which the teacher reads what a student on that device wrote."""
         device = self._device or self.model.get_input_embeddings().weight.device
         # Of an offloaded one accelerate's hooks bring weights and inputs together.
         return students if device.type == "meta" else device

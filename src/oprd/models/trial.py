@@ -1,4 +1,4 @@
-"""A few tokens through a model before the first rollout, so that what cannot be read is told then."""
+"""A few tokens through a model before the first rollout, to find one whose states cannot be read."""
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
@@ -17,7 +17,7 @@ SAME = 0.05  # of the largest state: rounding is far below, another text far abo
 
 
 def told_of_architecture(role: str, model: nn.Module) -> AbstractContextManager[None]:
-    """Within it whatever a model of an unforeseen architecture raises is a `UserError` that names it."""
+    """Inside it, any error of a model of an unknown architecture is a `UserError` that names the model."""
     return whatever_fails_is(
         lambda error: f"{_named(role, model)} is not built as oprd reads models: {reason(error)}"
     )

@@ -153,7 +153,7 @@ def _name(function: Any) -> str:
 
 
 def _digest(function: Any) -> str | None:
-    """Of the source, and of what partials fix; None where no source is to be had."""
+    """A digest of the source and of what partials fix; None where there is no source."""
     plain = _plain(function)
     try:
         source = inspect.getsource(plain if hasattr(plain, "__qualname__") else type(plain))

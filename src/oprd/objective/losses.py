@@ -35,7 +35,7 @@ def cosine(student: Float[Tensor, "N D"], teacher: Float[Tensor, "N D"]) -> Floa
 
 
 def relative_mse(student: Float[Tensor, "N D"], teacher: Float[Tensor, "N D"]) -> Float[Tensor, " N"]:
-    """‖s − t‖² / ‖t‖²: scale-free, so late layers and outlier rows do not own the sum."""
+    """‖s − t‖² / ‖t‖²: scale-free, so late layers and outlier rows do not dominate the sum."""
     student, teacher = checked_rows(student, teacher)
     return (student - teacher).square().sum(-1) / _norm(teacher).squeeze(-1).square()
 

@@ -29,7 +29,7 @@ class LayerMap:
     """Pairs of (student layer, teacher layer), 1-based, in ascending order of the student layer.
 
     Layer l is the output of block l; l = L is taken after the final norm (Hugging Face's
-    `hidden_states[L]`) unless the capture is told otherwise. `explicit` are the student layers whose
+    `hidden_states[L]`) unless `final_norm` is false. `explicit` are the student layers whose
     teacher layer was written out rather than mapped by Eq. 11.
     """
 

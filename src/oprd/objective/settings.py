@@ -45,7 +45,7 @@ class ObjectiveSettings:
     bridge: str | None = key(
         None, "A fitted bridge (file, or folder of oprd bridge) to compare states through."
     )
-    bridge_rank: int | None = key(None, "Use the first so many directions of the bridge.")
+    bridge_rank: int | None = key(None, "Use this many of the bridge's directions, from the first on.")
     representation_loss: str | None = key(
         None,
         " | ".join(REPRESENTATION_LOSSES)
@@ -68,7 +68,7 @@ class ObjectiveSettings:
     num_generations: int = key(2, "Rollouts per prompt; batch sizes count rollouts.")
     mask_truncated_completions: bool = key(False, "Leave rollouts cut at the length limit out of the loss.")
     max_tokens_per_micro_batch: int | None = key(
-        None, "Pack rollouts of like length into micro-batches of at most so many padded tokens."
+        None, "Pack rollouts of similar length into micro-batches of at most this many padded tokens."
     )
     padding_free: bool | None = key(
         None,
@@ -105,7 +105,7 @@ class ObjectiveSettings:
     diagnostics_steps: int = key(0, "Every n steps, measure what the loss does not show; 0 = never.")
 
     def check(self) -> None:
-        """Normalise specs to strings, fill in defaults and refuse what no run could mean."""
+        """Normalise specs to strings, fill in defaults, and refuse contradictions."""
         if self.representation_loss is None:
             self.representation_loss = "normalized_mse" if self.bridge else "mse"
         for name in STRINGS:

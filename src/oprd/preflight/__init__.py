@@ -1,4 +1,4 @@
-"""What is found out before a run: `oprd doctor`, `--dry_run`, and the plan of memory.
+"""Checks before a run: `oprd doctor`, `--dry_run`, and the memory plan.
 
 Imports every room but `cli`.
 """

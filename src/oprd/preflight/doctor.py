@@ -1,4 +1,4 @@
-"""`oprd doctor RECIPE`: what is found out about a run before it starts, from its recipe and this machine."""
+"""`oprd doctor RECIPE`: checks a recipe on this machine, and plans the memory, before a run starts."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -115,7 +115,7 @@ def examine(
 def longest_rollout(run: RunArguments, config: OPRDConfig, ranks: int = 1) -> tuple[Longest, int]:
     """The longest rollout of a recipe, and how many prompts it can use.
 
-    Raises `UserError` for data, batches or lengths that a run on so many ranks would refuse.
+    Raises `UserError` for data, batches or lengths that a run on this number of ranks would refuse.
     """
     (readers, models), drops = prompt_readers(run, config), config.drop_unrenderable_prompts
     streamed = rows_streamed(run, config, ranks)

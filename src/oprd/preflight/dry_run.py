@@ -1,4 +1,4 @@
-"""`oprd train RECIPE --dry_run`: updates of the longest rollouts, to see whether they fit, and no run."""
+"""`oprd train RECIPE --dry_run`: two updates of the longest rollouts, to see whether they fit in memory."""
 
 import copy
 import gc
@@ -27,7 +27,7 @@ from oprd.training.trainer import OPRDTrainer
 
 PEAKS = "memory/peak_mb", "memory/rollout_peak_mb"
 UNPLANNED = "first turn gradient_checkpointing: true, then halve the micro-batch"
-HOPELESS = 2  # a plan of so many times what is free is not tried
+HOPELESS = 2  # a plan of more than this times the free memory is not tried
 STEPS = 2  # the first makes the optimiser's state, which the second has to fit beside
 
 
@@ -49,7 +49,7 @@ class DryRunTrainer(OPRDTrainer):
 
 
 def try_longest(run: RunArguments, config: OPRDConfig) -> str:
-    """Carry out the longest update of a recipe; what it took beside what was planned, in a sentence.
+    """Run the longest update of a recipe; returns one sentence with the measured and the planned memory.
 
     Raises `UserError` for what the user can mend and, if memory runs out, `Fault` with what to turn.
     """
@@ -133,7 +133,7 @@ def dry_run(student: str, config: OPRDConfig, longest: Longest, step: int, **kwa
 
 
 def _short(config: OPRDConfig, longest: Longest, step: int, folder: str) -> OPRDConfig:
-    """The recipe for two steps that keep nothing."""
+    """The recipe, for two steps that save nothing."""
     args = copy.copy(config)
     for term, schedule in config.schedules.items():
         setattr(args, f"{term}_weight", str(schedule(step)))
@@ -162,7 +162,7 @@ def _room(machine: Machine) -> int | None:
 
 @contextmanager
 def _limited(room: int | None) -> Iterator[None]:
-    """Refuse memory beyond `room`, which is not there: else the system ends the process, without a word."""
+    """Refuse memory beyond `room`: otherwise the system would kill the process without a message."""
     if room is None:
         yield
         return

@@ -63,11 +63,11 @@ class Rollout:
 
 
 class Engine(Protocol):
-    """Draws responses outside training. `name` tells engines apart whose samples differ."""
+    """Draws responses outside training. Engines whose samples differ have different `name`s."""
 
     @property
     def name(self) -> str:
-        """What stands in the settings of a folder."""
+        """What the settings of a folder record."""
 
     def generate(self, prompt_ids: Sequence[list[int]], sampling: Sampling, seed: int) -> list[Rollout]:
         """One response per prompt; `sampling` and `seed` decide it as far as the engine allows."""

@@ -209,7 +209,7 @@ def _digest(prompt: Prompt) -> bytes:
 
 
 def _not_too_long(lengths: Int[np.ndarray, " rows"], most: int | None) -> np.ndarray:
-    """Which prompts keep to the limit; tells how many do not, and raises `UserError` if none does."""
+    """Which prompts are within the limit; logs how many are not, and raises `UserError` if none is."""
     keeps = np.ones(len(lengths), dtype=bool) if most is None else lengths <= most
     dropped = (~keeps).sum()
     if dropped and not keeps.any():

@@ -1,6 +1,6 @@
-"""Rollouts of like length in one micro-batch, under a budget of tokens: little padding, no other result.
+"""Rollouts of similar length in one micro-batch, under a budget of tokens: less padding, the same result.
 
-Every row's weight is fixed before (`batch.weigh_rows`), so how rollouts are grouped does not change the loss.
+Every row's weight is fixed before (`rows.weigh_rows`), so how rollouts are grouped does not change the loss.
 """
 
 from collections.abc import Callable, Sequence
@@ -43,7 +43,7 @@ def micro_batches(prompts: Sequence[int], responses: Sequence[int], budget: int)
 def repack(
     window: Sequence[Inputs], budget: int, most: Callable[[int], int] = lambda count: count
 ) -> list[list[Inputs]]:
-    """The micro-batches of an accumulation window as many lists of others, which hold the same rollouts.
+    """The micro-batches of an accumulation window as many lists of new ones, which hold the same rollouts.
 
     `most` is the largest of the counts of all ranks, which run equally many, if need be on rows of weight
     zero. The last list is never empty: its backward is the one that ranks wait for.

@@ -67,7 +67,7 @@ class RolloutBatch:
         return SupervisedRows(mask, weights[mask].to(self.tokens.device, non_blocking=True))
 
     def on_teacher(self, mask: Bool[Tensor, "B T"]) -> Bool[Tensor, "B T2"]:
-        """The teacher's rows that have read what the student's rows of `mask` have; as many, in one order."""
+        """The teacher's rows that are paired with the student's rows of `mask`, in the same order."""
         if self.teacher_rows is None:
             return mask
         placed = torch.zeros(len(mask), self.teacher.num_rows, dtype=torch.bool, device=mask.device)

@@ -1,4 +1,4 @@
-"""Two tokens sampled from the student before the first rollout: what cannot be sampled is told then."""
+"""Two tokens sampled from the student before the first rollout, to find a model that cannot be sampled."""
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 

@@ -111,7 +111,7 @@ class Spelling:
 
 @_per_tokenizer
 def spelling(tokenizer: Tokenizer, role: str) -> Spelling:
-    """What the ids of a tokenizer spell; raises `UserError` if its tokens do not tell."""
+    """What the ids of a tokenizer spell; raises `UserError` if its tokens do not show it."""
     added, backend = tokenizer.added_tokens_decoder, _description(tokenizer)
     tokens = _tokens(tokenizer, is_fast=backend is not None)
     own = (token for i, token in tokens.items() if i not in added)
@@ -123,7 +123,7 @@ def spelling(tokenizer: Tokenizer, role: str) -> Spelling:
             "aligned: use models with byte-level or SentencePiece BPE tokenizers, or with one vocabulary"
         )
     text = {i: decoder.spell(token) for i, token in tokens.items()}
-    # A special token of one byte is a part of characters, and text for all that a trainer was told.
+    # A special token of one byte is a part of characters, and counts as text.
     special = {i for i, token in added.items() if token.special and len(text[i]) > 1}
     controls = {i: added[i].content.encode() for i in special}
     text = {i: piece for i, piece in text.items() if i not in controls}

@@ -1,7 +1,7 @@
-"""Hold what a bridge does not determine where it was: the student's own states before training.
+"""Keep what a bridge does not determine close to the student's own states before training.
 
 A bridge of rank r says where r directions of a paired row belong, and nothing about the other directions or
-about rows without a partner. Left alone these drift, and the LM head, which reads them, loses its footing.
+about rows without a partner. Left alone these drift, and the LM head gets states that it was not made for.
 """
 
 import copy

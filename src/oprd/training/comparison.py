@@ -34,7 +34,7 @@ class Comparison:
         teacher: Teacher,
         device: torch.device,
     ) -> "Comparison":
-        """Directly, or through `settings.bridge`; raises `UserError` where models and bridge do not fit."""
+        """Direct, or through `settings.bridge`; raises `UserError` where models and bridge do not fit."""
         depth = num_layers(student)
         if settings.bridge is None:
             if settings.representation_schedule.ever_active:
@@ -47,7 +47,7 @@ class Comparison:
         return cls(layer_map, bridge.to(device))
 
     def widths(self, student: PreTrainedModel) -> set[int]:
-        """Of the rows that are compared."""
+        """The widths of the rows that are compared."""
         if self.bridge is None:
             return {backbone(student).config.get_text_config().hidden_size}
         return {self.bridge.ranks[layer] for layer in self.layer_map.student_layers}

@@ -62,10 +62,10 @@ class OPRDConfig(ObjectiveSettings, DistillationConfig):
     # Ours ends the run; transformers' would wait for the device at every micro-batch.
     logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Hide losses that are not finite."})
     save_steps: float = field(
-        default=50, metadata={"help": "Write a checkpoint every n steps, or so large a share of the run."}
+        default=50, metadata={"help": "Write a checkpoint every n steps, or every such share of the run."}
     )
     save_total_limit: int | None = field(
-        default=2, metadata={"help": "Keep the newest so many checkpoints; 0 keeps all."}
+        default=2, metadata={"help": "Keep the newest n checkpoints; 0 keeps all."}
     )
 
     def __post_init__(self) -> None:

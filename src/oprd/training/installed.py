@@ -1,4 +1,4 @@
-"""What a run asks for beside its models, tried before they are loaded: a package, a tracker, the Hub."""
+"""What a run needs besides its models, checked before they are loaded: packages, trackers, the Hub."""
 
 from typing import Any
 

@@ -1,7 +1,7 @@
 """What the student's forward computes at a layer: the representation loss (Eq. 6 or 14) and the anchor's.
 
 Each is an object that `capture` calls with a layer and the student's rows there. It returns the loss of that
-layer, so that no states are kept, and lets go of the rows that it compared them with.
+layer, so no states are kept, and drops the rows that it compared them with.
 """
 
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""Are student and teacher of one origin? Told at the first step, from the states that it compares."""
+"""Are student and teacher of one origin? The first step warns if their states look unrelated."""
 
 import logging
 from collections.abc import Mapping

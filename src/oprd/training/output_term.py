@@ -115,7 +115,7 @@ class OutputTerm:
     def _engine_log_probs(
         self, batch: RolloutBatch, mask: Bool[Tensor, "B T"]
     ) -> tuple[Float[Tensor, " N"], ...]:
-        """What the rollouts' engine held of the sampled tokens, if it said."""
+        """The engine's log-probs of the sampled tokens, if it gave any."""
         if batch.engine_log_probs is not None:
             return (batch.engine_log_probs[mask],)
         if self.settings.vllm_importance_sampling_correction:
@@ -162,7 +162,7 @@ def _cooled(logits: Logits, temperature: float) -> Logits:
 
 
 def _stride(rows: int) -> int:
-    """Every which row to describe: a micro-batch shows a few."""
+    """The step between rows that are described, so that about `DESCRIBED_ROWS` are."""
     return max(1, rows // DESCRIBED_ROWS)
 
 

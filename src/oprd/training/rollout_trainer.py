@@ -90,7 +90,7 @@ class RolloutTrainer(Trainer):
         return usable.dataset
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        """Train, and tell at the end how many steps supervised nothing."""
+        """Train, and warn at the end of steps that supervised nothing."""
         result = super().train(*args, **kwargs)
         self.supervision.tell()
         return result
@@ -103,7 +103,7 @@ class RolloutTrainer(Trainer):
             check_sharded((self.model, self.teacher.model))
 
     def _prepare_rollouts(self) -> None:
-        """Fit the default length of responses to both models' positions; say what rollouts set aside.
+        """Fit the default length of responses to both models' positions; log what rollouts set aside.
 
         Raises `UserError` for lengths that do not fit.
         """
@@ -129,7 +129,7 @@ class RolloutTrainer(Trainer):
         return self.renderer(prompts), None, {}
 
     def _generate_single_turn(self, prompt_ids: Any, *args: Any, **kwargs: Any) -> Any:
-        """TRL's responses, drawn from the student's own distribution in batches that it reads aright."""
+        """TRL's responses, drawn from the student's own distribution, in batches that leave it unchanged."""
         turn = super()._generate_single_turn
         shown = tokens_shown(self.recorder.bar, "rollouts", self.model, self.max_completion_length)
         with checkpointing_restored(self.model), shown, old_names_unheard():
@@ -148,7 +148,7 @@ class RolloutTrainer(Trainer):
                 )
 
     def whole_student(self) -> AbstractContextManager[None]:
-        """Within it the student generates with weights of its own on every rank, at its own pace."""
+        """Within it the student is unsharded, so that every rank generates at its own pace."""
         return nullcontext() if self.sharding is None else self.sharding.whole(self.model)
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:

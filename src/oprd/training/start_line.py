@@ -1,4 +1,4 @@
-"""One line before the first rollout: what a run is about to do, for how long, and where it writes."""
+"""The line before the first rollout: how many steps and rollouts, the objective, and where the run writes."""
 
 from typing import Any
 

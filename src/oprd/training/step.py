@@ -36,8 +36,8 @@ from oprd.training.output_term import OutputTerm
 logger = logging.getLogger(__name__)
 
 Rows = dict[str, SupervisedRows]  # by term
-Targets = dict[str, States]  # by term and layer, what the student's states are held to
-AtLayer = Callable[[int, Tensor], Tensor]  # what is made of a layer's states in the forward
+Targets = dict[str, States]  # by term and layer, what the student's states are compared with
+AtLayer = Callable[[int, Tensor], Tensor]  # what the forward turns a layer's states into
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Steps in which a term has no row to learn from: told with their cause, and refused as the sum of a run."""
+"""Steps in which a term has no row to supervise: a warning names the cause; a run of nothing else fails."""
 
 import logging
 from collections.abc import Mapping, Sequence
@@ -50,8 +50,8 @@ class SupervisionWatch:
         """Raise `Fault` if no step supervised anything."""
         if self._empty and self._empty == self._steps:
             raise Fault(
-                "no step supervised anything, so the student is what it was and is not saved again; the "
-                "warning of the first step says why"
+                "no step supervised anything, so the student has not changed and is not saved again; the "
+                "warning of the first step names the cause"
             )
 
     def _count(self, step: int, values: Mapping[str, float]) -> list[str]:

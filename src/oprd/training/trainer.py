@@ -177,7 +177,7 @@ class OPRDTrainer(ResumableTrainer, UpdateTrainer, DistillationTrainer):
         self.generation_config.eos_token_id = self.generation_kwargs["eos_token_id"] = self.eos_token_ids
 
     def _try_models(self) -> None:
-        """Read a few tokens as updates will; models in shards are only read together, later."""
+        """Read a few tokens as updates will; sharded models are skipped."""
         if self.sharding is not None:
             return
         ours, theirs = self.update.layers_read
@@ -252,7 +252,7 @@ class OPRDTrainer(ResumableTrainer, UpdateTrainer, DistillationTrainer):
         return self.accelerator.reduce(values.to(self.accelerator.device), reduction="sum")
 
     def _begin(self, state: TrainerState) -> None:
-        """Say what begins, and write it down, unless the command that trains has."""
+        """Log what begins, and write `resolved.yaml`, unless the command has."""
         if self.resolved is None:
             folder, names = Path(self.args.output_dir), {"model_name_or_path": self._names["student"]}
             names["teacher_model_name_or_path"] = self._names["teacher"]

@@ -59,7 +59,7 @@ class UpdateTrainer(RolloutTrainer):
 
     @contextmanager
     def _more_to_come(self, model: torch.nn.Module) -> Iterator[dict[str, Any]]:
-        """Within it a backward is not the step's last: no exchange of gradients; yields its arguments."""
+        """Inside it a backward is not the step's last: no gradients are exchanged; yields its arguments."""
         if self.accelerator.distributed_type == DistributedType.DEEPSPEED:
             state = self.accelerator.gradient_state
             is_last = state.sync_gradients

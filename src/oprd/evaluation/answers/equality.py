@@ -1,4 +1,4 @@
-"""Whether two answers are the same; docs/recipes.md states the rules."""
+"""Whether two answers are the same; docs/evaluation.md states the rules."""
 
 from collections.abc import Callable, Sequence
 

@@ -67,10 +67,10 @@ class Sharding:
         return cls(mesh, accelerator.device, *sizes, plugin.mixed_precision_policy or MixedPrecisionPolicy())
 
     def shard(self, reader: StateReader, offload: bool = False) -> None:
-        """Shard a frozen model in place, block by block; its weights are let go as soon as they were used.
+        """Shard a frozen model in place, block by block; its weights are freed as soon as they were used.
 
-        With `offload` the shards rest in host memory. The embedding fetches the rows that it reads, and who
-        uses the LM head gathers it (`Head.gathered`).
+        With `offload` the shards stay in host memory. The embedding fetches the rows that it reads; the LM
+        head is unsharded where it is used (`Head.gathered`).
         """
         model: Any = reader.model
         policy = CPUOffloadPolicy(pin_memory=self.device.type == "cuda") if offload else OffloadPolicy()
@@ -93,7 +93,7 @@ class Sharding:
 
     @contextmanager
     def whole(self, model: nn.Module) -> Iterator[None]:
-        """The sharded `model` with all weights on every rank: ranks may then generate at their own pace."""
+        """The sharded `model`, unsharded on every rank, so that ranks may generate at their own pace."""
         units = [module for module in model.modules() if isinstance(module, FSDPModule)]
         for unit in units:
             unit.set_reshard_after_forward(False, recurse=False)

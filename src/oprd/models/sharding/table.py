@@ -1,7 +1,7 @@
 """Frozen embeddings and LM heads spread over ranks by the rows of their tables.
 
-Other weights are gathered when their layer runs (FSDP2). A table is as large as the vocabulary, and a
-micro-batch reads a few rows of it: ranks tell each other which, and are sent these.
+Other weights are unsharded when their layer runs (FSDP2). A table is as large as the vocabulary, and a
+micro-batch reads a few rows of it: ranks ask each other for these rows alone.
 """
 
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 
 
 def shard_tables(modules: Sequence[nn.Module], mesh: DeviceMesh, device: torch.device) -> set[nn.Parameter]:
-    """Leave of the frozen parameters of `modules` this rank's rows, on `device`; what was tied stays so."""
+    """Keep this rank's rows of the frozen parameters of `modules`, on `device`; tied parameters stay tied."""
     placements = [Replicate()] * (mesh.ndim - 1) + [Shard(0)]
     sharded: dict[int, nn.Parameter] = {}
     for module in modules:

@@ -17,7 +17,7 @@ logger = logging.getLogger(__name__)
 
 @contextmanager
 def loaded_whole() -> Iterator[None]:
-    """Within it one rank may load a model by itself, which under ZeRO-3 takes all of them."""
+    """Inside it one rank may load a model alone, which under ZeRO-3 is otherwise collective."""
     kept = deepspeed._hf_deepspeed_config_weak_ref
     deepspeed.unset_hf_deepspeed_config()
     try:

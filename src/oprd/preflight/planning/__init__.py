@@ -1,1 +1,1 @@
-"""What a run will hold, found out before it starts."""
+"""The memory plan: what a run will hold, from fake tensors."""

@@ -1,4 +1,4 @@
-"""Models and optimisers as a run would make them, of weights without values."""
+"""Models and optimisers as a run would make them, with weights on the meta device or fake."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""What a run would stumble over besides memory: its step, its engine, its folder, its disk."""
+"""What could stop a run besides memory: its step, its engine, its folder, its disk."""
 
 import shutil
 from collections.abc import Callable
@@ -58,7 +58,7 @@ def check_output(folder: Path, settings: dict[str, Any], inputs: Inputs, default
 
 
 def check_disk(folder: Path, config: Any, plan: MemoryPlan) -> str:
-    """What a run leaves in `folder`, at most; raises `UserError` if the disk has not so much."""
+    """What a run leaves in `folder`, at most; raises `UserError` if the disk has less."""
     kept, limit = _checkpoints(config), config.save_total_limit
     if limit:
         kept = min(kept, limit + 1)  # the oldest goes when the next one is whole

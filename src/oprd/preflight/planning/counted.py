@@ -1,4 +1,4 @@
-"""An update that counts what its parts hold, where that of a run counts what they take."""
+"""An update that counts the memory of its parts, where a run's update counts their seconds."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace

@@ -1,4 +1,4 @@
-"""The memory of a program that runs on weights without values: in shape alone, and nothing large is made.
+"""The memory of a program that runs on fake tensors: they have a shape and a dtype, and hold no data.
 
 Every tensor that an operation returns is counted for as long as its storage lives, so what is measured is the
 program itself: whatever an architecture, a loss or an optimiser keeps, for as long as it keeps it.
@@ -29,16 +29,16 @@ ROW_BYTES = 2**20
 
 
 def has_values(tensor: Tensor) -> bool:
-    """Whether a tensor holds numbers, and not a shape alone."""
+    """Whether a tensor holds data, and is not fake."""
     return not isinstance(tensor, FakeTensor)
 
 
 class Footprint(TorchDispatchMode):
     """Counts the bytes that live on a device while it is active, by the part of the program that made them.
 
-    Rows are chosen by their values, so what is made of real tensors has values too, unless it outgrows them
-    and `row_bytes`, as masks do that pair rows with rows. Storages that are emptied, to be filled again, are
-    those of gathered layers.
+    Rows are chosen by their values, so what is computed from real tensors is real too, unless it is larger
+    than these and `row_bytes`, as masks are that pair rows with rows. Storages that are emptied and filled
+    again are those of unsharded layers.
     """
 
     def __init__(self, device: torch.device, row_bytes: int = ROW_BYTES) -> None:
@@ -52,7 +52,7 @@ class Footprint(TorchDispatchMode):
         self._peak: Counter[str] = Counter()
 
     def without_values(self, model: nn.Module, device: torch.device) -> list[Tensor]:
-        """Give the weights of `model`, made on the meta device, a device; returns them, in shape alone."""
+        """Turn the weights of `model`, on the meta device, into fake tensors on `device`; returns them."""
         made: dict[int, Tensor] = {}
         for module in model.modules():
             for tensors in (module._parameters, module._buffers):
@@ -120,7 +120,7 @@ class Footprint(TorchDispatchMode):
             self._recount(storage)
             return result
 
-        # The one way in which FSDP lets layers go, which no operation tells of.
+        # The one way in which FSDP frees unsharded layers, which no operation shows.
         torch.UntypedStorage.resize_ = resize_and_count  # type: ignore[method-assign, assignment]
         return super().__enter__()
 
@@ -133,7 +133,7 @@ class Footprint(TorchDispatchMode):
             return func(*args)  # asked for as often as all that makes something
         given = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
         if any(isinstance(x, DTensor) for x in given):
-            return NotImplemented  # what it does with its shards is told in turn
+            return NotImplemented  # what it does with its shards is counted in turn
         if active_fake_mode() is not None:
             return func(*args, **(kwargs or {}))  # a sharded tensor asks what shape a result will have
         if self._unread and func is not torch.ops.aten.embedding.default:
@@ -153,7 +153,7 @@ class Footprint(TorchDispatchMode):
     def _run(self, func: Any, args: Any, kwargs: Any, given: list[Tensor]) -> Any:
         if func is torch.ops.aten.empty.memory_format and kwargs.get("dtype", torch.float).is_floating_point:
             with self._shapes:
-                return func(*args, **kwargs)  # a layer will be gathered there
+                return func(*args, **kwargs)  # a layer will be unsharded there
         if all(map(has_values, given)):
             largest = max([self._row_bytes, *(x.nbytes for x in given)])
             with suppress(DynamicOutputShapeException, DataDependentOutputException), self._shapes:
@@ -171,7 +171,7 @@ class Footprint(TorchDispatchMode):
             self._note_peak()
 
     def _note_beside(self, size: int) -> None:
-        """Count `size` bytes that are there and gone."""
+        """Count `size` bytes that live for a moment."""
         self._live[self._parts[-1]] += size
         self._note_peak()
         self._live[self._parts[-1]] -= size

@@ -55,7 +55,7 @@ def first_knob(
     best: Knob | None = None
     enough = (1 - WORTHWHILE) * plan.peak_mb
     for turn in _turns(config, longest, machine):
-        if turn.best_mb(plan) > enough:  # told without another plan
+        if turn.best_mb(plan) > enough:  # known without another plan
             continue
         other = turn.config
         longest_then = replace(longest, response_ids=longest.response_ids[: other.max_completion_length])

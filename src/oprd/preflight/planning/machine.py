@@ -79,7 +79,7 @@ def launched_ranks() -> int:
 
 
 def _compute() -> None:
-    """A little of what training does: what torch first reads of its libraries then stays resident."""
+    """A small computation like training's, after which the libraries that torch loads lazily are resident."""
     with torch.random.fork_rng(devices=()):
         layer = nn.TransformerEncoderLayer(16, 2, 32)
         optimizer = torch.optim.AdamW(layer.parameters())

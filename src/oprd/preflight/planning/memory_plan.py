@@ -1,7 +1,7 @@
 """What a training run will hold in memory, from its recipe alone.
 
-The run's own optimiser, last sampled token and update are carried out at the longest rollout, on models
-without values, so there is no formula that could drift from the code.
+The run's own optimiser step, last sampled token and update are executed on fake tensors, at the longest
+rollout. So there is no formula that could differ from the code.
 """
 
 import logging
@@ -24,7 +24,7 @@ Parts = dict[str, int]
 
 
 class Unplannable(UserError):
-    """What a model computes cannot be carried out on shapes alone."""
+    """A model cannot be run on fake tensors, since what it computes depends on values."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ def plan_memory(
 ) -> MemoryPlan:
     """The plan of a run with the keys of `settings`, an `OPRDConfig`.
 
-    Raises `UserError` as the run would, and `Unplannable` where only the run itself can tell.
+    Raises `UserError` as the run would, and `Unplannable` where only the run itself can show it.
     """
     with _told_once(), _explained(student), pretended_ranks(machine) as mesh:
         rehearsal = Rehearsal(student, settings, longest, machine, peft_config, mesh)
@@ -84,7 +84,7 @@ def plan_memory(
 
 
 def _beside(rehearsal: Rehearsal, parts: Parts, machine: Machine) -> Parts:
-    """The parts with what no rehearsal shows: libraries, weights that rest elsewhere, buffers of messages."""
+    """The parts, with those that no rehearsal shows: libraries, offloaded weights, communication buffers."""
     parts = {PROCESS: machine.process_bytes} | parts if machine.process_bytes else dict(parts)
     if (resting := rehearsal.resting_teacher_bytes) is not None and TEACHER in parts:
         parts[TEACHER] = resting
@@ -118,7 +118,7 @@ def _steps(settings: Any) -> list[int]:
 
 @contextmanager
 def _told_once() -> Iterator[None]:
-    """The run will say what it freezes and ties; a plan is made many times."""
+    """Silences what the run itself will log of frozen and tied weights: a plan is made many times."""
     logger = logging.getLogger("oprd")
     level = logger.level
     logger.setLevel(logging.ERROR)
@@ -130,13 +130,13 @@ def _told_once() -> Iterator[None]:
 
 @contextmanager
 def _explained(student: str) -> Iterator[None]:
-    """Speak for architectures whose computation depends on values, or is only defined for some dtypes."""
+    """Explain errors of architectures whose computation depends on values or on the dtype."""
     try:
         yield
     except (NotImplementedError, RuntimeError) as error:
         if is_out_of_memory(error):
             raise
         raise Unplannable(
-            f"the memory of {student} and its teacher cannot be planned, since what they compute does not "
-            f"follow from shapes alone ({error}): try it with oprd train --dry_run"
+            f"the memory of {student} and its teacher cannot be planned, since they do not run on fake "
+            f"tensors ({error}): try it with oprd train --dry_run"
         ) from error

@@ -1,8 +1,8 @@
-"""What memory is spent on, in the words and the order of the plan's table."""
+"""The parts of memory: the rows of the plan's table, in order."""
 
 PROCESS, STUDENT, TEACHER = "process and libraries", "student's weights", "teacher's weights"
 REFERENCE, GRADIENTS, OPTIMISER = "bridge and anchor", "student's gradients", "optimiser's state"
-BUCKETS, GATHERED, ENGINE = "DDP's buckets", "layers gathered whole", "vLLM"
+BUCKETS, GATHERED, ENGINE = "DDP's buckets", "unsharded layers", "vLLM"
 SAMPLING, READING, ACTIVATIONS = "cache and sampling", "teacher's forward", "student's activations"
 LOGITS, HOST = "output loss", "rollouts and indices"
 

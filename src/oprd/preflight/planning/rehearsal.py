@@ -1,4 +1,4 @@
-"""A run's models in shape alone, and what the run does with them: its first step, last token and update."""
+"""A run's models as fake tensors, and what the run does with them: its first step, last token and update."""
 
 import warnings
 from contextlib import AbstractContextManager, nullcontext
@@ -45,7 +45,7 @@ QUANTISED_BYTES = {"8bit": 1, "4bit": 0.5 + 4 / 64}  # with a float32 scale for 
 
 
 class Rehearsal:
-    """What a run with the keys of `settings`, an `OPRDConfig`, would build on `machine`, without values.
+    """What a run with the keys of `settings`, an `OPRDConfig`, would build on `machine`, as fake tensors.
 
     With a `mesh` its ranks share the models. Raises `UserError` where the run would.
     """
@@ -112,7 +112,7 @@ class Rehearsal:
         self.objective.averages.pop(lambda values: torch.zeros(values.shape))
 
     def largest_block(self, model: nn.Module) -> int:
-        """Bytes of the weights that a sharded `model` has whole at a time: a block's, or the root's."""
+        """Bytes of a sharded `model`'s weights that are unsharded at a time: a block's, or the root's."""
         stack = list(blocks(model))
         sizes = [_bytes(block) for block in stack]
         return max(*sizes, _bytes(model) - sum(sizes))
@@ -157,7 +157,7 @@ class Rehearsal:
         return self.student()
 
     def _shard(self, mesh: DeviceMesh) -> Sharding:
-        """Leave every model this rank's shards."""
+        """Keep this rank's shards of every model."""
         with self.footprint:
             sharding = shard_student(self.student, self.settings, mesh, self.device)
             self.objective.place(self.device, sharding)
@@ -168,7 +168,7 @@ class Rehearsal:
             for weight in model.parameters():
                 self.footprint.hold(weight, part)
             for unit in (module for module in model.modules() if isinstance(module, FSDPModule)):
-                with self.footprint:  # which knows a gathered layer once it was let go
+                with self.footprint:  # which recognises an unsharded layer once it was freed
                     unit.unshard()
                     unit.reshard()
         return sharding

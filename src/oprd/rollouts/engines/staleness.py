@@ -1,8 +1,8 @@
-"""Does an engine hold the student's weights? Two checks of log-probs after they were handed over.
+"""Does an engine hold the student's weights? Two checks of log-probs after a weight sync.
 
-At every hand-over, of a few tokens that the engine has just sampled: other weights are told once they are
-further apart than rounding. At every eighth, of a text that stays the same: an engine that gets no weights
-says the same of it to the bit while the student moves on, which is told a hundred times earlier.
+After every sync, on a few tokens that the engine has just sampled: it detects other weights if the difference
+is larger than rounding. After every eighth, on a text that stays the same: an engine that gets no weights
+returns the same log-probs to the bit while the student's change. That detects it a hundred times earlier.
 """
 
 from collections.abc import Sequence
@@ -20,19 +20,19 @@ CHECKED_TOKENS = 32
 READ_AGAIN_EVERY = 8
 # Mean |Δ log-prob| in nats over the checked tokens, above which weights and not rounding differ. Two float32
 # implementations are 1e-7 to 1e-5 apart, two bfloat16 ones 0.003 (at worst 0.015 in 16 steps of a tiny pair;
-# about 0.02 is told of models of many layers); a step at rate 1e-3 that did not arrive is 0.18 or more away.
+# about 0.02 is reported for deep models); a step at rate 1e-3 that did not arrive is 0.18 or more away.
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.1}
-# Of that, what a student may move while its engine says the same to the bit: weights that arrive, even where
-# most of them round to what they were, change some bit of some log-prob long before.
+# The share of it by which a student may move while its engine returns the same log-probs to the bit. Weights
+# that arrive change some bit of some log-prob long before, even where most of them round to what they were.
 UNMOVED = 0.01
 _STALE = (
     "it does not hold the student's weights, and its rollouts would not be on-policy; set use_vllm: false, "
-    "or install a vLLM version that README.md names"
+    "or install a vLLM version that docs/quickstart.md names"
 )
 
 
 class FixedText:
-    """A text of the first rollouts, which engine and student read again every few hand-overs."""
+    """A text of the first rollouts, which engine and student read again every few weight syncs."""
 
     def __init__(self) -> None:
         self._text: tuple[list[int], list[int]] | None = None
@@ -65,17 +65,17 @@ def check_gap(gap: float, dtypes: Sequence[torch.dtype | None], step: int) -> No
     allowed = _tolerance(dtypes)
     if not gap <= allowed:
         raise Fault(
-            f"step {step}: with the weights handed over, vLLM's log-probs of its own tokens differ from the "
+            f"step {step}: after the weight sync, vLLM's log-probs of its own tokens differ from the "
             f"student's by {gap:.3g} nats on average (rounding explains {allowed:g}): {_STALE}"
         )
 
 
 def check_moved_alone(moved: float, dtypes: Sequence[torch.dtype | None], step: int) -> None:
-    """Raise `Fault` if the student moved by `moved` nats while its engine, handed it, stood still."""
+    """Raise `Fault` if the student moved by `moved` nats while its engine did not move at all."""
     if not moved <= UNMOVED * _tolerance(dtypes):
         raise Fault(
             f"step {step}: the student's log-probs of a text have moved by {moved:.3g} nats on average, and "
-            f"vLLM's, with the weights handed over, by nothing at all: {_STALE}"
+            f"vLLM's, after the weight sync, have not moved at all: {_STALE}"
         )
 
 

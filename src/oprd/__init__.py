@@ -2,7 +2,7 @@
 
 import importlib
 import os
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 # libgomp's threads check 300,000 times for work before they sleep, on cores that other processes need; torch
 # reads this as it is loaded. docs/log.md, "How an idle thread spins", has the times.
@@ -15,6 +15,12 @@ from oprd.models.capture import capture
 from oprd.objective import losses, output_space
 from oprd.objective.selection import LayerMap, Positions
 from oprd.text.alignment import align_tokens
+
+if TYPE_CHECKING:
+    from oprd.models.loading import load_model, load_tokenizer
+    from oprd.rollouts.prompts import load_prompts
+    from oprd.training.config import OPRDConfig
+    from oprd.training.trainer import OPRDTrainer
 
 __version__ = "0.1.0"
 __all__ = [

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from oprd.bridge import BridgeFitter
+from oprd.models.tiny import task
 from oprd.objective.selection import LayerMap
 
 
@@ -28,3 +29,11 @@ def filled():
 def fit(filled):
     """`fit(student, teacher, rank, …)`: the bridge of those rows."""
     return lambda student, teacher, rank, **options: filled(student, teacher, **options).fit(rank)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def all_problems():
+    """Fits on few rows hang on which prompts are drawn, and other processes draw from all."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(task, "NUM_TRAIN_PROBLEMS", 8192)
+        yield

@@ -124,9 +124,7 @@ def container(monkeypatch, tmp_path):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads what a container may take")
 def test_a_run_that_does_not_fit(capsys, recipe, container, far):
-    path = recipe(
-        per_device_train_batch_size=64, max_completion_length=1000, **far
-    )  # 5.3 GB, then 2.2
+    path = recipe(per_device_train_batch_size=64, max_completion_length=1000, **far)  # 5.3 GB, then 2.2
     container(4_000_000_000)
     assert cli.run(["doctor", path, "--json"]) == 2
     out, error = capsys.readouterr()

@@ -100,12 +100,6 @@ def reduced_rank(student, teacher):
     return signed(directions), [residual + (values[r:] ** 2).sum() for r in range(1, len(values) + 1)]
 
 
-def canonical_correlations(student, teacher):
-    """Cosines of the principal angles between the centred column spaces, falling."""
-    bases = [np.linalg.qr(x - x.mean(0))[0] for x in (student, teacher)]
-    return np.linalg.svd(bases[0].T @ bases[1])[1]
-
-
 def best_monotone_sum(scores):
     """The largest sum over all non-decreasing choices of one column per row, by trying every one."""
     choices = itertools.combinations_with_replacement(range(len(scores[0])), len(scores))

@@ -189,12 +189,11 @@ def test_a_number_of_predictable_directions(fit, rank):
     assert bridge.metadata["layers"]["1"]["directions"] == sorted(np.argsort(-gain)[:rank])
 
 
-@pytest.mark.parametrize("method", ["rrr", "cca"])
-def test_shared_directions_of_a_measured_fit_see_no_held_out_row(fit, method):
+def test_shared_directions_of_a_measured_fit_see_no_held_out_row(fit):
     """A student wide enough to learn its rows by heart: honest directions predict nothing."""
     rng = np.random.default_rng(0)
     student, teacher = rng.normal(size=(130, 60)), rng.normal(size=(130, 5))
-    report = fit(student, teacher, 3, method=method, holdout=0.3, affine=True).metadata["layers"]["1"]
+    report = fit(student, teacher, 3, method="rrr", holdout=0.3, affine=True).metadata["layers"]["1"]
     assert max(report["share"]) < 0.2
     assert max(np.abs(report["cosine"])) < 0.5
 
@@ -228,7 +227,7 @@ def planted_fitter(plan, all_pairs=True, **options):
     return fitter, student, teacher
 
 
-@pytest.mark.parametrize("options", [{}, {"standardize": True}, {"method": "cca"}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"standardize": True}, {"method": "rrr"}], ids=str)
 def test_best_layer_map_finds_a_planted_one(options):
     fitter, *_ = planted_fitter(PLANTED.items(), **options)
     assert fitter.best_layer_map() == LayerMap(tuple(PLANTED.items()))
@@ -414,7 +413,7 @@ def test_nothing_can_be_made_of_no_rows(method):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"method": "ica"}, "method.*ica.*pca, rrr, cca"),
+        ({"method": "cca"}, "method.*cca.*pca, rrr"),
         ({"directions": "best"}, "directions.*best.*leading, predictable"),
         ({"max_rank": 0}, "max_rank"),
         ({"holdout": 1.0}, "holdout"),

@@ -21,7 +21,7 @@ class LayerReport:
     `variance` (λ_i) and `share` (ρ_i²) are per direction, `error` is Eq. 30 at ranks 0, 1, …, `mse` and
     `cosine` stand at ranks 1, 2, …, beside those of a random P_S (`…_before`), and `cosine_at_rank` is that
     of the chosen directions. These are None without held-out rows. `explained` is the share of the
-    teacher's variance in the first 1, 2, … directions, None if they are not orthonormal.
+    teacher's variance in the first 1, 2, … directions.
     """
 
     teacher_layer: int
@@ -31,7 +31,7 @@ class LayerReport:
     num_rows: int
     num_held_out: int
     cka: float
-    explained: list[float] | None
+    explained: list[float]
     cosine_at_rank: float | None = None
     variance: list[float] | None = None
     share: list[float] | None = None

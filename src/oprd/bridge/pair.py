@@ -13,7 +13,6 @@ from oprd.bridge.solve import (
     Joint,
     Predictor,
     Target,
-    canonical_directions,
     direction_errors,
     eq30_curve,
     explained_share,
@@ -26,7 +25,7 @@ from oprd.bridge.solve import (
 from oprd.foundation.errors import UserError
 from oprd.foundation.ranges import check_ranges
 
-Method = Literal["pca", "rrr", "cca"]
+Method = Literal["pca", "rrr"]
 Directions = Literal["leading", "predictable"]
 Rank = int | Literal["auto"]
 
@@ -37,8 +36,8 @@ TIE = 1e-6  # relative difference of held-out errors that decides nothing
 class FitSettings:
     """How projectors are made from moments.
 
-    `method`: `pca`, the teacher's largest directions (Eq. 12); `rrr`, reduced-rank regression, and `cca`,
-    directions that both models share. `affine`: with an offset b; None decides per layer by the held-out
+    `method`: `pca`, the teacher's largest directions (Eq. 12); `rrr`, reduced-rank regression: directions
+    that the student explains. `affine`: with an offset b; None decides per layer by the held-out
     error. `standardize`: divide every dimension by its deviation first. `directions`: the leading ones,
     or those of the largest held-out gain, which under `auto` are all with ρ² ≥ ½. Raises `UserError`.
     """
@@ -152,11 +151,10 @@ def alignment(rows: PairRows, settings: FitSettings) -> float:
 
 
 def _directions(rows: PairRows, method: Method) -> Float[Tensor, "R T"]:
-    """PCA uses the teacher alone, so all its rows; methods that use the student leave held-out rows out."""
+    """PCA uses the teacher alone, so all its rows; what uses the student leaves held-out rows out."""
     if method == "pca":
         return principal_directions(rows.both)
-    supervised = rows.training if rows.can_measure else rows.both
-    return shared_directions(supervised) if method == "rrr" else canonical_directions(supervised)
+    return shared_directions(rows.training if rows.can_measure else rows.both)
 
 
 def _choose(
@@ -196,11 +194,9 @@ def _report(
     affine: bool,
     settings: FitSettings,
 ) -> LayerReport:
-    explained = None
-    if settings.method != "cca":  # whose directions are not orthonormal
-        variance = (target.directions @ rows.both.teacher * target.directions).sum(1)
-        total = variance.sum()
-        explained = _curve(variance.cumsum(0) / torch.where(total > 0, total, 1), settings.max_rank)
+    variance = (target.directions @ rows.both.teacher * target.directions).sum(1)
+    total = variance.sum()
+    explained = _curve(variance.cumsum(0) / torch.where(total > 0, total, 1), settings.max_rank)
     report = LayerReport(
         teacher_layer=teacher_layer,
         rank=len(chosen),

@@ -29,7 +29,7 @@ class BridgeArguments:
     layers: str = key("all", "As in training (Eq. 11), or best: the monotone map that measures best.")
     rank: str = key("auto", "Directions per layer, or auto: as many as make the held-out Eq. 30 least.")
     max_rank: int = key(256, "Most directions that auto may choose.")
-    method: Method = key("pca", "pca (Eq. 12) | rrr (reduced-rank regression) | cca.")
+    method: Method = key("pca", "pca (Eq. 12) | rrr (reduced-rank regression).")
     affine: str = key("auto", "An offset beside P_S: auto (where it measures better) | true | false.")
     standardize: bool = key(False, "Divide every dimension by its deviation before the fit.")
     directions: Directions = key(

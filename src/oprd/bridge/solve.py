@@ -105,18 +105,6 @@ def shared_directions(joint: Joint) -> Float[Tensor, "T T"]:
     return _eigenvectors(joint.cross.T @ _solve(joint.student, joint.cross))
 
 
-def canonical_directions(joint: Joint) -> Float[Tensor, "R T"]:
-    """Canonical correlation analysis: teacher directions of unit variance, by falling correlation."""
-    scale = inverse_deviations(joint.teacher, joint.count)
-    correlation = joint.teacher * scale[:, None] * scale / max(joint.count - 1, 1)
-    values, vectors = torch.linalg.eigh(correlation)
-    kept = values > RIDGE * values[-1].clamp(min=0)
-    whitening = scale[:, None] * vectors[:, kept] * values[kept].rsqrt()
-    explained = whitening.T @ joint.cross.T @ _solve(joint.student, joint.cross @ whitening)
-    rows = _eigenvectors(explained) @ whitening.T
-    return _signed(rows)
-
-
 def least_squares(joint: Joint, target: Target, affine: bool) -> Predictor:
     """The exact minimiser of Σ ‖P_S h_S + b − P_T(h_T − μ_T)‖² (Eq. 13), with b = 0 unless `affine`."""
     wanted_mean = target.directions @ (joint.teacher_mean - target.mean)
@@ -169,10 +157,7 @@ def _quadratic(a: Tensor, middle: Tensor, b: Tensor) -> Tensor:
 def _eigenvectors(symmetric: Tensor) -> Tensor:
     """Eigenvectors as rows, by falling eigenvalue, each with its largest entry positive."""
     _, vectors = torch.linalg.eigh((symmetric + symmetric.T) / 2)
-    return _signed(vectors.T.flip(0))
-
-
-def _signed(rows: Tensor) -> Tensor:
+    rows = vectors.T.flip(0)
     largest = rows.gather(1, rows.abs().argmax(1, keepdim=True))
     return rows * torch.where(largest < 0, -1.0, 1.0)
 

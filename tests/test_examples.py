@@ -1,6 +1,7 @@
 """The plain loop, the recipes and the real-prompt script do what their first lines say."""
 
 import importlib.util
+import json
 import subprocess
 from dataclasses import fields
 from pathlib import Path
@@ -31,6 +32,19 @@ def load(path):
 def test_the_plain_loop_learns():
     history = load(Path("examples/plain_loop.py")).distil(steps=6, batch_size=8)
     assert history[-1] < 0.8 * history[0]
+
+
+def test_the_notebook_runs_from_top_to_bottom(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MPLBACKEND", "Agg")
+    notebook = json.loads((ROOT / "examples" / "quickstart.ipynb").read_text(encoding="utf-8"))
+    names: dict[str, object] = {}
+    for cell in notebook["cells"]:
+        if cell["cell_type"] == "code":
+            assert cell["outputs"] == [] and cell["execution_count"] is None
+            exec("".join(cell["source"]).replace("STEPS = 40", "STEPS = 3"), names)
+    assert [record["step"] for record in names["steps"]] == [1, 2, 3]
+    assert (tmp_path / "runs" / "quickstart-notebook" / "model.safetensors").exists()
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)

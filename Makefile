@@ -18,7 +18,8 @@ test: .venv/ready
 # Kills, starves and weighs real runs for ten minutes, on a slow machine for half an hour; DRILL_SEED=n repeats the random moments of another drill.
 drill: .venv/ready
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m drill -n 2 --dist loadgroup tests/drill \
-		tests/trainer/test_trainer_distributed.py tests/trainer/test_hub.py tests/test_memory_plan.py \
+		tests/trainer/test_trainer_distributed.py tests/trainer/test_hub.py tests/trainer/test_kill.py \
+		tests/bridge/test_fit_theorems.py tests/test_memory_plan.py \
 		tests/test_doctor.py tests/test_cli.py tests/test_launch.py tests/test_update_benchmark.py
 
 # The suite on the newest version of everything that pyproject.toml allows: before a bound is raised, and after.

@@ -330,7 +330,7 @@ def test_of_several_ranks_one_tells_the_mistake(recipe, tmp_path, mistaken, said
     assert (tmp_path / "run").exists() == (mistaken == "1")  # the first rank owns it
 
 
-@pytest.mark.slow
+@pytest.mark.drill
 def test_of_several_ranks_one_tells_where_the_run_is(recipe, tmp_path):
     train = ["train", recipe(max_steps=1, ddp_backend="gloo")]
     output, errors, code = on_two_ranks(sys.executable, "-m", "oprd.cli", *train)

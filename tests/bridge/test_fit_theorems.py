@@ -381,6 +381,7 @@ def two_ranks(tmp_path_factory):
     return output
 
 
+@pytest.mark.drill
 @pytest.mark.parametrize("case", gather_worker.CASES)
 def test_two_processes_equal_one(two_ranks, case):
     fitter = gather_worker.fitter_of(case, rank=None)

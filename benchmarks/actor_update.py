@@ -1,6 +1,7 @@
 """What does one actor update cost beside its limit, the two backbones alone?
 
     python benchmarks/actor_update.py --preset cpu                    # all arms, results/actor_update-cpu.csv
+    python benchmarks/actor_update.py --preset cpu --rows all         # every loss on all rows, or the last k
     python benchmarks/actor_update.py --preset cpu --sweep length     # over T; --sweep vocabulary: over |V|
     python benchmarks/actor_update.py --preset qwen2.5-1.5b --shapes  # memory alone, on fake tensors
 
@@ -10,7 +11,7 @@ for all, is left out. Seconds are wall time; memory is torch's allocations at mo
 those before the update. On CUDA that is the allocator's peak, on a CPU the sum of the profiler's events in
 an update of its own, which is the warm-up too (what is resident there lies by the habits of malloc). Where
 it would take minutes or has no room, and with --shapes, the update runs on fake tensors, and what lives is
-counted: the same to some kilobytes (tests/test_update_benchmark.py).
+counted: the same to some kilobytes (tests/unit/project/test_update_benchmark.py).
 """
 
 import argparse
@@ -22,7 +23,7 @@ from pathlib import Path
 
 import psutil
 import torch
-from arms import ARMS, LARGE, LONG, PRESETS, Arm, Shape, counted_mb
+from arms import ARMS, LARGE, LONG, PRESETS, ROWS, Arm, Shape, counted_mb
 from harness import Row, hardware, of_arm, paired_ratio, run_in_turn, serve, write
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
@@ -70,7 +71,7 @@ def measure(preset: str, shape: Shape, arms: Sequence[str], repeats: int) -> lis
     """Rounds of the arms that have room; of the others what they would hold."""
     kept = [arm for arm in arms if fits(arm, shape)]
     arguments = ["--preset", preset]
-    for name in SIZES:
+    for name in (*SIZES, "rows"):
         arguments += [f"--{name}", str(getattr(shape, name))]
     on_cuda = torch.cuda.is_available()
     repeats = 1 if shape.tokens >= LONG and not on_cuda else repeats
@@ -87,7 +88,7 @@ def count(preset: str, shape: Shape, arms: Sequence[str]) -> list[Row]:
 
 
 def _about(preset: str, shape: Shape, rows: Sequence[Row]) -> list[Row]:
-    about = {"preset": preset} | {name: getattr(shape, name) for name in SIZES}
+    about = {"preset": preset} | {name: getattr(shape, name) for name in (*SIZES, "rows")}
     return [about | row | hardware() for row in rows]
 
 
@@ -151,6 +152,7 @@ def main() -> None:
     )
     parser.add_argument("--preset", choices=PRESETS, default="cpu")
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=ARMS)
+    parser.add_argument("--rows", choices=ROWS, default="paper", help="which rows the losses supervise")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--sweep", choices=SWEEPS)
     parser.add_argument("--sizes", type=int, nargs="+", help="of the sweep")
@@ -163,11 +165,12 @@ def main() -> None:
         parser.add_argument(f"--{name}", type=int)
     given = parser.parse_args()
     sizes = {name: getattr(given, name) for name in SIZES if getattr(given, name)}
-    shape = replace(PRESETS[given.preset], **sizes)
+    shape = replace(PRESETS[given.preset], rows=given.rows, **sizes)
     if given.worker:
         serve(Arm(given.worker, shape, given.shared).measure)
         return
-    words = [given.preset, *([given.sweep] if given.sweep else []), *(["shapes"] if given.shapes else [])]
+    rows = None if given.rows == "paper" else f"rows-{given.rows}"
+    words = [given.preset, *filter(None, (given.sweep, rows, "shapes" if given.shapes else None))]
     output = given.output or HERE / "results" / f"actor_update-{'-'.join(words)}.csv"
 
     def found(shape: Shape) -> list[Row]:

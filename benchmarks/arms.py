@@ -1,14 +1,17 @@
 """The ways to do one actor update that benchmarks/actor_update.py compares, and what they hold in memory.
 
 bare               both backbones and a scalar of the student's last state: the limit
-oprd, oprd_last    ours, all layers or the last one, the last k rows
+oprd, oprd_last    ours, all layers or the last one
 oprd_kept          as oprd; checkpointed blocks keep what attention returns (keep_attention: true)
 oprd_bridge        ours, all layers through a bridge of rank 8
-sampled_token, top_16, full_vocab                    our chunked output losses, all rows
+sampled_token, top_16, full_vocab                    our chunked output losses
 sampled_token_whole, top_16_whole, full_vocab_whole  by autograd on whole logits, as the paper compares
 authors            as the authors' release: heads run, their logits and every layer, in float32 and at full
                    length, live until the loss of k rows is there
 trl                the loss of trl.DistillationTrainer (reverse KL) as installed
+
+Rows: `paper`, representation losses on the last k rows and output losses on all; `last` and `all`, every loss
+on the same rows. An output loss on the last k rows projects these alone, whoever wrote it.
 """
 
 import time
@@ -53,8 +56,20 @@ class Shape:
     last: int
     rollouts: int = 1
     dtype: torch.dtype = torch.float32  # on a CPU; on CUDA it is bfloat16
+    rows: str = "paper"
+
+    @property
+    def representation_rows(self) -> int:
+        """Response rows of a representation loss, from the last one back."""
+        return self.tokens if self.rows == "all" else self.last
+
+    @property
+    def output_rows(self) -> int:
+        """Response rows of an output loss, from the last one back."""
+        return self.last if self.rows == "last" else self.tokens
 
 
+ROWS = ("paper", "all", "last")
 PRESETS = {
     "quick": Shape(6, 256, 768, 4, 2, 100_000, 512, 128),
     "cpu": Shape(12, 384, 1024, 6, 2, 151_936, 2048, 512),
@@ -161,7 +176,11 @@ class Arm:
         )
         self.student.train().gradient_checkpointing_enable({"use_reentrant": False})
         self.teacher = Teacher(teacher)
-        settings = ObjectiveSettings(positions=f"last={shape.last}", **OURS.get(name, {}))
+        settings = ObjectiveSettings(
+            positions=f"last={shape.representation_rows}",
+            output_positions=f"last={shape.output_rows}",
+            **OURS.get(name, {}),
+        )
         settings.check()
         self.loss: Callable[[], Tensor] = getattr(self, f"_{name}", self._ours)
         if name in OURS:
@@ -253,11 +272,12 @@ class Arm:
         return Bridge({layer: projector(layer) for layer in range(1, self.shape.layers + 1)}).to(self.device)
 
     def _whole(self) -> Tensor:
-        model_input, rows = self.batch.student, slice(PROMPT - 1, None)
+        rows = self.shape.output_rows
+        keys = {"input_ids": self.batch.student.input_ids, "use_cache": False, "logits_to_keep": rows}
         with torch.no_grad():
-            teacher = self.teacher.model(input_ids=model_input.input_ids, use_cache=False).logits[:, rows]
-        student = self.student(input_ids=model_input.input_ids, use_cache=False).logits[:, rows]
-        tokens = self.batch.tokens.flatten()
+            teacher = self.teacher.model(**keys).logits
+        student = self.student(**keys).logits
+        tokens = self.batch.tokens[:, -rows:].flatten()
         return WHOLE[self.name](student.flatten(0, 1), teacher.flatten(0, 1), tokens).mean()
 
     def _authors(self) -> Tensor:
@@ -276,7 +296,7 @@ class Arm:
     def _trl(self) -> Tensor:
         from trl.trainer.distillation_trainer import _chunked_divergence_loss
 
-        rows = slice(PROMPT - 1, None)
+        rows = slice(-self.shape.output_rows, None)
         with torch.no_grad():
             teacher = self._states(self.teacher.model)[:, rows]
         student = self._states(self.student)[:, rows]

@@ -10,26 +10,12 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
-from tiny_pair import QUICK
 
+from accuracy_recipe import RECIPE
 from oprd.evaluation import shared
 from oprd.folders.recorder import read_metrics
 from oprd.foundation.errors import UserError
 from oprd.training.train import parse_training_recipe, train
-
-PROBLEMS, SAMPLES = 5, 3
-RECIPE = QUICK | {
-    "model_name_or_path": "tiny:student",
-    "teacher_model_name_or_path": "tiny:teacher",
-    "dataset_name": "tiny",
-    "accuracy_dataset_name": "tiny",
-    "accuracy_steps": 1,
-    "accuracy_problems": PROBLEMS,
-    "accuracy_samples": SAMPLES,
-    "max_completion_length": 48,
-    "learning_rate": 0.0,  # rollouts differ with the ranks, and so would the students
-    "max_steps": 1,
-}
 
 
 @pytest.fixture

@@ -4,12 +4,12 @@ import json
 
 import pytest
 import yaml
-from tiny_pair import QUICK
 
 from oprd.folders.recorder import read_metrics
 from oprd.foundation.errors import UserError
 from oprd.models.loading import load_tokenizer
 from oprd.training.train import parse_training_recipe, train
+from tiny_pair import QUICK
 
 
 @pytest.fixture

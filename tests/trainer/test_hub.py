@@ -11,15 +11,15 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
-from test_trainer_adapters import by_hand
-from tiny_pair import QUICK
 
+from merged import merged_weights
 from oprd.evaluation.evaluate import evaluate
 from oprd.evaluation.problems import EvalSettings
 from oprd.foundation.errors import UserError
 from oprd.models.loading import load_model, load_tokenizer, resolve_model
 from oprd.rollouts.generation import Sampling
 from oprd.rollouts.prompts import load_prompts
+from tiny_pair import QUICK
 
 COMMITS = {"main": "a" * 40, "v2": "b" * 40}
 CODE = """from transformers import Qwen3ForCausalLM
@@ -206,7 +206,7 @@ def test_adapters_are_merged_into_the_revision_they_were_trained_on(
     succeed(hub, ["train", tmp_path / "recipe.yaml"])
     config = json.loads((tmp_path / "run" / "adapter_config.json").read_text())
     assert config["revision"] == COMMITS[revision or "main"]
-    wanted = by_hand(tmp_path / "run", student if revision is None else teacher, rslora=False)
+    wanted = merged_weights(tmp_path / "run", student if revision is None else teacher, rslora=False)
     merged = load_file(tmp_path / "run" / "merged" / "model.safetensors")
     for name, weight in merged.items():
         torch.testing.assert_close(weight, wanted[name], rtol=1e-5, atol=1e-6)

@@ -2,13 +2,13 @@
 
 import pytest
 import torch
-from test_trainer_costs import Calls
 from torch.nn.functional import pad
 from transformers import TrainerCallback
 
 from oprd.foundation.errors import UserError
 from oprd.objective.composite import num_units, row_weights
-from test_checkpointing import FLASH, Runs
+from spies import FLASH, Calls, Runs
+from updates import close, pieces, scripted
 
 BOTH = {"output_loss": "full_vocab", "layers": "1", "representation_weight": "3"}
 OBJECTIVES = [
@@ -18,29 +18,6 @@ OBJECTIVES = [
     {"representation_weight": "0", "output_loss": "top_k", "output_top_k": 4},
     BOTH,
 ]
-LENGTHS = (5, 1, 8, 3)
-
-
-def scripted(prompt_ids):
-    """A completion that depends on the prompt alone; 8 tokens are the limit, and shorter ones end in EOS."""
-    generator = torch.Generator().manual_seed(sum(prompt_ids))
-    length = LENGTHS[(sum(prompt_ids) + len(prompt_ids)) % 4]
-    ids = torch.randint(10, 17, (length,), generator=generator).tolist()  # no multiple of nine: none ends it
-    return ids if length == 8 else [*ids[:-1], 2]
-
-
-def close(one, other, tolerance=1e-6):
-    (value_1, gradient_1), (value_2, gradient_2) = one, other
-    assert value_1 == pytest.approx(value_2, rel=tolerance)
-    assert gradient_1.norm() > 0
-    assert (gradient_1 - gradient_2).norm() <= tolerance * gradient_1.norm()
-
-
-def pieces(batch, splits):
-    return [
-        {key: value[rows] if value.ndim else value for key, value in batch.items()}
-        for rows in (torch.tensor(split) for split in splits)
-    ]
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES, ids=str)

@@ -7,10 +7,9 @@ import torch
 import yaml
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
-from test_trainer_run import lasting
-from tiny_pair import QUICK, perturb, prompt_texts
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from merged import merged_weights
 from oprd.foundation.errors import UserError
 from oprd.foundation.meters import Stopwatch
 from oprd.models.loading import load_model, load_tokenizer, resolve_model
@@ -18,6 +17,8 @@ from oprd.rollouts.engines import choose
 from oprd.rollouts.engines.choose import choose_engine
 from oprd.rollouts.engines.student import StudentEngine
 from oprd.training.train import parse_training_recipe, train
+from run_folders import lasting
+from tiny_pair import QUICK, perturb, prompt_texts
 
 KINDS = {"lora": [], "rslora": ["--use_rslora", "true"], "dora": ["--use_dora", "true"]}
 
@@ -52,27 +53,12 @@ def run(request, tmp_path_factory, recipe):
     return train(*recipe(tmp_path_factory.mktemp("runs") / request.param, *flags)), flags
 
 
-def by_hand(folder, student, rslora, dtype="auto"):
-    """W + (α/r) B A; with DoRA, its rows scaled to the magnitudes that were learned."""
-    weights = AutoModelForCausalLM.from_pretrained(student, dtype=dtype).state_dict()
-    adapters = load_file(folder / "adapter_model.safetensors")
-    scale = 8 / (2 if rslora else 4)
-    for name in {name.partition(".lora_")[0] for name in adapters}:
-        a, b = (adapters[f"{name}.lora_{side}.weight"].double() for side in "AB")
-        target = name.removeprefix("base_model.model.") + ".weight"
-        merged = weights[target].double() + scale * b @ a
-        if (magnitude := adapters.get(f"{name}.lora_magnitude_vector")) is not None:
-            merged *= (magnitude.double() / merged.norm(dim=1))[:, None]
-        weights[target] = merged.to(weights[target].dtype)
-    return weights
-
-
 def test_adapters_are_saved_alone_and_merged(run, student):
     folder, flags = run
     adapters = load_file(folder / "adapter_model.safetensors")
     assert adapters and all(".lora_" in name for name in adapters)
     assert not (folder / "model.safetensors").exists()
-    wanted = by_hand(folder, student, "--use_rslora" in flags)
+    wanted = merged_weights(folder, student, "--use_rslora" in flags)
     merged = AutoModelForCausalLM.from_pretrained(folder / "merged").state_dict()
     read = load_model(resolve_model(str(folder))).state_dict()
     changed = AutoModelForCausalLM.from_pretrained(student).state_dict()
@@ -201,7 +187,7 @@ def test_small_updates_outlive_a_model_stored_in_bfloat16(recipe, tmp_path, stud
     folder = train(*recipe(tmp_path / "run", *flags))
     base = AutoModelForCausalLM.from_pretrained(stored, dtype=torch.float32).state_dict()
     merged = load_file(folder / "merged" / "model.safetensors")
-    wanted = by_hand(folder, stored, rslora=False, dtype=torch.float32)
+    wanted = merged_weights(folder, stored, rslora=False, dtype=torch.float32)
     for name in (name for name in merged if "proj" in name):
         update = wanted[name] - base[name]
         assert (merged[name] - wanted[name]).norm() <= 0.01 * update.norm()

@@ -3,29 +3,11 @@
 import pytest
 import torch
 from peft import LoraConfig
-from torch import nn
 from transformers import AutoModelForCausalLM
 
+from spies import Calls, refuse, refuse_updates
+
 UPDATE = {"max_steps": 2, "optim": "adamw_torch", "weight_decay": 0.1}
-
-
-def refuse(*args, **kwargs):
-    raise AssertionError("this module must not run")
-
-
-def refuse_updates(trainer, module, when=lambda: True):
-    """Make `module` raise outside generation, where it has to run."""
-    generate, generating = trainer._generate_single_turn, []
-
-    def marked(*args, **kwargs):
-        generating.append(True)
-        try:
-            return generate(*args, **kwargs)
-        finally:
-            generating.pop()
-
-    trainer._generate_single_turn = marked
-    module.register_forward_pre_hook(lambda *_: refuse() if when() and not generating else None)
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
@@ -111,16 +93,6 @@ def test_a_tied_head_that_stays_is_not_said_to_move(make_trainer, make_folder, c
 def test_untied_head_is_not_said_to_be_tied(make_trainer, caplog):
     make_trainer()
     assert "tied" not in caplog.text
-
-
-class Calls:
-    def __init__(self, *modules: nn.Module):
-        self.count = 0
-        for module in modules:
-            module.register_forward_pre_hook(self._add)
-
-    def _add(self, *_):
-        self.count += 1
 
 
 @pytest.mark.parametrize("layers", ["all", "last", "1"])

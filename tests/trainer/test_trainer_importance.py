@@ -2,10 +2,10 @@
 
 import copy
 
-import by_hand
 import pytest
 import torch
 
+import by_hand
 from oprd.foundation.errors import UserError
 from oprd.rollouts.engines.importance import importance_weights
 from oprd.rollouts.engines.staleness import (

@@ -1,19 +1,17 @@
 """What a step reports, by hand; diagnostics, trackers, evaluation, adapters; the seams of TRL we rely on."""
 
-import inspect
 import json
 import math
 
-import by_hand
 import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig
-from tiny_pair import prompt_texts
 from transformers import AutoModelForCausalLM, TrainerCallback
-from trl import DistillationTrainer
 
+import by_hand
 from oprd.rollouts.rows import RolloutBatch
+from tiny_pair import prompt_texts
 
 LORA = LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "up_proj"], init_lora_weights=False)
 
@@ -246,18 +244,33 @@ def test_adapters(make_trainer, roll_out, student, terms, checkpointing):
     assert AutoModelForCausalLM.from_pretrained(student).config.num_hidden_layers == 2
 
 
-def test_forward_redirection_calls_the_method_inside_the_wrapper(make_trainer, roll_out):
+class Wrapper(torch.nn.Module):
+    """What DDP and FSDP are to a model: its forward runs inside theirs."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model, self.inside, self.calls = model, False, 0
+
+    def forward(self, *args, **kwargs):
+        self.inside, self.calls = True, self.calls + 1
+        result = self.model(*args, **kwargs)
+        self.inside = False
+        return result
+
+
+def test_the_loss_is_computed_inside_the_wrappers_forward(make_trainer, roll_out, monkeypatch):
     trainer = make_trainer()
-    parameters = list(inspect.signature(type(trainer._forward_redirection).__call__).parameters)
-    assert parameters == ["self", "wrapper_module", "original_module", "method", "args", "kwargs"]
-    batch = roll_out(trainer)
-    direct = trainer.update.loss(RolloutBatch.of(batch), 0)
-    assert torch.equal(direct, trainer.compute_loss(trainer.model, batch))
+    batch = RolloutBatch.of(roll_out(trainer))
+    direct = trainer.update.loss(batch, 0)
+    wrapper, seen = Wrapper(trainer.model), []
+    monkeypatch.setattr(trainer.accelerator, "unwrap_model", lambda model: model.model)
 
+    def loss(*args):
+        seen.append(wrapper.inside)
+        return trainer.update.loss(*args)
 
-def test_the_trainer_model_card_keyword_arguments():
-    parameters = inspect.signature(DistillationTrainer.create_model_card).parameters
-    assert {"model_name", "dataset_name"} <= parameters.keys()
+    assert torch.equal(direct, trainer._through(wrapper, loss, batch))
+    assert seen == [True] and wrapper.calls == 1
 
 
 def test_evaluation_is_not_counted_as_time_of_a_step(make_trainer, tmp_path):

@@ -1,11 +1,12 @@
 """The trainer's loss on given rollouts against one written out by hand, value and gradient."""
 
-import by_hand
 import pytest
 import torch
 
+import by_hand
 from oprd.foundation.errors import UserError
 from oprd.objective.losses import REPRESENTATION_LOSSES
+from updates import agree
 
 PAIRS = {"all": [(1, 1), (2, 2)], "last": [(2, 2)], "1": [(1, 1)], "1=2": [(1, 2)]}
 TOP_K = [
@@ -23,22 +24,6 @@ WARM = [
     {"output_loss": "sampled_token", "student_temperature": 2.0},
 ]
 OUTPUTS = [{"output_loss": "sampled_token"}, *TOP_K, *TRUNCATED, *FULL, *WARM]
-
-
-def agree(trainer, gradient, batch, expected):
-    """Compare value and gradient of the trainer's loss with the hand-made one."""
-    value, given = gradient(trainer, batch)
-    trainer.model.zero_grad()
-    expected.backward()
-    wanted = torch.cat(
-        [
-            (p.grad if p.grad is not None else torch.zeros_like(p)).double().flatten()
-            for p in trainer.model.parameters()
-        ]
-    )
-    assert value == pytest.approx(expected.item(), rel=1e-5)
-    assert wanted.norm() > 0
-    assert (given - wanted).norm() <= 2e-5 * wanted.norm()
 
 
 def test_the_rollouts_are_worth_testing_on(make_trainer, roll_out):

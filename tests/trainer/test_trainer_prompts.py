@@ -4,10 +4,10 @@ import copy
 
 import pytest
 from datasets import Dataset, IterableDataset
-from tiny_pair import prompt_texts
 from transformers import AutoModelForCausalLM
 
 from oprd.foundation.errors import UserError
+from tiny_pair import prompt_texts
 
 QUESTION = [{"role": "user", "content": "What is 3?"}]
 PARTIAL = [*QUESTION, {"role": "assistant", "content": "3 plus "}]

@@ -6,18 +6,19 @@ import shutil
 import zlib
 from pathlib import Path
 
-import by_hand
 import pytest
 import torch
 import trl
 from datasets import Dataset
-from tiny_pair import prompt_texts
 from tokenizers.processors import TemplateProcessing
 from transformers import GenerationConfig
 
+import by_hand
 from oprd.foundation.errors import UserError
 from oprd.rollouts.generation import left_pad
 from oprd.rollouts.rows import truncated_rollouts
+from tiny_pair import prompt_texts
+from tool import add
 
 CALL = '<tool_call>\n{"name": "add", "arguments": {"a": 3, "b": 4}}\n</tool_call><|im_end|>'
 ANSWER = "The sum is 7.<|im_end|>"
@@ -196,16 +197,6 @@ def test_text_prompts(make_trainer, roll_out, gradient):
 
 
 # Tools
-
-
-def add(a: int, b: int) -> int:
-    """Add two numbers.
-
-    Args:
-        a: The first number.
-        b: The second number.
-    """
-    return a + b
 
 
 @pytest.fixture

@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from run_folders import files, lasting, same_weights
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
@@ -20,6 +19,7 @@ from oprd.folders.recorder import keep_steps, read_metrics
 from oprd.folders.whole import SEAL_FILE
 from oprd.foundation.errors import UserError
 from oprd.training.train import train
+from run_folders import files, lasting, same_weights
 
 KEYS = {
     "step",

@@ -4,19 +4,19 @@ import importlib.util
 import shutil
 from pathlib import Path
 
-import by_hand
 import pytest
 import torch
 from datasets import Dataset
 from safetensors.torch import load_file, save_file
-from tiny_pair import prompt_texts
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import is_bitsandbytes_available, is_liger_kernel_available
 
+import by_hand
 from oprd.foundation.errors import UserError
 from oprd.models.tiny.tokenizer import train_tokenizer
 from oprd.training.config import OPRDConfig
 from oprd.training.trainer import OPRDTrainer
+from tiny_pair import prompt_texts
 
 TEMPLATE = (
     "{%- if hint is defined -%}{{- 'Hint: ' + hint + ' ' -}}{%- endif -%}"

@@ -5,17 +5,11 @@ import json
 import zlib
 from pathlib import Path
 
-import by_hand
 import pytest
 import torch
 import trl
 from datasets import Dataset
 from safetensors.torch import load_file
-from test_invariance import close, pieces
-from test_trainer_bridge import PAIRS, READING, save_random_bridge
-from test_trainer_loss import agree
-from test_trainer_rollouts import add
-from tiny_pair import SIZES, perturb, prompt_texts
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
@@ -25,11 +19,16 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
+import by_hand
 from oprd.foundation.errors import UserError
 from oprd.models.tiny import tokenizer as designs
 from oprd.models.tiny.tokenizer import train_tokenizer
 from oprd.objective.losses import REPRESENTATION_LOSSES
 from oprd.rollouts.rows import truncated_rollouts
+from random_bridge import PAIRS, READING, save_random_bridge
+from tiny_pair import SIZES, perturb, prompt_texts
+from tool import add
+from updates import agree, close, pieces
 
 WORDS = ["the sum is twelve", "naïve café, 12345+67=12412", "the answer is 98765 and not 1"]
 END = "<|im_end|>"

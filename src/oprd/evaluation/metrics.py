@@ -74,7 +74,7 @@ def confidence_interval(problem_means: Sequence[float]) -> tuple[float, float]:
     where few or no problems are solved. The quantile is Student's t with n + 1 degrees of freedom.
 
     It covers the true mean at least 93 % of the time for 30 to 128 problems and means from 0.03 to 0.97,
-    however much the problems differ (tests/evaluation/test_metrics.py). Source: Brown, Cai and DasGupta
+    however much the problems differ (tests/unit/evaluation/test_metrics.py). Source: Brown, Cai and DasGupta
     2001, Interval Estimation for a Binomial Proportion; Kish 1965, Survey Sampling, for the effective number.
     """
     n, mean = len(problem_means), float(np.mean(problem_means))

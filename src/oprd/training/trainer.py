@@ -47,7 +47,6 @@ from oprd.models.sharding.zero import check_zero3
 from oprd.models.student import has_dropout, load_student, name_of, taken_as_loaded
 from oprd.models.teacher import Teacher, quantization
 from oprd.models.trial import told_of_architecture, try_states
-from oprd.objective.settings import ObjectiveSettings
 from oprd.rollouts.engines.staleness import FixedText
 from oprd.rollouts.engines.student import StudentEngine
 from oprd.rollouts.engines.vllm import check_server, check_training, training_engines
@@ -288,8 +287,7 @@ class OPRDTrainer(ResumableTrainer, UpdateTrainer, DistillationTrainer):
     ) -> None:
         if not self.is_world_process_zero():
             return
-        plain, others = resolved_settings(self.args), ("max_steps", "learning_rate", "temperature")
-        settings = {name: plain[name] for name in (*ObjectiveSettings.__dataclass_fields__, *others)}
         folder = Path(self.args.output_dir)
+        settings = resolved_settings(self.args) | (self.resolved or {})
         card = model_card(folder, **self._names, dataset=dataset_name, settings=settings)
         write_whole(folder / "README.md", card)

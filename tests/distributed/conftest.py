@@ -1,0 +1,3 @@
+"""Runs of the trainer in two processes."""
+
+from trainer_fixtures import *  # noqa: F403

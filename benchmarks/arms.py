@@ -28,8 +28,8 @@ from oprd.foundation.meters import MB, MemoryMeter
 from oprd.models.capture import backbone
 from oprd.models.teacher import Teacher
 from oprd.objective.settings import ObjectiveSettings
-from oprd.preflight.planning.counted import counted
 from oprd.preflight.planning.footprint import Footprint
+from oprd.preflight.planning.rehearsal import hold_references
 from oprd.rollouts.rows import RolloutBatch, weigh_rows
 from oprd.training.comparison import Comparison
 from oprd.training.step import Update
@@ -124,10 +124,9 @@ def make_model(shape: Shape, seed: int, device: torch.device, shared: Path | Non
 
 def make_shapes(shape: Shape, footprint: Footprint) -> PreTrainedModel:
     """The same model as fake tensors, held by `footprint`."""
-    with torch.device("meta"):
-        model = make_model(shape, 0, torch.device("meta"))
-    for tensor in footprint.without_values(model, CPU):
-        footprint.hold(tensor, "weights")
+    with footprint.shapes:
+        model = make_model(shape, 0, CPU)
+    footprint.hold_model(model, "weights")
     return model
 
 
@@ -171,7 +170,7 @@ class Arm:
                 bridge = self._bridge()
                 self.update = replace(self.update, comparison=Comparison(bridge.layer_map, bridge))
             if footprint is not None:
-                self.update = counted(self.update, footprint)
+                hold_references(self.update, footprint)
         if name in WHOLE:
             self.loss = self._whole
         self.batch = make_batch(shape, settings, self.device)

@@ -18,22 +18,21 @@ from oprd.foundation.errors import UserError
 from oprd.models.loading import load_model, load_tokenizer, resolve_model
 from oprd.models.teacher import Teacher
 from oprd.preflight.doctor import longest_rollout
-from oprd.preflight.planning.footprint import Footprint
-from oprd.preflight.planning.machine import CONTEXT_BYTES, Machine, parse_size
-from oprd.preflight.planning.memory_plan import plan_memory
-from oprd.preflight.planning.parts import (
+from oprd.preflight.planning.footprint import (
     ACTIVATIONS,
     BUCKETS,
     ENGINE,
     GATHERED,
     GRADIENTS,
-    LOGITS,
     OPTIMISER,
     PROCESS,
     SAMPLING,
     STUDENT,
     TEACHER,
+    Footprint,
 )
+from oprd.preflight.planning.machine import CONTEXT_BYTES, Machine, parse_size
+from oprd.preflight.planning.memory_plan import plan_memory
 from oprd.preflight.planning.rehearsal import Rehearsal
 from oprd.rollouts.rows import RolloutBatch
 from oprd.training.step import Update
@@ -127,16 +126,12 @@ def test_weights_gradients_and_state_are_counted_exactly(plan):
     assert plan(optim="adamw_8bit").update[OPTIMISER] == pytest.approx(parts[OPTIMISER] / 4, rel=0.02)
 
 
-def test_weights_mapped_from_a_file_count_once_they_are_read(plan):
-    """The tiny models' files are in bfloat16. The teacher's head is not read, nor all of its embedding."""
-    embedding = 289 * 128 * 2
+def test_weights_are_counted_in_the_dtype_that_the_run_loads_them_in(plan):
     full = plan().update
-    half = plan(teacher_model_init_kwargs={"dtype": "bfloat16"})
-    assert half.update[TEACHER] == pytest.approx(full[TEACHER] / 2 - 2 * embedding, abs=1024)
-    with_head = plan(teacher_model_init_kwargs={"dtype": "bfloat16"}, output_loss="sampled_token").update
-    assert with_head[TEACHER] == half.update[TEACHER] + embedding
+    half = plan(teacher_model_init_kwargs={"dtype": "bfloat16"}).update
+    assert half[TEACHER] == pytest.approx(full[TEACHER] / 2, abs=1024) and half[STUDENT] == full[STUDENT]
     student = plan(model_init_kwargs={"dtype": "bfloat16"})
-    assert student.update[STUDENT] == pytest.approx(full[STUDENT] / 2, abs=1024)  # rollouts read the head
+    assert student.update[STUDENT] == pytest.approx(full[STUDENT] / 2, abs=1024)
     assert student.rollout[STUDENT] == student.update[STUDENT]
     assert student.update[OPTIMISER] == pytest.approx(full[OPTIMISER] / 2, rel=1e-3)
 
@@ -230,11 +225,11 @@ def test_logits_exist_in_chunks(plan, tmp_path):
     )
     folder = save(AutoModelForCausalLM.from_config(config), tmp_path / "wide")
     both = {"model_name_or_path": folder, "teacher_model_name_or_path": folder, "output_loss": "full_vocab"}
-    large, small = (plan(**both, output_chunk_size=rows).update[LOGITS] for rows in (32, 16))
+    large, small = (plan(**both, output_chunk_size=rows).update[ACTIVATIONS] for rows in (32, 16))
     row = 32_000 * 4
     # Seven tensors of one chunk's logits at a time, and what does not depend on the chunk.
     assert large - small == pytest.approx(16 * row * 7, rel=0.02)
-    assert plan(**both, output_weight="0").update.get(LOGITS, 0) == 0
+    assert plan(**both, output_weight="0").update[ACTIVATIONS] < small - 16 * row * 7
 
 
 def test_a_schedule_is_planned_at_its_fullest_step(plan):
@@ -352,7 +347,8 @@ def test_a_tensor_counts_for_as_long_as_it_lives():
 def test_sampled_tokens_that_vllm_weighs_can_be_planned(plan):
     keys = {"output_loss": "sampled_token", "representation_weight": "0"}
     weighed = plan(**keys, use_vllm=True, vllm_importance_sampling_correction=True)
-    assert weighed.update[LOGITS] >= plan(**keys).update[LOGITS] > 0 and not weighed.rollout.get(SAMPLING)
+    assert weighed.update[ACTIVATIONS] > plan(**keys).update[ACTIVATIONS]  # a number for every token
+    assert not weighed.rollout.get(SAMPLING)
     weights = sum(weight.numel() for weight in load_model(resolve_model("tiny:student")).parameters())
     assert weighed.rollout[ENGINE] == weighed.update[ENGINE] == 2**30 + 4 * weights
 

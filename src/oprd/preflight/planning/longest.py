@@ -1,11 +1,15 @@
-"""The longest rollout that a run can meet, for what has to be tried at it."""
+"""The longest rollout that a run can meet, and its last token: there Hugging Face's cache is fullest."""
 
 from dataclasses import dataclass
 from itertools import cycle, islice
+from typing import Any
 
 import torch
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel
 
 from oprd.objective.settings import ObjectiveSettings
+from oprd.rollouts.generation import warpers
 from oprd.rollouts.intake import UsablePrompts
 from oprd.rollouts.rows import Inputs
 from oprd.text.messages import Prompt
@@ -26,12 +30,7 @@ class Longest:
     response_ids: list[int]
 
     @classmethod
-    def of(
-        cls,
-        prompts: UsablePrompts,
-        render: Renderer,
-        max_completion_length: int | None,
-    ) -> "Longest":
+    def of(cls, prompts: UsablePrompts, render: Renderer, max_completion_length: int | None) -> "Longest":
         """The longest of `prompts` and a response of `max_completion_length` tokens."""
         prompt = prompts.dataset[int(prompts.lengths[0].argmax())]["prompt"]
         (rendered,) = render([prompt])
@@ -69,3 +68,32 @@ def rollouts_at_once(
         return micro_batch, accumulation
     size = min(max(budget // longest.num_tokens, 1), window)
     return size, -(-window // size)
+
+
+@torch.no_grad()
+def sample_last_token(model: PreTrainedModel, rollouts: Inputs, settings: Any) -> Tensor:
+    """Sample the last token of `rollouts` as `generate` would, after a prompt that is read and a full cache.
+
+    The tokens between have left zeros in the cache. `settings` names temperature, top_k, top_p and min_p.
+    """
+    ids, written = rollouts["prompt_ids"], rollouts["completion_ids"]
+    prompt_mask = rollouts["prompt_mask"].to(ids.device)
+    was_training = model.training
+    model.eval()
+    cache = DynamicCache(config=model.config.get_text_config())
+    reading = {"past_key_values": cache, "use_cache": True, "logits_to_keep": 1}
+    model(input_ids=ids, attention_mask=prompt_mask, **reading)
+    if (between := written.shape[1] - 2) > 0:
+        for number, layer in enumerate(cache.layers):
+            keys, values = (
+                x.new_zeros(*x.shape[:2], between, x.shape[3]) for x in (layer.keys, layer.values)
+            )
+            cache.update(keys, values, number)
+    mask = torch.cat([prompt_mask, torch.ones_like(written[:, 1:])], dim=1)
+    last = written[:, -2:-1] if written.shape[1] > 1 else ids[:, -1:]
+    positions = mask.sum(-1, keepdim=True) - 1
+    output = model(input_ids=last, attention_mask=mask, position_ids=positions, **reading)
+    model.train(was_training)
+    scores = output.logits[:, -1].to(torch.float32, copy=True)
+    cut = warpers(settings.temperature, settings.top_k, settings.top_p, settings.min_p)
+    return torch.multinomial(cut(ids, scores).softmax(-1), num_samples=1)

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from accelerate.utils import parse_flag_from_env
-from torch import nn
 
 from oprd.foundation.errors import UserError
 from oprd.foundation.meters import MB, resident_mb
@@ -18,7 +18,6 @@ SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(GB|GiB|)", re.I)
 CONTAINER = Path("/sys/fs/cgroup")
 CONTEXT_BYTES = 600_000_000  # CUDA's context and its libraries' workspaces, roughly: not measured by us
 UNITS = {"": 10**9, "GB": 10**9, "GIB": 2**30}
-TRAINER_BYTES = 16_000_000  # a trainer, and pages of libraries that it is the first to read: as measured
 
 
 @dataclass(frozen=True)
@@ -38,8 +37,8 @@ class Machine:
         """This machine under the launcher's environment and the keys of `settings`, an `OPRDConfig`.
 
         `ranks` overrides the number of processes. On a CPU the free memory is shared by the ranks of the
-        machine, and what this process holds now stands for what a run's does before it makes a trainer; ranks
-        that are launched there are not sharded by accelerate, those that `ranks` imagines are.
+        machine, and what this process holds now stands for what a run's does; ranks launched there are not
+        sharded by accelerate, those that `ranks` imagines are.
         """
         world = ranks or launched_ranks()
         sharded = bool(settings.fsdp) or parse_flag_from_env("ACCELERATE_USE_FSDP")
@@ -47,12 +46,11 @@ class Machine:
             free, total = torch.cuda.mem_get_info()
             return cls(torch.device("cuda"), total, free, ranks=world, sharded=sharded, is_gpu=True)
         sharded = sharded and ranks is not None
-        _compute()
         here = int(resident_mb("VmRSS") * MB) if Path("/proc/self/status").exists() else 0
-        process = here + TRAINER_BYTES if here else 0
-        free, total = _host_memory()
+        memory = psutil.virtual_memory()
+        free = int(min(memory.available, _container_memory()))
         local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-        return cls(torch.device("cpu"), total, free // local + here, process, world, sharded)
+        return cls(torch.device("cpu"), memory.total, free // local + here, here, world, sharded)
 
     @classmethod
     def with_gpus(cls, size: int, settings: Any, ranks: int | None = None) -> "Machine":
@@ -78,35 +76,13 @@ def launched_ranks() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def _compute() -> None:
-    """A small computation like training's, after which the libraries that torch loads lazily are resident."""
-    with torch.random.fork_rng(devices=()):
-        layer = nn.TransformerEncoderLayer(16, 2, 32)
-        optimizer = torch.optim.AdamW(layer.parameters())
-        layer(torch.randn(4, 2, 16)).log_softmax(-1).sum().backward()
-        optimizer.step()
-
-
-def _host_memory() -> tuple[int, int]:
-    """Bytes that this machine has for new work, and in all."""
-    info = Path("/proc/meminfo")
-    if not info.exists():
-        total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-        return total, total
-    fields = dict(line.split(":", 1) for line in info.read_text(encoding="ascii").splitlines())
-    free, total = (int(fields[name].split()[0]) * 1024 for name in ("MemAvailable", "MemTotal"))
-    return int(min(free, _container_memory())), total
-
-
 def _container_memory() -> float:
     """Bytes that a container may still take, cached files given up; endless where nothing limits it."""
     try:
-        limit, used = (_read(f"memory.{name}").strip() for name in ("max", "current"))
-        stat = dict(line.split() for line in _read("memory.stat").splitlines())
+        limit, used, stat = (
+            (CONTAINER / f"memory.{name}").read_text(encoding="ascii") for name in ("max", "current", "stat")
+        )
     except OSError:
         return math.inf
-    return math.inf if limit == "max" else int(limit) - int(used) + int(stat["inactive_file"])
-
-
-def _read(name: str) -> str:
-    return (CONTAINER / name).read_text(encoding="ascii")
+    cached = int(dict(line.split() for line in stat.splitlines())["inactive_file"])
+    return math.inf if limit.strip() == "max" else int(limit) - int(used) + cached

@@ -13,10 +13,10 @@ from typing import Any
 
 from oprd.foundation.errors import UserError, is_out_of_memory
 from oprd.foundation.meters import MB
+from oprd.preflight.planning.fakes import fake_ranks
+from oprd.preflight.planning.footprint import BUCKETS, ENGINE, PROCESS, TEACHER
 from oprd.preflight.planning.longest import Longest
 from oprd.preflight.planning.machine import Machine
-from oprd.preflight.planning.parts import BUCKETS, ENGINE, PROCESS, TEACHER
-from oprd.preflight.planning.pretended import pretended_ranks
 from oprd.preflight.planning.rehearsal import Rehearsal
 from oprd.rollouts.engines.vllm import CPU_CACHE_GIB
 
@@ -66,15 +66,12 @@ def plan_memory(
 
     Raises `UserError` as the run would, and `Unplannable` where only the run itself can show it.
     """
-    with _told_once(), _explained(student), pretended_ranks(machine) as mesh:
+    with _explained(student), fake_ranks(machine) as mesh:
         rehearsal = Rehearsal(student, settings, longest, machine, peft_config, mesh)
         measure = rehearsal.footprint.peak_of
         measure(rehearsal.first_step)
-        roll_out = (lambda: None) if settings.use_vllm else rehearsal.roll_out
-        if rehearsal.footprint.is_unread:
-            measure(roll_out)  # what either reads of a file is there when the other comes again
         updates = [(measure(partial(rehearsal.update, step)), step) for step in _steps(settings)]
-        rollout = measure(roll_out)
+        rollout = measure((lambda: None) if settings.use_vllm else rehearsal.roll_out)
         update, step = max(updates, key=lambda each: sum(each[0].values()))
         rollout, update = (_beside(rehearsal, parts, machine) for parts in (rollout, update))
     if settings.use_vllm and settings.vllm_mode == "colocate":
@@ -117,20 +114,14 @@ def _steps(settings: Any) -> list[int]:
 
 
 @contextmanager
-def _told_once() -> Iterator[None]:
-    """Silences what the run itself will log of frozen and tied weights: a plan is made many times."""
+def _explained(student: str) -> Iterator[None]:
+    """Explain errors of architectures whose computation depends on values or on the dtype.
+
+    What the run itself will log of frozen and tied weights is not told: a plan is made many times.
+    """
     logger = logging.getLogger("oprd")
     level = logger.level
     logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
-
-
-@contextmanager
-def _explained(student: str) -> Iterator[None]:
-    """Explain errors of architectures whose computation depends on values or on the dtype."""
     try:
         yield
     except (NotImplementedError, RuntimeError) as error:
@@ -140,3 +131,5 @@ def _explained(student: str) -> Iterator[None]:
             f"the memory of {student} and its teacher cannot be planned, since they do not run on fake "
             f"tensors ({error}): try it with oprd train --dry_run"
         ) from error
+    finally:
+        logger.setLevel(level)

@@ -124,9 +124,11 @@ def make_model(shape: Shape, seed: int, device: torch.device, shared: Path | Non
 
 def make_shapes(shape: Shape, footprint: Footprint) -> PreTrainedModel:
     """The same model as fake tensors, held by `footprint`."""
+    with torch.device("meta"):
+        model = make_model(shape, 0, torch.device("meta"))
     with footprint.shapes:
-        model = make_model(shape, 0, CPU)
-    footprint.hold_model(model, "weights")
+        model.to_empty(device=CPU)
+    footprint.hold_model("weights", model)
     return model
 
 
@@ -291,6 +293,6 @@ def counted_mb(name: str, shape: Shape) -> float:
         shape = replace(shape, dtype=torch.bfloat16)
     footprint = Footprint(CPU)
     arm = Arm(name, shape, footprint=footprint)
-    before = footprint.live_bytes
+    before = footprint.live.total()
     parts = footprint.peak_of(lambda: arm.loss().backward())
     return (sum(parts.values()) - before) / MB

@@ -270,8 +270,8 @@ def test_lengths_beyond_the_positions_are_refused_as_by_the_run(capsys, recipe):
 def test_attention_that_is_kept_is_what_costs_least_to_turn(recipe):
     run, config = parse_training_recipe(recipe(gradient_checkpointing=True, keep_attention=True))
     turns = knobs._turns(config, longest_rollout(run, config)[0], Machine(torch.device("cpu"), 0, 0))
-    first = next(turns)
-    assert first.keys == "keep_attention: false" and not first.config.keep_attention
+    keys, turned, _ = next(turns)
+    assert keys == "keep_attention: false" and not turned.keep_attention
 
 
 @pytest.mark.parametrize(

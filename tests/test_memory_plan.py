@@ -161,7 +161,7 @@ def test_shapes_hold_what_values_hold(read, tiny_model, tmp_path, kind, checkpoi
     footprint = Footprint(CPU)
     for model in (student, teacher):
         for weight in [*model.parameters(), *model.buffers()]:
-            footprint.hold(weight, "weights")
+            footprint.hold("weights", weight)
     shapes, values = (
         kept_by(rehearsal.footprint, rehearsal.objective, batch),
         kept_by(footprint, update, batch),
@@ -176,11 +176,11 @@ def kept_by(footprint, update, batch):
     kept = []
 
     def program():
-        before = footprint.live_bytes
+        before = footprint.live.total()
         loss = update.loss(batch, 0)
         update.watch.clear()
         update.averages.pop(lambda values: torch.zeros(values.shape))
-        kept.append(footprint.live_bytes - before)
+        kept.append(footprint.live.total() - before)
         del loss
 
     footprint.peak_of(program)

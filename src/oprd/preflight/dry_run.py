@@ -146,7 +146,7 @@ def _short(config: OPRDConfig, longest: Longest, step: int, folder: str) -> OPRD
 def _accumulation(config: OPRDConfig, longest: Longest) -> int:
     """The fewest micro-batches that hold two full ones, and whole prompts."""
     each, most = config.per_device_train_batch_size, config.gradient_accumulation_steps
-    size, count = rollouts_at_once(config, longest, each, most)
+    size, count = rollouts_at_once(config, longest)
     wanted = -(-size * min(count, 2) // each)
     whole = (n for n in range(wanted, most) if not n * each * launched_ranks() % config.num_generations)
     return next(whole, most)

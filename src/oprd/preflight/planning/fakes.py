@@ -1,4 +1,4 @@
-"""A run's models on the meta device, its optimiser and, where ranks share them, a fake group of the others."""
+"""A run's models on the meta device, its optimiser and, where ranks share the models, a fake process group."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,11 +16,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, Trainer
 from oprd.foundation.errors import UserError
 from oprd.models.activation_checkpointing import checkpoint_blocks
 from oprd.models.files import CONFIGS, told_of
-from oprd.models.init_kwargs import hub_kwargs, teacher_kwargs
-from oprd.models.loading import base_model, load_tokenizer, resolve_model
+from oprd.models.init_kwargs import hub_kwargs, student_kwargs, teacher_kwargs
+from oprd.models.loading import base_model, resolve_model
 from oprd.models.precision import Precision, store_products_in
 from oprd.models.sharding.fsdp import Sharding
-from oprd.models.teacher import Teacher
 from oprd.preflight.planning.machine import Machine
 
 AXIS = "ranks"
@@ -46,9 +45,10 @@ def make_optimizer(settings: Any, student: Any, trained: list[nn.Parameter]) -> 
     return kind(trained, **kwargs)
 
 
-def make_student(located: str, given: dict[str, Any], settings: Any, peft_config: Any = None) -> Any:
+def make_student(name: str, settings: Any, peft_config: Any = None) -> Any:
     """The student of a run in train mode, with its adapters; its blocks checkpoint as the run's would."""
-    model = _from_config(located, {"dtype": "float32"} | given)
+    given = {"dtype": "float32"} | student_kwargs(settings)
+    model = _from_config(resolve_model(name, **hub_kwargs(given)), given)
     if peft_config is not None:
         from peft import get_peft_model
 
@@ -61,7 +61,7 @@ def make_student(located: str, given: dict[str, Any], settings: Any, peft_config
     return model.train()
 
 
-def make_teacher(settings: Any, precision: Precision) -> Teacher:
+def make_teacher(settings: Any, precision: Precision) -> Any:
     """The teacher of a run, in the dtype that the run would load it in."""
     given = teacher_kwargs(settings)
     located = base_model(resolve_model(settings.teacher_model_name_or_path, **hub_kwargs(given)))
@@ -70,7 +70,7 @@ def make_teacher(settings: Any, precision: Precision) -> Teacher:
     model = _from_config(located, {"dtype": dtype} | given)
     if "dtype" not in given and precision.autocast:
         store_products_in(config.dtype, model, is_exact=True)
-    return Teacher(model, load_tokenizer(located, **hub_kwargs(given)))
+    return model
 
 
 def _from_config(located: str, given: dict[str, Any]) -> Any:

@@ -13,12 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._guards import active_fake_mode
-from torch._subclasses.fake_tensor import (
-    DataDependentOutputException,
-    DynamicOutputShapeException,
-    FakeTensor,
-    FakeTensorMode,
-)
+from torch._subclasses import fake_tensor
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -31,36 +26,36 @@ SAMPLING, ACTIVATIONS = "cache and sampling", "activations and losses"
 MODELS = PROCESS, STUDENT, TEACHER, REFERENCE, GRADIENTS, OPTIMISER
 ORDER = (*MODELS, BUCKETS, GATHERED, ENGINE, SAMPLING, ACTIVATIONS)
 REAL_BYTES = 2**28  # larger is no list of rows, but a mask that pairs rows with rows
+BY_VALUES = fake_tensor.DynamicOutputShapeException, fake_tensor.DataDependentOutputException
 
 
 class Footprint(TorchDispatchMode):
     """Counts the bytes that live on a device, by the part of the program that made them.
 
     Rows are chosen by their values, so what is computed from real tensors is real too, up to `REAL_BYTES`.
-    Storages that are emptied and filled again are those of unsharded layers. `gloo` sums gradients in a copy.
+    Models are made without values within `shapes`. With `gloo`, gradients are summed in a copy.
     """
 
     def __init__(self, device: torch.device, gloo: bool = False) -> None:
         super().__init__()
-        self.shapes = FakeTensorMode(allow_non_fake_inputs=True)  # within it, a model is made without values
-        self._device, self._gloo = device, gloo
+        self.shapes = fake_tensor.FakeTensorMode(allow_non_fake_inputs=True)
+        self.live: Counter[str] = Counter()
+        self._device, self._gloo, self._part = device, gloo, ACTIVATIONS
         self._held: dict[int, tuple[str, int]] = {}
-        self._part = ACTIVATIONS
-        self._live: Counter[str] = Counter()
         self._peak: Counter[str] = Counter()
 
-    def hold(self, tensor: Tensor, part: str) -> None:
-        """Count a tensor, of a sharded one this rank's shard, under `part` from now on."""
-        storage = (tensor.to_local() if isinstance(tensor, DTensor) else tensor).untyped_storage()
-        if tensor.device.type == self._device.type:
-            if storage._cdata not in self._held:
-                weakref.finalize(storage, self._release, storage._cdata)
-            self._count(storage, part)
+    def hold(self, part: str, *tensors: Tensor) -> None:
+        """Count tensors, of sharded ones this rank's shards, under `part` from now on."""
+        for tensor in tensors:
+            storage = (tensor.to_local() if isinstance(tensor, DTensor) else tensor).untyped_storage()
+            if tensor.device.type == self._device.type:
+                if storage._cdata not in self._held:
+                    weakref.finalize(storage, self._release, storage._cdata)
+                self._count(storage, part)
 
-    def hold_model(self, model: nn.Module, part: str) -> None:
+    def hold_model(self, part: str, model: nn.Module) -> None:
         """Count a model's weights and buffers under `part` from now on."""
-        for tensor in (*model.parameters(), *model.buffers()):
-            self.hold(tensor, part)
+        self.hold(part, *model.parameters(), *model.buffers())
 
     @contextmanager
     def part(self, name: str) -> Iterator[None]:
@@ -69,19 +64,14 @@ class Footprint(TorchDispatchMode):
         yield
         self._part = ACTIVATIONS
 
-    @property
-    def live_bytes(self) -> int:
-        """Bytes that live now."""
-        return self._live.total()
-
     def peak_of(self, program: Callable[[], Any]) -> dict[str, int]:
         """Bytes by part at the moment of `program` at which they are most."""
-        self._peak = self._live.copy()
+        self._peak = self.live.copy()
         resize = torch.UntypedStorage.resize_
 
         def resize_and_count(storage: torch.UntypedStorage, size: int) -> Any:
             result = resize(storage, size)
-            if self._held.get(storage._cdata, ("", size))[1] != size:
+            if storage._cdata in self._held:
                 self._count(storage, GATHERED)
             return result
 
@@ -102,19 +92,18 @@ class Footprint(TorchDispatchMode):
             return func(*args, **(kwargs or {}))  # a question: of a device, or of a result's shape
         if self._gloo and func is torch.ops.c10d._reduce_scatter_base_.default:
             with self.shapes:
-                self.hold(torch.empty_like(given[1]), self._part)
+                self.hold(self._part, torch.empty_like(given[1]))
         result = self._run(func, args, kwargs or {}, given)
-        for leaf in tree_leaves(result):
-            if isinstance(leaf, Tensor) and leaf.untyped_storage()._cdata not in self._held:
-                self.hold(leaf, self._part)
+        made = (x for x in tree_leaves(result) if isinstance(x, Tensor))
+        self.hold(self._part, *(x for x in made if x.untyped_storage()._cdata not in self._held))
         return result
 
     def _run(self, func: Any, args: Any, kwargs: Any, given: list[Tensor]) -> Any:
         if func is torch.ops.aten.empty.memory_format and kwargs.get("dtype", torch.float).is_floating_point:
             with self.shapes:
                 return func(*args, **kwargs)  # a layer will be unsharded there
-        if not any(isinstance(x, FakeTensor) for x in given):
-            with suppress(DynamicOutputShapeException, DataDependentOutputException), self.shapes:
+        if not any(isinstance(x, fake_tensor.FakeTensor) for x in given):
+            with suppress(*BY_VALUES), self.shapes:
                 shapes = func(*args, **kwargs)
                 if any(x.nbytes > REAL_BYTES for x in tree_leaves(shapes) if isinstance(x, Tensor)):
                     return shapes
@@ -124,10 +113,10 @@ class Footprint(TorchDispatchMode):
         if storage._cdata in self._held:
             self._release(storage._cdata)
         self._held[storage._cdata] = part, storage.nbytes()
-        self._live[part] += storage.nbytes()
-        if self._live.total() > self._peak.total():
-            self._peak = self._live.copy()
+        self.live[part] += storage.nbytes()
+        if self.live.total() > self._peak.total():
+            self._peak = self.live.copy()
 
     def _release(self, key: int) -> None:
         part, size = self._held.pop(key)
-        self._live[part] -= size
+        self.live[part] -= size

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from oprd.objective.settings import ObjectiveSettings
 from oprd.rollouts.generation import warpers
 from oprd.rollouts.intake import UsablePrompts
 from oprd.rollouts.rows import Inputs
+from oprd.rollouts.translation import Translation
 from oprd.text.messages import Prompt
 from oprd.text.rendering import Renderer
 
@@ -22,22 +22,26 @@ ANY_LENGTH = 1024  # stands for an endless response, where max_completion_length
 class Longest:
     """The dataset's longest prompt, as it stands there and in ids, and the longest response to it.
 
-    The response repeats the prompt's text, so that another tokenizer has real text to cut.
+    The response repeats the prompt's text, so that the teacher's tokenizer, the second, has text to cut.
     """
 
     prompt: Prompt
     prompt_ids: list[int]
     response_ids: list[int]
+    tokenizers: tuple[Any, Any]
+    translation: Translation
 
     @classmethod
-    def of(cls, prompts: UsablePrompts, render: Renderer, max_completion_length: int | None) -> "Longest":
-        """The longest of `prompts` and a response of `max_completion_length` tokens."""
+    def of(
+        cls, prompts: UsablePrompts, render: Renderer, length: int | None, teacher: Any, read: Translation
+    ) -> "Longest":
+        """The longest of `prompts` and a response of `length` tokens."""
         prompt = prompts.dataset[int(prompts.lengths[0].argmax())]["prompt"]
         (rendered,) = render([prompt])
         special = set(render.tokenizer.all_special_ids)
         text = [i for i in rendered if i not in special] or rendered
-        response = list(islice(cycle(text), max_completion_length or ANY_LENGTH))
-        return cls(prompt, rendered, response)
+        response = list(islice(cycle(text), length or ANY_LENGTH))
+        return cls(prompt, rendered, response, (render.tokenizer, teacher), read)
 
     @property
     def num_tokens(self) -> int:
@@ -51,22 +55,17 @@ class Longest:
         if len(self.prompt_ids) > 1:
             prompt_ids[1:, 0] = prompt_mask[1:, 0] = 0
         ids = torch.tensor(self.response_ids).expand(count, -1).contiguous()
-        return {
-            "prompt_ids": prompt_ids.to(device),
-            "prompt_mask": prompt_mask,
-            "completion_ids": ids.to(device),
-            "completion_mask": torch.ones_like(ids),
-        }
+        prompt = {"prompt_ids": prompt_ids.to(device), "prompt_mask": prompt_mask}
+        return prompt | {"completion_ids": ids.to(device), "completion_mask": torch.ones_like(ids)}
 
 
-def rollouts_at_once(
-    settings: ObjectiveSettings, longest: Longest, micro_batch: int, accumulation: int
-) -> tuple[int, int]:
+def rollouts_at_once(settings: Any, longest: Longest) -> tuple[int, int]:
     """How many of the longest rollouts one micro-batch holds, and how many micro-batches a step has."""
-    budget, window = settings.max_tokens_per_micro_batch, micro_batch * accumulation
-    if budget is None:
+    micro_batch, accumulation = settings.per_device_train_batch_size, settings.gradient_accumulation_steps
+    if settings.max_tokens_per_micro_batch is None:
         return micro_batch, accumulation
-    size = min(max(budget // longest.num_tokens, 1), window)
+    window = micro_batch * accumulation
+    size = min(max(settings.max_tokens_per_micro_batch // longest.num_tokens, 1), window)
     return size, -(-window // size)
 
 
@@ -85,10 +84,8 @@ def sample_last_token(model: PreTrainedModel, rollouts: Inputs, settings: Any) -
     model(input_ids=ids, attention_mask=prompt_mask, **reading)
     if (between := written.shape[1] - 2) > 0:
         for number, layer in enumerate(cache.layers):
-            keys, values = (
-                x.new_zeros(*x.shape[:2], between, x.shape[3]) for x in (layer.keys, layer.values)
-            )
-            cache.update(keys, values, number)
+            zeros = (x.new_zeros(*x.shape[:2], between, x.shape[3]) for x in (layer.keys, layer.values))
+            cache.update(*zeros, number)
     mask = torch.cat([prompt_mask, torch.ones_like(written[:, 1:])], dim=1)
     last = written[:, -2:-1] if written.shape[1] > 1 else ids[:, -1:]
     positions = mask.sum(-1, keepdim=True) - 1

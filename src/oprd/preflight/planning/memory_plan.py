@@ -82,11 +82,12 @@ def plan_memory(
 
 def _beside(rehearsal: Rehearsal, parts: Parts, machine: Machine) -> Parts:
     """The parts, with those that no rehearsal shows: libraries, offloaded weights, communication buffers."""
-    parts = {PROCESS: machine.process_bytes} | parts if machine.process_bytes else dict(parts)
-    if (resting := rehearsal.resting_teacher_bytes) is not None and TEACHER in parts:
-        parts[TEACHER] = resting
-    repeats = machine.ranks > 1 and not machine.sharded
-    return parts | {BUCKETS: rehearsal.trained_bytes} if repeats else parts
+    unseen = {PROCESS: machine.process_bytes} if machine.process_bytes else {}
+    if (resting := rehearsal.resting_teacher_bytes) is not None:
+        unseen[TEACHER] = resting
+    if machine.ranks > 1 and not machine.sharded:
+        unseen[BUCKETS] = rehearsal.trained_bytes
+    return parts | unseen
 
 
 def _engine_bytes(settings: Any, rehearsal: Rehearsal, machine: Machine) -> int:

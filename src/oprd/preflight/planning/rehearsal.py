@@ -13,17 +13,15 @@ from torch.utils._pytree import tree_leaves
 
 from oprd.bridge.artifact import TENSORS
 from oprd.models.capture import blocks
-from oprd.models.init_kwargs import hub_kwargs, student_kwargs
-from oprd.models.loading import load_tokenizer, resolve_model
 from oprd.models.precision import Precision
 from oprd.models.sharding.fsdp import Sharding
+from oprd.models.teacher import Teacher
 from oprd.preflight.planning import footprint as parts
 from oprd.preflight.planning.fakes import make_optimizer, make_student, make_teacher, shard_student
 from oprd.preflight.planning.footprint import Footprint
 from oprd.preflight.planning.longest import Longest, rollouts_at_once, sample_last_token
 from oprd.preflight.planning.machine import Machine
 from oprd.rollouts.rows import Inputs, RolloutBatch, weigh_rows
-from oprd.rollouts.translation import Translation
 from oprd.training.step import Update
 
 MERGED_BYTES = 4  # of a number of the model that adapters are merged into
@@ -47,28 +45,20 @@ class Rehearsal:
     ) -> None:
         self.settings, self.longest, self.machine = settings, longest, machine
         self.footprint = Footprint(machine.device, gloo=not machine.is_gpu)
-        given = student_kwargs(settings)
-        located = resolve_model(student, **hub_kwargs(given))
-        self._tokenizer = load_tokenizer(located, **hub_kwargs(given))
+        self.student = make_student(student, settings, peft_config)
         kind = DistributedType.NO if mesh is None else DistributedType.FSDP
-        self.student = make_student(located, given, settings, peft_config)
-        self.teacher = make_teacher(settings, Precision.of(self.student, settings, kind))
+        teacher = make_teacher(settings, Precision.of(self.student, settings, kind))
         with self.footprint.shapes:
-            for model in (self.student, self.teacher.model):
+            for model in (self.student, teacher):
                 model.to_empty(device=machine.device).tie_weights()
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="Accessing the data pointer of FakeTensor")
-            self.objective = Update.bind(
-                settings, self.student, self._tokenizer, self.teacher, machine.device
-            )
-        self.objective.freeze_unreached()
+        self.objective = self._bind(Teacher(teacher, longest.tokenizers[1]))
         self._sharding = self._shard(mesh) if mesh is not None else None
         hold_references(self.objective, self.footprint)
-        self.footprint.hold_model(self.student, parts.STUDENT)
-        self.footprint.hold_model(self.teacher.model, parts.TEACHER)
+        self.footprint.hold_model(parts.STUDENT, self.student)
+        self.footprint.hold_model(parts.TEACHER, teacher)
         self._trained = [weight for weight in self.student.parameters() if weight.requires_grad]
         for weight in self._trained:
-            weight.register_post_accumulate_grad_hook(lambda w: self.footprint.hold(w.grad, parts.GRADIENTS))
+            weight.register_post_accumulate_grad_hook(lambda w: self.footprint.hold(parts.GRADIENTS, w.grad))
         self._optimizer = make_optimizer(settings, self.student, self._trained)
 
     def first_step(self) -> None:
@@ -88,43 +78,33 @@ class Rehearsal:
 
     def update(self, step: int) -> None:
         """Update `step`, 0-based: two micro-batches, or the one there is, and a step."""
-        settings = self.settings
-        each, accumulation = settings.per_device_train_batch_size, settings.gradient_accumulation_steps
-        size, count = rollouts_at_once(settings, self.longest, each, accumulation)
+        size, count = rollouts_at_once(self.settings, self.longest)
         batch = RolloutBatch.of(self.inputs(size))
         for _ in range(min(count, 2)):
             with self._autocast():
                 loss = self._through(batch, step)
             loss.backward()
             del loss
-        if settings.max_grad_norm:
-            nn.utils.clip_grad_norm_(self._trained, settings.max_grad_norm)
+        if self.settings.max_grad_norm:
+            nn.utils.clip_grad_norm_(self._trained, self.settings.max_grad_norm)
         self._step()
         self.objective.watch.clear()
         self.objective.averages.pop(lambda values: torch.zeros(values.shape))
 
     def inputs(self, count: int) -> Inputs:
         """A micro-batch of `count` of the longest rollouts, with the weight of every row."""
-        settings, batch = self.settings, self.longest.rollouts(count, self.machine.device)
-        translation = Translation(
-            self._tokenizer,
-            self.teacher.tokenizer,
-            settings.teacher_chat_template,
-            settings.teacher_tokenization,
-            settings.teacher_chat_template_kwargs,
-        )
-        prompts = [self.longest.prompt] * count
-        batch |= translation.read(prompts, batch["completion_ids"], batch["completion_mask"])[0]
-        if settings.use_vllm:
-            batch |= {"engine_log_probs": torch.zeros_like(batch["completion_ids"], dtype=torch.float)}
-        whole = torch.zeros(count, dtype=torch.bool)
-        vocabulary = self.objective.output.vocabulary
-        return batch | weigh_rows(batch, whole, settings, lambda units: units, vocabulary)
+        batch = self.longest.rollouts(count, self.machine.device)
+        ids, mask = batch["completion_ids"], batch["completion_mask"]
+        batch |= self.longest.translation.read([self.longest.prompt] * count, ids, mask)[0]
+        if self.settings.use_vllm:
+            batch |= {"engine_log_probs": torch.zeros_like(ids, dtype=torch.float)}
+        whole, vocabulary = torch.zeros(count, dtype=torch.bool), self.objective.output.vocabulary
+        return batch | weigh_rows(batch, whole, self.settings, lambda units: units, vocabulary)
 
     @property
     def resting_teacher_bytes(self) -> int | None:
         """Bytes of a teacher's weights that rest elsewhere or in fewer bits; None if it is neither."""
-        model, kind = self.teacher.model, self.settings.teacher_quantization
+        model, kind = self.objective.teacher.model, self.settings.teacher_quantization
         stack = list(blocks(model))
         if kind != "none":
             linear = [m.weight for block in stack for m in block.modules() if isinstance(m, nn.Linear)]
@@ -132,12 +112,8 @@ class Rehearsal:
         if self.settings.teacher_offload and self.machine.is_gpu:  # a block at a time is here, or the rest
             sizes = [_bytes(block) for block in stack]
             return max(*sizes, _bytes(model) - sum(sizes))
-        return None
-
-    @property
-    def trained_bytes(self) -> int:
-        """Bytes of the weights that are trained."""
-        return sum(weight.nbytes for weight in self._trained)
+        at = (self.settings.teacher_model_init_kwargs or {}).get("device_map")
+        return 0 if at == "cpu" and self.machine.is_gpu else None
 
     @property
     def saved_bytes(self) -> tuple[int, int, int]:
@@ -149,16 +125,29 @@ class Rehearsal:
         frozen = sum(weight.numel() for weight in self.student.parameters() if not weight.requires_grad)
         return model, checkpoint, model + adapters * MERGED_BYTES * frozen
 
+    @property
+    def trained_bytes(self) -> int:
+        """Bytes of the weights that are trained."""
+        return sum(weight.nbytes for weight in self._trained)
+
+    def _bind(self, teacher: Teacher) -> Update:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Accessing the data pointer of FakeTensor")
+            tokenizer, device = self.longest.tokenizers[0], self.machine.device
+            update = Update.bind(self.settings, self.student, tokenizer, teacher, device)
+            update.freeze_unreached()
+        return update
+
     def _shard(self, mesh: DeviceMesh) -> Sharding:
         """Keep this rank's shards of every model."""
-        device = self.machine.device
+        update, device = self.objective, self.machine.device
         with self.footprint:
             sharding = shard_student(self.student, self.settings, mesh, device)
-            self.objective.place(device, sharding)
-        anchor = self.objective.anchor
-        models = [self.student, self.teacher.reader, *([anchor.reference] if anchor else [])]
-        for unit in {m for model in models for m in model.modules() if isinstance(m, FSDPModule)}:
-            self.footprint.peak_of(lambda unit=unit: (unit.unshard(), unit.reshard()))  # known once freed
+            update.place(device, sharding)
+        models = [self.student, update.teacher.reader, *([update.anchor.reference] if update.anchor else [])]
+        for unit in (m for model in models for m in model.modules() if isinstance(m, FSDPModule)):
+            for change in (unit.unshard, unit.reshard):
+                self.footprint.peak_of(change)  # whose freed storages are known as unsharded layers
         return sharding
 
     def _through(self, batch: RolloutBatch, step: int) -> Tensor:
@@ -185,13 +174,13 @@ class Rehearsal:
 
 def hold_references(update: Update, footprint: Footprint) -> None:
     """Count the bridge and the anchor of an update, which belong to neither model."""
-    tensors = list(update.anchor.determined.values()) if update.anchor else []
-    for projector in update.comparison.bridge.projectors.values() if update.comparison.bridge else ():
-        tensors += [getattr(projector, name) for name in TENSORS]
-    for tensor in tensors:
-        footprint.hold(tensor, parts.REFERENCE)
-    if update.anchor is not None and update.anchor.reference.model is not update.student:
-        footprint.hold_model(update.anchor.reference, parts.REFERENCE)
+    bridge, anchor = update.comparison.bridge, update.anchor
+    for projector in bridge.projectors.values() if bridge else ():
+        footprint.hold(parts.REFERENCE, *(getattr(projector, name) for name in TENSORS))
+    if anchor is not None:
+        footprint.hold(parts.REFERENCE, *anchor.determined.values())
+        if anchor.reference.model is not update.student:
+            footprint.hold_model(parts.REFERENCE, anchor.reference)
 
 
 def _bytes(module: nn.Module) -> int:

@@ -16,9 +16,9 @@ from oprd.models.init_kwargs import hub_kwargs, student_kwargs, teacher_kwargs
 from oprd.models.lengths import fitting_length, run_readers
 from oprd.models.loading import base_model, load_tokenizer, resolve_model
 from oprd.preflight.checks import Finding, check_disk, check_engine, check_output, checked
+from oprd.preflight.longest import Longest
 from oprd.preflight.planning.footprint import ORDER
 from oprd.preflight.planning.knobs import Knob, advice, first_knob
-from oprd.preflight.planning.longest import Longest
 from oprd.preflight.planning.machine import Machine, launched_ranks
 from oprd.preflight.planning.memory_plan import MemoryPlan, plan_memory
 from oprd.rollouts.intake import prompts_per_step, settle_steps, usable_prompts

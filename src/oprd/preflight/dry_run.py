@@ -15,8 +15,8 @@ from torch import Tensor
 from oprd.foundation.errors import Fault, memory_may_run_out, refusals_told
 from oprd.foundation.meters import MB, resident_mb
 from oprd.preflight.doctor import longest_rollout
+from oprd.preflight.longest import Longest, rollouts_at_once, sample_last_token
 from oprd.preflight.planning.knobs import advice, first_knob
-from oprd.preflight.planning.longest import Longest, rollouts_at_once, sample_last_token
 from oprd.preflight.planning.machine import Machine, launched_ranks
 from oprd.preflight.planning.memory_plan import MemoryPlan, Unplannable, fullest_step, plan_memory
 from oprd.rollouts.engines.student import StudentEngine

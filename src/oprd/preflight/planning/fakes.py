@@ -1,4 +1,4 @@
-"""A run's models on the meta device, its optimiser and, where ranks share the models, a fake process group."""
+"""A run's models on the meta device, its optimiser and, where ranks share them, a fake process group."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

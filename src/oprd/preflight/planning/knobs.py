@@ -5,8 +5,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
+import yaml
+
 from oprd.foundation.meters import MB
-from oprd.preflight.planning.longest import Longest
+from oprd.preflight.longest import Longest
 from oprd.preflight.planning.machine import Machine
 from oprd.preflight.planning.memory_plan import MemoryPlan, plan_memory
 
@@ -15,7 +17,7 @@ WORTHWHILE = 0.05  # of the peak: a knob that saves less is not worth naming
 
 @dataclass(frozen=True)
 class Knob:
-    """Keys to change, as they are written in a recipe or on the command line, and the peak with them."""
+    """Keys to change, as they are written in a recipe, and the peak with them."""
 
     keys: str
     peak_mb: float
@@ -26,20 +28,17 @@ def first_knob(
 ) -> Knob | None:
     """The first knob of an `OPRDConfig` that makes a run fit, or that saves something worth it if it fits.
 
-    The cheapest come first. Where none is enough by itself, the one that saves most. What it saves is what a
-    plan with it says.
+    The cheapest come first; each is planned. Where none is enough by itself, the one that saves most.
     """
-    best: Knob | None = None
+    worthwhile = []
     for keys, other, where in _turns(config, longest, machine):
         then = replace(longest, response_ids=longest.response_ids[: other.max_completion_length])
         knob = Knob(keys, plan_memory(student, other, then, where, peft_config).peak_mb)
-        if knob.peak_mb > (1 - WORTHWHILE) * plan.peak_mb:
-            continue
-        if knob.peak_mb * MB <= machine.free_bytes:
-            return knob
-        if best is None or knob.peak_mb < best.peak_mb:
-            best = knob
-    return best
+        if knob.peak_mb <= (1 - WORTHWHILE) * plan.peak_mb:
+            worthwhile.append(knob)
+            if knob.peak_mb * MB <= machine.free_bytes:
+                return knob
+    return min(worthwhile, key=lambda knob: knob.peak_mb, default=None)
 
 
 def _turns(config: Any, longest: Longest, machine: Machine) -> Iterator[tuple[str, Any, Machine]]:
@@ -48,7 +47,8 @@ def _turns(config: Any, longest: Longest, machine: Machine) -> Iterator[tuple[st
     def turn(**changes: Any) -> tuple[str, Any, Machine]:
         other = copy.copy(config)
         vars(other).update(changes)
-        return ", ".join(f"{key}: {_as_yaml(value)}" for key, value in changes.items()), other, machine
+        line = yaml.safe_dump(changes, default_flow_style=True, sort_keys=False, width=1000)
+        return line.strip()[1:-1], other, machine
 
     micro_batch, accumulation = config.per_device_train_batch_size, config.gradient_accumulation_steps
     budget = config.max_tokens_per_micro_batch
@@ -71,12 +71,6 @@ def _turns(config: Any, longest: Longest, machine: Machine) -> Iterator[tuple[st
         yield turn(teacher_model_init_kwargs=teacher | {"dtype": "bfloat16"})
     if len(longest.response_ids) > 1:
         yield turn(max_completion_length=len(longest.response_ids) // 2)
-
-
-def _as_yaml(value: Any) -> str:
-    if isinstance(value, dict):
-        return "{" + ", ".join(f"{key}: {_as_yaml(item)}" for key, item in value.items()) + "}"
-    return str(value).lower() if isinstance(value, bool) else str(value).removeprefix("torch.")
 
 
 def advice(plan: MemoryPlan, knob: Knob | None) -> str:

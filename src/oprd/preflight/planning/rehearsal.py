@@ -16,10 +16,10 @@ from oprd.models.capture import blocks
 from oprd.models.precision import Precision
 from oprd.models.sharding.fsdp import Sharding
 from oprd.models.teacher import Teacher
+from oprd.preflight.longest import Longest, rollouts_at_once, sample_last_token
 from oprd.preflight.planning import footprint as parts
 from oprd.preflight.planning.fakes import make_optimizer, make_student, make_teacher, shard_student
 from oprd.preflight.planning.footprint import Footprint
-from oprd.preflight.planning.longest import Longest, rollouts_at_once, sample_last_token
 from oprd.preflight.planning.machine import Machine
 from oprd.rollouts.rows import Inputs, RolloutBatch, weigh_rows
 from oprd.training.step import Update
@@ -51,20 +51,25 @@ class Rehearsal:
         with self.footprint.shapes:
             for model in (self.student, teacher):
                 model.to_empty(device=machine.device).tie_weights()
-        self.objective = self._bind(Teacher(teacher, longest.tokenizers[1]))
+        tokenizer, theirs = longest.tokenizers
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Accessing the data pointer of FakeTensor")
+            reader = Teacher(teacher, theirs)
+            self.objective = Update.bind(settings, self.student, tokenizer, reader, machine.device)
+        self.objective.freeze_unreached()
         self._sharding = self._shard(mesh) if mesh is not None else None
         hold_references(self.objective, self.footprint)
         self.footprint.hold_model(parts.STUDENT, self.student)
         self.footprint.hold_model(parts.TEACHER, teacher)
-        self._trained = [weight for weight in self.student.parameters() if weight.requires_grad]
-        for weight in self._trained:
+        self.trained = [weight for weight in self.student.parameters() if weight.requires_grad]
+        for weight in self.trained:
             weight.register_post_accumulate_grad_hook(lambda w: self.footprint.hold(parts.GRADIENTS, w.grad))
-        self._optimizer = make_optimizer(settings, self.student, self._trained)
+        self._optimizer = make_optimizer(settings, self.student, self.trained)
 
     def first_step(self) -> None:
         """The optimiser's first step, after which its state is there."""
         with self.footprint.part(parts.GRADIENTS):
-            for weight in self._trained:
+            for weight in self.trained:
                 weight.grad = torch.zeros_like(weight)
         self._step()
 
@@ -82,11 +87,11 @@ class Rehearsal:
         batch = RolloutBatch.of(self.inputs(size))
         for _ in range(min(count, 2)):
             with self._autocast():
-                loss = self._through(batch, step)
+                loss = self._loss(batch, step)
             loss.backward()
             del loss
         if self.settings.max_grad_norm:
-            nn.utils.clip_grad_norm_(self._trained, self.settings.max_grad_norm)
+            nn.utils.clip_grad_norm_(self.trained, self.settings.max_grad_norm)
         self._step()
         self.objective.watch.clear()
         self.objective.averages.pop(lambda values: torch.zeros(values.shape))
@@ -119,24 +124,11 @@ class Rehearsal:
     def saved_bytes(self) -> tuple[int, int, int]:
         """On disk: the trained model or its adapters; a checkpoint, after a step; what a run ends with."""
         adapters = hasattr(self.student, "peft_config")
-        model = self.trained_bytes if adapters else _bytes(self.student)
+        model = sum(weight.nbytes for weight in self.trained) if adapters else _bytes(self.student)
         state = tree_leaves(list(self._optimizer.state.values()))
         checkpoint = model + sum(x.nbytes for x in state if isinstance(x, Tensor))
         frozen = sum(weight.numel() for weight in self.student.parameters() if not weight.requires_grad)
         return model, checkpoint, model + adapters * MERGED_BYTES * frozen
-
-    @property
-    def trained_bytes(self) -> int:
-        """Bytes of the weights that are trained."""
-        return sum(weight.nbytes for weight in self._trained)
-
-    def _bind(self, teacher: Teacher) -> Update:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="Accessing the data pointer of FakeTensor")
-            tokenizer, device = self.longest.tokenizers[0], self.machine.device
-            update = Update.bind(self.settings, self.student, tokenizer, teacher, device)
-            update.freeze_unreached()
-        return update
 
     def _shard(self, mesh: DeviceMesh) -> Sharding:
         """Keep this rank's shards of every model."""
@@ -150,7 +142,7 @@ class Rehearsal:
                 self.footprint.peak_of(change)  # whose freed storages are known as unsharded layers
         return sharding
 
-    def _through(self, batch: RolloutBatch, step: int) -> Tensor:
+    def _loss(self, batch: RolloutBatch, step: int) -> Tensor:
         """The loss inside the student's forward, in which FSDP has the weights ready."""
 
         def loss() -> Tensor:
@@ -163,7 +155,7 @@ class Rehearsal:
     def _step(self) -> None:
         with self.footprint.part(parts.OPTIMISER):
             self._optimizer.step()
-        for weight in self._trained:
+        for weight in self.trained:
             weight.grad = None
 
     def _autocast(self) -> AbstractContextManager:

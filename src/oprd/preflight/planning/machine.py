@@ -79,7 +79,7 @@ def _container_memory() -> float:
     """Bytes that a container may still take, cached files given up; endless where nothing limits it."""
     try:
         limit, used, stat = (
-            (CONTAINER / f"memory.{name}").read_text() for name in ("max", "current", "stat")
+            (CONTAINER / f"memory.{name}").read_text(encoding="ascii") for name in ("max", "current", "stat")
         )
     except OSError:
         return math.inf

@@ -31,8 +31,8 @@ from oprd.foundation.meters import MB, MemoryMeter
 from oprd.models.capture import backbone
 from oprd.models.teacher import Teacher
 from oprd.objective.settings import ObjectiveSettings
-from oprd.preflight.planning.counted import counted
 from oprd.preflight.planning.footprint import Footprint
+from oprd.preflight.planning.rehearsal import hold_references
 from oprd.rollouts.rows import RolloutBatch, weigh_rows
 from oprd.training.comparison import Comparison
 from oprd.training.step import Update
@@ -141,8 +141,9 @@ def make_shapes(shape: Shape, footprint: Footprint) -> PreTrainedModel:
     """The same model as fake tensors, held by `footprint`."""
     with torch.device("meta"):
         model = make_model(shape, 0, torch.device("meta"))
-    for tensor in footprint.without_values(model, CPU):
-        footprint.hold(tensor, "weights")
+    with footprint.shapes:
+        model.to_empty(device=CPU)
+    footprint.hold_model("weights", model)
     return model
 
 
@@ -190,7 +191,7 @@ class Arm:
                 bridge = self._bridge()
                 self.update = replace(self.update, comparison=Comparison(bridge.layer_map, bridge))
             if footprint is not None:
-                self.update = counted(self.update, footprint)
+                hold_references(self.update, footprint)
         if name in WHOLE:
             self.loss = self._whole
         self.batch = make_batch(shape, settings, self.device)
@@ -312,6 +313,6 @@ def counted_mb(name: str, shape: Shape) -> float:
         shape = replace(shape, dtype=torch.bfloat16)
     footprint = Footprint(CPU)
     arm = Arm(name, shape, footprint=footprint)
-    before = footprint.live_bytes
+    before = footprint.live.total()
     parts = footprint.peak_of(lambda: arm.loss().backward())
     return (sum(parts.values()) - before) / MB

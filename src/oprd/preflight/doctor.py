@@ -1,8 +1,7 @@
 """`oprd doctor RECIPE`: checks a recipe on this machine, and plans the memory, before a run starts."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +13,14 @@ from transformers import AutoConfig, PreTrainedTokenizerBase
 from oprd.folders.run_folder import default_settings, holds_results, resolved_settings
 from oprd.foundation.meters import MB
 from oprd.models.init_kwargs import hub_kwargs, student_kwargs, teacher_kwargs
-from oprd.models.lengths import Reader, fitting_length, run_readers
+from oprd.models.lengths import fitting_length, run_readers
 from oprd.models.loading import base_model, load_tokenizer, resolve_model
-from oprd.preflight.planning.checks import Finding, check_disk, check_engine, check_output, checked
+from oprd.preflight.checks import Finding, check_disk, check_engine, check_output, checked
+from oprd.preflight.longest import Longest
+from oprd.preflight.planning.footprint import ORDER
 from oprd.preflight.planning.knobs import Knob, advice, first_knob
-from oprd.preflight.planning.longest import Longest
 from oprd.preflight.planning.machine import Machine, launched_ranks
 from oprd.preflight.planning.memory_plan import MemoryPlan, plan_memory
-from oprd.preflight.planning.parts import ORDER
 from oprd.rollouts.intake import prompts_per_step, settle_steps, usable_prompts
 from oprd.rollouts.prompts import load_prompts
 from oprd.rollouts.translation import Translation
@@ -117,29 +116,7 @@ def longest_rollout(run: RunArguments, config: OPRDConfig, ranks: int = 1) -> tu
 
     Raises `UserError` for data, batches or lengths that a run on this number of ranks would refuse.
     """
-    (readers, models), drops = prompt_readers(run, config), config.drop_unrenderable_prompts
-    streamed = rows_streamed(run, config, ranks)
-    place = run.dataset_name, run.dataset_train_split, run.dataset_config
-    rows = load_prompts(*place, drops, streamed, answers=False)
-    needed = prompts_per_step(config, ranks)
-    prompts = usable_prompts(rows, readers, config.max_prompt_length, needed, drops)
-    length = config.max_completion_length
-    if length is not None:
-        who = models(prompts.lengths.max(axis=1).tolist())
-        length = fitting_length(who, length, length == OPRDConfig.max_completion_length)
-    return Longest.of(prompts, readers[0], length), len(prompts.dataset)
-
-
-def prompt_readers(
-    run: RunArguments, config: OPRDConfig
-) -> tuple[list[Renderer], Callable[[Sequence[int]], list[Reader]]]:
-    """How the student of a recipe reads prompts and, unless it reads the same ids, how its teacher does.
-
-    Also what makes readers with positions of the two, given the longest prompt for each.
-    """
     tokenizer, ours = _tokenizer(run.model_name_or_path, student_kwargs(config))
-    vocabulary = ours.get_text_config().vocab_size
-    student = Renderer(tokenizer, config.chat_template_kwargs or {}, vocabulary=vocabulary)
     assert config.teacher_model_name_or_path is not None  # or the recipe would have been refused
     teacher, theirs = _tokenizer(config.teacher_model_name_or_path, teacher_kwargs(config))
     translation = Translation(
@@ -149,10 +126,20 @@ def prompt_readers(
         config.teacher_tokenization,
         config.teacher_chat_template_kwargs,
     )
-    models = partial(run_readers, ours, theirs, are_its_own=translation.aligner is None)
-    if translation.is_identity:
-        return [student], models
-    return [student, translation.renderer(theirs.get_text_config().vocab_size)], models
+    vocabulary = ours.get_text_config().vocab_size
+    readers = [Renderer(tokenizer, config.chat_template_kwargs or {}, vocabulary=vocabulary)]
+    if not translation.is_identity:
+        readers.append(translation.renderer(theirs.get_text_config().vocab_size))
+    streamed, drops = rows_streamed(run, config, ranks), config.drop_unrenderable_prompts
+    place = run.dataset_name, run.dataset_train_split, run.dataset_config
+    rows = load_prompts(*place, drops, streamed, answers=False)
+    prompts = usable_prompts(rows, readers, config.max_prompt_length, prompts_per_step(config, ranks), drops)
+    length = config.max_completion_length
+    if length is not None:
+        longest = prompts.lengths.max(axis=1).tolist()
+        who = run_readers(ours, theirs, longest, are_its_own=translation.aligner is None)
+        length = fitting_length(who, length, length == OPRDConfig.max_completion_length)
+    return Longest.of(prompts, readers[0], length, teacher, translation), len(prompts.dataset)
 
 
 def _tokenizer(name: str, given: dict[str, Any]) -> tuple[PreTrainedTokenizerBase, Any]:

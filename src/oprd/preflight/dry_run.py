@@ -15,9 +15,8 @@ from torch import Tensor
 from oprd.foundation.errors import Fault, memory_may_run_out, refusals_told
 from oprd.foundation.meters import MB, resident_mb
 from oprd.preflight.doctor import longest_rollout
-from oprd.preflight.planning.decoding import sample_last_token
+from oprd.preflight.longest import Longest, rollouts_at_once, sample_last_token
 from oprd.preflight.planning.knobs import advice, first_knob
-from oprd.preflight.planning.longest import Longest, rollouts_at_once
 from oprd.preflight.planning.machine import Machine, launched_ranks
 from oprd.preflight.planning.memory_plan import MemoryPlan, Unplannable, fullest_step, plan_memory
 from oprd.rollouts.engines.student import StudentEngine
@@ -147,7 +146,7 @@ def _short(config: OPRDConfig, longest: Longest, step: int, folder: str) -> OPRD
 def _accumulation(config: OPRDConfig, longest: Longest) -> int:
     """The fewest micro-batches that hold two full ones, and whole prompts."""
     each, most = config.per_device_train_batch_size, config.gradient_accumulation_steps
-    size, count = rollouts_at_once(config, longest, each, most)
+    size, count = rollouts_at_once(config, longest)
     wanted = -(-size * min(count, 2) // each)
     whole = (n for n in range(wanted, most) if not n * each * launched_ranks() % config.num_generations)
     return next(whole, most)

@@ -20,13 +20,13 @@ from oprd.foundation.errors import UserError
 from oprd.foundation.meters import MB
 from oprd.models.loading import load_model, load_tokenizer, resolve_model
 from oprd.preflight import doctor
+from oprd.preflight.checks import check_disk
 from oprd.preflight.doctor import examine, longest_rollout
 from oprd.preflight.planning import knobs, machine
-from oprd.preflight.planning.checks import check_disk
+from oprd.preflight.planning.footprint import STUDENT, TEACHER
 from oprd.preflight.planning.knobs import first_knob
 from oprd.preflight.planning.machine import Machine
 from oprd.preflight.planning.memory_plan import plan_memory
-from oprd.preflight.planning.parts import STUDENT, TEACHER
 from oprd.rollouts.engines.vllm import is_installed
 from oprd.training.rollout_trainer import RolloutTrainer
 from oprd.training.train import parse_training_recipe, prompts_of, run_inputs
@@ -76,7 +76,7 @@ def test_a_run_that_fits(capsys, recipe, tmp_path):
     assert cli.run(["doctor", recipe()]) == 0
     out = capsys.readouterr().out
     assert "tiny:student learns from tiny:teacher" in out and "it fits" in out
-    for part in ("student's weights", "optimiser's state", "student's activations", "sum"):
+    for part in ("student's weights", "optimiser's state", "activations and losses", "sum"):
         assert part in out
     assert sorted(path.name for path in tmp_path.iterdir()) == ["prompts.jsonl", "recipe.yaml"]
 
@@ -270,8 +270,8 @@ def test_lengths_beyond_the_positions_are_refused_as_by_the_run(capsys, recipe):
 def test_attention_that_is_kept_is_what_costs_least_to_turn(recipe):
     run, config = parse_training_recipe(recipe(gradient_checkpointing=True, keep_attention=True))
     turns = knobs._turns(config, longest_rollout(run, config)[0], Machine(torch.device("cpu"), 0, 0))
-    first = next(turns)
-    assert first.keys == "keep_attention: false" and not first.config.keep_attention
+    keys, turned, _ = next(turns)
+    assert keys == "keep_attention: false" and not turned.keep_attention
 
 
 @pytest.mark.parametrize(

@@ -11,28 +11,28 @@ import pytest
 import torch
 import yaml
 from peft import LoraConfig
+from torch.distributed._tools.mem_tracker import MemTracker
 from transformers import AutoModelForCausalLM, Qwen2Config
 
 from oprd.foundation.errors import UserError
 from oprd.models.loading import load_model, load_tokenizer, resolve_model
 from oprd.models.teacher import Teacher
 from oprd.preflight.doctor import longest_rollout
-from oprd.preflight.planning.footprint import Footprint
-from oprd.preflight.planning.machine import CONTEXT_BYTES, Machine, parse_size
-from oprd.preflight.planning.memory_plan import plan_memory
-from oprd.preflight.planning.parts import (
+from oprd.preflight.planning.footprint import (
     ACTIVATIONS,
     BUCKETS,
     ENGINE,
     GATHERED,
     GRADIENTS,
-    LOGITS,
     OPTIMISER,
     PROCESS,
     SAMPLING,
     STUDENT,
     TEACHER,
+    Footprint,
 )
+from oprd.preflight.planning.machine import CONTEXT_BYTES, Machine, parse_size
+from oprd.preflight.planning.memory_plan import plan_memory
 from oprd.preflight.planning.rehearsal import Rehearsal
 from oprd.rollouts.rows import RolloutBatch
 from oprd.training.step import Update
@@ -127,16 +127,12 @@ def test_weights_gradients_and_state_are_counted_exactly(plan):
     assert plan(optim="adamw_8bit").update[OPTIMISER] == pytest.approx(parts[OPTIMISER] / 4, rel=0.02)
 
 
-def test_weights_mapped_from_a_file_count_once_they_are_read(plan):
-    """The tiny models' files are in bfloat16. The teacher's head is not read, nor all of its embedding."""
-    embedding = 289 * 128 * 2
+def test_weights_are_counted_in_the_dtype_that_the_run_loads_them_in(plan):
     full = plan().update
-    half = plan(teacher_model_init_kwargs={"dtype": "bfloat16"})
-    assert half.update[TEACHER] == pytest.approx(full[TEACHER] / 2 - 2 * embedding, abs=1024)
-    with_head = plan(teacher_model_init_kwargs={"dtype": "bfloat16"}, output_loss="sampled_token").update
-    assert with_head[TEACHER] == half.update[TEACHER] + embedding
+    half = plan(teacher_model_init_kwargs={"dtype": "bfloat16"}).update
+    assert half[TEACHER] == pytest.approx(full[TEACHER] / 2, abs=1024) and half[STUDENT] == full[STUDENT]
     student = plan(model_init_kwargs={"dtype": "bfloat16"})
-    assert student.update[STUDENT] == pytest.approx(full[STUDENT] / 2, abs=1024)  # rollouts read the head
+    assert student.update[STUDENT] == pytest.approx(full[STUDENT] / 2, abs=1024)
     assert student.rollout[STUDENT] == student.update[STUDENT]
     assert student.update[OPTIMISER] == pytest.approx(full[OPTIMISER] / 2, rel=1e-3)
 
@@ -166,7 +162,7 @@ def test_shapes_hold_what_values_hold(read, tiny_model, tmp_path, kind, checkpoi
     footprint = Footprint(CPU)
     for model in (student, teacher):
         for weight in [*model.parameters(), *model.buffers()]:
-            footprint.hold(weight, "weights")
+            footprint.hold("weights", weight)
     shapes, values = (
         kept_by(rehearsal.footprint, rehearsal.objective, batch),
         kept_by(footprint, update, batch),
@@ -181,11 +177,11 @@ def kept_by(footprint, update, batch):
     kept = []
 
     def program():
-        before = footprint.live_bytes
+        before = footprint.live.total()
         loss = update.loss(batch, 0)
         update.watch.clear()
         update.averages.pop(lambda values: torch.zeros(values.shape))
-        kept.append(footprint.live_bytes - before)
+        kept.append(footprint.live.total() - before)
         del loss
 
     footprint.peak_of(program)
@@ -219,7 +215,9 @@ def test_gradients_wait_where_a_step_has_two_micro_batches(plan):
     assert plan(max_completion_length=200).update.get(GRADIENTS, 0) < 1e6
 
 
-def test_logits_exist_in_chunks(plan, tmp_path):
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory):
+    """Keys of a pair whose weights are nearly all of its vocabulary."""
     config = Qwen2Config(
         vocab_size=32_000,
         hidden_size=32,
@@ -228,13 +226,27 @@ def test_logits_exist_in_chunks(plan, tmp_path):
         num_attention_heads=2,
         num_key_value_heads=2,
     )
-    folder = save(AutoModelForCausalLM.from_config(config), tmp_path / "wide")
-    both = {"model_name_or_path": folder, "teacher_model_name_or_path": folder, "output_loss": "full_vocab"}
-    large, small = (plan(**both, output_chunk_size=rows).update[LOGITS] for rows in (32, 16))
+    folder = save(AutoModelForCausalLM.from_config(config), tmp_path_factory.mktemp("wide"))
+    return {"model_name_or_path": folder, "teacher_model_name_or_path": folder}
+
+
+def test_gloo_sums_gradients_in_a_copy_and_nccl_does_not(plan, wide):
+    """The widest of them, on a CPU: those of the embedding, in float32."""
+    on_cpu, on_gpus = (
+        plan(Machine(CPU, 0, 0, ranks=2, sharded=True, is_gpu=is_gpu), max_completion_length=1, **wide)
+        for is_gpu in (False, True)
+    )
+    assert sum(on_cpu.update.values()) - sum(on_gpus.update.values()) == 32_000 * 32 * 4
+    assert on_cpu.rollout == on_gpus.rollout
+
+
+def test_logits_exist_in_chunks(plan, wide):
+    both = wide | {"output_loss": "full_vocab"}
+    large, small = (plan(**both, output_chunk_size=rows).update[ACTIVATIONS] for rows in (32, 16))
     row = 32_000 * 4
     # Seven tensors of one chunk's logits at a time, and what does not depend on the chunk.
     assert large - small == pytest.approx(16 * row * 7, rel=0.02)
-    assert plan(**both, output_weight="0").update.get(LOGITS, 0) == 0
+    assert plan(**both, output_weight="0").update[ACTIVATIONS] < small - 16 * row * 7
 
 
 def test_a_schedule_is_planned_at_its_fullest_step(plan):
@@ -349,10 +361,37 @@ def test_a_tensor_counts_for_as_long_as_it_lives():
     assert sum(large.values()) == pytest.approx(8e9, rel=0.01)
 
 
+def test_torchs_tracker_counts_the_same_where_it_can(read):
+    """`MemTracker` refuses frozen weights. Without its hooks of modules it counts what `Footprint` does."""
+
+    def rehearsed():
+        run, config, longest = read(gradient_accumulation_steps=2, max_completion_length=100)
+        rehearsal = Rehearsal(run.model_name_or_path, config, longest, HERE)
+        rehearsal.footprint.peak_of(rehearsal.first_step)
+        tracker = MemTracker()
+        models = rehearsal.student, rehearsal.objective.teacher.model
+        tracker.track_external(*models, rehearsal._optimizer)
+        return rehearsal, tracker
+
+    rehearsal, tracker = rehearsed()
+    with pytest.raises(RuntimeError, match="cannot register a hook on a tensor that doesn't"), tracker:
+        rehearsal.update(0)
+    rehearsal, tracker = rehearsed()
+    for hook in ("_pre_fw_hook", "_post_fw_hook", "_pre_bw_hook", "_post_bw_hook"):
+        setattr(tracker, hook, lambda *_: None)
+    with tracker:
+        rehearsal.update(0)
+    (theirs,) = tracker.get_tracker_snapshot("peak").values()
+    rehearsal, _ = rehearsed()
+    ours = rehearsal.footprint.peak_of(lambda: rehearsal.update(0))
+    assert theirs["Total"] == sum(ours.values()) > 3e7
+
+
 def test_sampled_tokens_that_vllm_weighs_can_be_planned(plan):
     keys = {"output_loss": "sampled_token", "representation_weight": "0"}
     weighed = plan(**keys, use_vllm=True, vllm_importance_sampling_correction=True)
-    assert weighed.update[LOGITS] >= plan(**keys).update[LOGITS] > 0 and not weighed.rollout.get(SAMPLING)
+    assert weighed.update[ACTIVATIONS] > plan(**keys).update[ACTIVATIONS]  # a number for every token
+    assert not weighed.rollout.get(SAMPLING)
     weights = sum(weight.numel() for weight in load_model(resolve_model("tiny:student")).parameters())
     assert weighed.rollout[ENGINE] == weighed.update[ENGINE] == 2**30 + 4 * weights
 
@@ -380,8 +419,9 @@ def hundred_million(tmp_path_factory):
 FREED_AT_ONCE = {"MALLOC_MMAP_THRESHOLD_": "65536", "OMP_NUM_THREADS": "1"}
 LARGE = (pytest.mark.drill, pytest.mark.xdist_group("100M"))
 TWICE = {"gradient_accumulation_steps": 2}
+BESIDE = 500  # MB that a process holds besides tensors, roughly
 CASES = {
-    "tiny": {"max_completion_length": 64, "per_device_train_batch_size": 32},
+    "tiny": {"max_completion_length": 200, "per_device_train_batch_size": 32},
     "all layers": {"max_completion_length": 200, "per_device_train_batch_size": 2},
     "exact KL, checkpointing": {
         "max_completion_length": 64,
@@ -397,7 +437,10 @@ CASES = {
 @pytest.mark.slow
 @pytest.mark.parametrize("case", ["tiny", *(pytest.param(case, marks=LARGE) for case in list(CASES)[1:])])
 def test_the_plan_is_near_what_a_run_measures(tmp_path, request, case):
-    """Both peaks of real steps, within 15 % or 100 MB, with freed memory given back at once."""
+    """Both peaks of real steps, with freed memory given back at once, within 10 % of what lives.
+
+    On the tiny pair nearly nothing lives in the rollouts, so only the update's is compared.
+    """
     models = {} if case == "tiny" else request.getfixturevalue("hundred_million")
     path, folder = tmp_path / "recipe.yaml", tmp_path / "run"
     path.write_text(yaml.safe_dump(RECIPE | TWICE | {"output_dir": str(folder)} | models | CASES[case]))
@@ -408,7 +451,8 @@ def test_the_plan_is_near_what_a_run_measures(tmp_path, request, case):
     assert {name for name, *_ in found} == {"memory/peak_mb", "memory/rollout_peak_mb"}
     for name, *sizes in found:
         measured, planned = (int(size.replace(",", "")) for size in sizes)
-        assert abs(planned - measured) <= max(100, 0.15 * measured), (case, name, planned, measured)
+        if case != "tiny" or name == "memory/peak_mb":
+            assert abs(planned - measured) <= 0.1 * (measured - BESIDE), (case, name, planned, measured)
     assert not folder.exists()
 
 
@@ -416,7 +460,7 @@ def test_the_plan_is_near_what_a_run_measures(tmp_path, request, case):
 @pytest.mark.xdist_group("100M")
 @pytest.mark.parametrize("mode", ["ddp", "fsdp"])
 def test_the_plan_of_two_ranks_is_near_what_they_measure(tmp_path, hundred_million, mode):
-    """Within 15 % or 100 MB, with freed memory given back at once: a plan does not know what malloc keeps."""
+    """Within 10 % of what lives, with freed memory given back at once: no plan knows what malloc keeps."""
     path, data = tmp_path / "recipe.yaml", tmp_path / "prompts.jsonl"
     data.write_text('{"prompt": "Compute 1+1."}\n' * 40)
     keys = {"output_dir": str(tmp_path / "run"), "dataset_name": str(data), "max_completion_length": 128}
@@ -436,4 +480,4 @@ def test_the_plan_of_two_ranks_is_near_what_they_measure(tmp_path, hundred_milli
     found = json.loads(result.stdout.splitlines()[-1])
     for name, measured in found["measured"].items():
         planned = found["planned"][name]
-        assert abs(planned - measured) <= max(100, 0.15 * measured), (mode, name, planned, measured)
+        assert abs(planned - measured) <= 0.1 * (measured - BESIDE), (mode, name, planned, measured)

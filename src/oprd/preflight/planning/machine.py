@@ -7,18 +7,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from accelerate.utils import parse_flag_from_env
-from torch import nn
 
 from oprd.foundation.errors import UserError
 from oprd.foundation.meters import MB, resident_mb
 
-SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(GB|GiB|)", re.I)
 CONTAINER = Path("/sys/fs/cgroup")
 CONTEXT_BYTES = 600_000_000  # CUDA's context and its libraries' workspaces, roughly: not measured by us
-UNITS = {"": 10**9, "GB": 10**9, "GIB": 2**30}
-TRAINER_BYTES = 16_000_000  # a trainer, and pages of libraries that it is the first to read: as measured
 
 
 @dataclass(frozen=True)
@@ -37,22 +34,18 @@ class Machine:
     def here(cls, settings: Any, ranks: int | None = None) -> "Machine":
         """This machine under the launcher's environment and the keys of `settings`, an `OPRDConfig`.
 
-        `ranks` overrides the number of processes. On a CPU the free memory is shared by the ranks of the
-        machine, and what this process holds now stands for what a run's does before it makes a trainer; ranks
-        that are launched there are not sharded by accelerate, those that `ranks` imagines are.
+        `ranks` overrides the number of processes. On a CPU the ranks share the free memory, and what this
+        process holds now stands for what each holds besides tensors: later it is more. Ranks launched there
+        are not sharded by accelerate, those that `ranks` imagines are.
         """
-        world = ranks or launched_ranks()
-        sharded = bool(settings.fsdp) or parse_flag_from_env("ACCELERATE_USE_FSDP")
+        world, sharded = ranks or launched_ranks(), _asks_for_fsdp(settings)
         if not settings.use_cpu and torch.cuda.is_available():
             free, total = torch.cuda.mem_get_info()
             return cls(torch.device("cuda"), total, free, ranks=world, sharded=sharded, is_gpu=True)
-        sharded = sharded and ranks is not None
-        _compute()
         here = int(resident_mb("VmRSS") * MB) if Path("/proc/self/status").exists() else 0
-        process = here + TRAINER_BYTES if here else 0
-        free, total = _host_memory()
-        local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-        return cls(torch.device("cpu"), total, free // local + here, process, world, sharded)
+        memory, local = psutil.virtual_memory(), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        free = int(min(memory.available, _container_memory())) // local + here
+        return cls(torch.device("cpu"), memory.total, free, here, world, sharded and ranks is not None)
 
     @classmethod
     def with_gpus(cls, size: int, settings: Any, ranks: int | None = None) -> "Machine":
@@ -60,17 +53,17 @@ class Machine:
 
         Tensors without values stand on the CPU, where torch without CUDA can make them.
         """
-        sharded = bool(settings.fsdp) or parse_flag_from_env("ACCELERATE_USE_FSDP")
         world = ranks or launched_ranks()
-        return cls(torch.device("cpu"), size, size, CONTEXT_BYTES, world, sharded and world > 1, is_gpu=True)
+        sharded = world > 1 and _asks_for_fsdp(settings)
+        return cls(torch.device("cpu"), size, size, CONTEXT_BYTES, world, sharded, is_gpu=True)
 
 
 def parse_size(text: str) -> int:
     """Bytes of `80GB`, `80` or `24GiB`; raises `UserError`."""
-    found = SIZE.fullmatch(text.strip())
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(GB|GiB|)", text.strip(), re.I)
     if found is None or not float(found[1]):
         raise UserError(f"{text!r} is no size of memory: write it as 80GB or 24GiB")
-    return int(float(found[1]) * UNITS[found[2].upper()])
+    return int(float(found[1]) * (2**30 if found[2].lower() == "gib" else 10**9))
 
 
 def launched_ranks() -> int:
@@ -78,35 +71,17 @@ def launched_ranks() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def _compute() -> None:
-    """A small computation like training's, after which the libraries that torch loads lazily are resident."""
-    with torch.random.fork_rng(devices=()):
-        layer = nn.TransformerEncoderLayer(16, 2, 32)
-        optimizer = torch.optim.AdamW(layer.parameters())
-        layer(torch.randn(4, 2, 16)).log_softmax(-1).sum().backward()
-        optimizer.step()
-
-
-def _host_memory() -> tuple[int, int]:
-    """Bytes that this machine has for new work, and in all."""
-    info = Path("/proc/meminfo")
-    if not info.exists():
-        total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-        return total, total
-    fields = dict(line.split(":", 1) for line in info.read_text(encoding="ascii").splitlines())
-    free, total = (int(fields[name].split()[0]) * 1024 for name in ("MemAvailable", "MemTotal"))
-    return int(min(free, _container_memory())), total
+def _asks_for_fsdp(settings: Any) -> bool:
+    return bool(settings.fsdp) or parse_flag_from_env("ACCELERATE_USE_FSDP")
 
 
 def _container_memory() -> float:
     """Bytes that a container may still take, cached files given up; endless where nothing limits it."""
     try:
-        limit, used = (_read(f"memory.{name}").strip() for name in ("max", "current"))
-        stat = dict(line.split() for line in _read("memory.stat").splitlines())
+        limit, used, stat = (
+            (CONTAINER / f"memory.{name}").read_text(encoding="ascii") for name in ("max", "current", "stat")
+        )
     except OSError:
         return math.inf
-    return math.inf if limit == "max" else int(limit) - int(used) + int(stat["inactive_file"])
-
-
-def _read(name: str) -> str:
-    return (CONTAINER / name).read_text(encoding="ascii")
+    cached = int(dict(line.split() for line in stat.splitlines())["inactive_file"])
+    return math.inf if limit.strip() == "max" else int(limit) - int(used) + cached

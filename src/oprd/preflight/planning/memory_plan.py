@@ -13,14 +13,12 @@ from typing import Any
 
 from oprd.foundation.errors import UserError, is_out_of_memory
 from oprd.foundation.meters import MB
-from oprd.preflight.planning.longest import Longest
+from oprd.preflight.longest import Longest
+from oprd.preflight.planning.fakes import fake_ranks
+from oprd.preflight.planning.footprint import BUCKETS, ENGINE, PROCESS, TEACHER
 from oprd.preflight.planning.machine import Machine
-from oprd.preflight.planning.parts import BUCKETS, ENGINE, PROCESS, TEACHER
-from oprd.preflight.planning.pretended import pretended_ranks
 from oprd.preflight.planning.rehearsal import Rehearsal
 from oprd.rollouts.engines.vllm import CPU_CACHE_GIB
-
-Parts = dict[str, int]
 
 
 class Unplannable(UserError):
@@ -36,8 +34,8 @@ class MemoryPlan:
     run ends with `final_bytes`: the model or, of adapters, these and the whole model that they make.
     """
 
-    rollout: Parts
-    update: Parts
+    rollout: dict[str, int]
+    update: dict[str, int]
     step: int
     model_bytes: int
     checkpoint_bytes: int
@@ -66,37 +64,32 @@ def plan_memory(
 
     Raises `UserError` as the run would, and `Unplannable` where only the run itself can show it.
     """
-    with _told_once(), _explained(student), pretended_ranks(machine) as mesh:
+    with _explained(student), fake_ranks(machine) as mesh:
         rehearsal = Rehearsal(student, settings, longest, machine, peft_config, mesh)
         measure = rehearsal.footprint.peak_of
         measure(rehearsal.first_step)
-        roll_out = (lambda: None) if settings.use_vllm else rehearsal.roll_out
-        if rehearsal.footprint.is_unread:
-            measure(roll_out)  # what either reads of a file is there when the other comes again
         updates = [(measure(partial(rehearsal.update, step)), step) for step in _steps(settings)]
-        rollout = measure(roll_out)
         update, step = max(updates, key=lambda each: sum(each[0].values()))
-        rollout, update = (_beside(rehearsal, parts, machine) for parts in (rollout, update))
-    if settings.use_vllm and settings.vllm_mode == "colocate":
-        engine = rollout[ENGINE] = _engine_bytes(settings, rehearsal, machine)
-        update |= {} if settings.vllm_enable_sleep_mode else {ENGINE: engine}
+        rollout = measure((lambda: None) if settings.use_vllm else rehearsal.roll_out)
+    unseen = _unseen(settings, rehearsal, machine)
+    rollout, update = rollout | unseen, update | unseen
+    if settings.vllm_enable_sleep_mode:
+        update.pop(ENGINE, None)
     return MemoryPlan(rollout, update, step, *rehearsal.saved_bytes)
 
 
-def _beside(rehearsal: Rehearsal, parts: Parts, machine: Machine) -> Parts:
-    """The parts, with those that no rehearsal shows: libraries, offloaded weights, communication buffers."""
-    parts = {PROCESS: machine.process_bytes} | parts if machine.process_bytes else dict(parts)
-    if (resting := rehearsal.resting_teacher_bytes) is not None and TEACHER in parts:
+def _unseen(settings: Any, rehearsal: Rehearsal, machine: Machine) -> dict[str, int]:
+    """Parts that no rehearsal shows: libraries, weights at rest elsewhere, DDP's buckets, an engine."""
+    parts = {PROCESS: machine.process_bytes} if machine.process_bytes else {}
+    if (resting := rehearsal.resting_teacher_bytes) is not None:
         parts[TEACHER] = resting
-    repeats = machine.ranks > 1 and not machine.sharded
-    return parts | {BUCKETS: rehearsal.trained_bytes} if repeats else parts
-
-
-def _engine_bytes(settings: Any, rehearsal: Rehearsal, machine: Machine) -> int:
-    """A colocated engine's share of an accelerator; on a CPU its cache and the weights, in float32."""
-    if machine.is_gpu:
-        return int(settings.vllm_gpu_memory_utilization * machine.device_bytes)
-    return CPU_CACHE_GIB * 2**30 + 4 * sum(weight.numel() for weight in rehearsal.student.parameters())
+    if machine.ranks > 1 and not machine.sharded:
+        parts[BUCKETS] = sum(weight.nbytes for weight in rehearsal.trained)
+    if settings.use_vllm and settings.vllm_mode == "colocate":  # a share of the GPU, or cache and weights
+        share = int(settings.vllm_gpu_memory_utilization * machine.device_bytes)
+        weights = 4 * sum(weight.numel() for weight in rehearsal.student.parameters())
+        parts[ENGINE] = share if machine.is_gpu else CPU_CACHE_GIB * 2**30 + weights
+    return parts
 
 
 def fullest_step(settings: Any) -> int:
@@ -110,33 +103,27 @@ def _steps(settings: Any) -> list[int]:
     schedules = settings.schedules.values()
     knots = {step + after for schedule in schedules for step, _ in schedule.knots for after in (0, 1)}
     last = settings.max_steps - 1 if settings.max_steps > 0 else max(knots)
-    kinds: dict[tuple[bool, ...], int] = {}
-    for step in sorted(min(knot, last) for knot in knots):
-        kinds.setdefault(tuple(schedule(step) > 0 for schedule in schedules), step)
-    return list(kinds.values())
+    steps = sorted({min(knot, last) for knot in knots}, reverse=True)
+    return list({tuple(schedule(step) > 0 for schedule in schedules): step for step in steps}.values())
 
 
 @contextmanager
-def _told_once() -> Iterator[None]:
-    """Silences what the run itself will log of frozen and tied weights: a plan is made many times."""
+def _explained(student: str) -> Iterator[None]:
+    """Explain errors of architectures whose computation depends on values or on the dtype.
+
+    What the run itself will log of frozen and tied weights is not told: a plan is made many times.
+    """
     logger = logging.getLogger("oprd")
     level = logger.level
     logger.setLevel(logging.ERROR)
     try:
         yield
-    finally:
-        logger.setLevel(level)
-
-
-@contextmanager
-def _explained(student: str) -> Iterator[None]:
-    """Explain errors of architectures whose computation depends on values or on the dtype."""
-    try:
-        yield
     except (NotImplementedError, RuntimeError) as error:
         if is_out_of_memory(error):
             raise
+        why = f"they do not run on fake tensors ({error}): try it with oprd train --dry_run"
         raise Unplannable(
-            f"the memory of {student} and its teacher cannot be planned, since they do not run on fake "
-            f"tensors ({error}): try it with oprd train --dry_run"
+            f"the memory of {student} and its teacher cannot be planned, since {why}"
         ) from error
+    finally:
+        logger.setLevel(level)

@@ -25,7 +25,7 @@ from transformers.integrations.deepspeed import (
 )
 
 from oprd.folders.recorder import read_metrics
-from oprd.models.sharding.zero import loaded_whole
+from oprd.foundation.foreign.transformers import loaded_whole
 from oprd.training.train import parse_training_recipe, train
 
 pytestmark = pytest.mark.xdist_group("two ranks")  # which are started once

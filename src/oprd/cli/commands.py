@@ -15,12 +15,11 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from oprd.cli import key_help
 from oprd.cli.arguments import WHOLE, parse_command, recipe_and_flags
 from oprd.cli.launch import check_unlaunched, launch
 from oprd.foundation.errors import Fault, UserError, is_of_the_disk, refusals_told
+from oprd.foundation.foreign.tqdm import open_bars
 from oprd.foundation.ranges import EVALUATION_RANGES, check_ranges
 from oprd.foundation.signals import Stopped, leave_at_once, signals_handled
 
@@ -269,7 +268,7 @@ def _complain(error: UserError) -> None:
 
 def _close_bars() -> None:
     """Close the progress bars that an error left open, so that none is drawn below its message."""
-    for bar in list(getattr(tqdm, "_instances", ())):
+    for bar in open_bars():
         bar.close()
 
 

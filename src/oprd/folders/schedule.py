@@ -8,6 +8,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import TrainingArguments, get_scheduler
 
 from oprd.foundation.errors import UserError
+from oprd.foundation.foreign.torch import note_rates
 
 OF_THE_MODEL = {"params", "model", "optimizer_dict"}  # options of optimisers that take no other weights
 
@@ -48,4 +49,4 @@ def follow_schedule(scheduler: Any) -> None:
     ]
     for group, rate in zip(schedule.optimizer.param_groups, rates, strict=True):
         group["lr"] = rate
-    schedule._last_lr = rates
+    note_rates(schedule, rates)

@@ -17,6 +17,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor, nn
 
 from oprd.foundation.errors import UserError
+from oprd.foundation.foreign.transformers import attention_of, hands_on_lengths, is_recurrent
 from oprd.models.activation_checkpointing import uncheckpointed
 from oprd.models.capture import backbone, capture
 from oprd.models.padding import heeds_padding
@@ -169,7 +170,7 @@ def _inputs(
     # Positions count real tokens, so the amount of padding does not shift them.
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
     stack = backbone(model)
-    varlen = "flash" in str(getattr(stack.config, "_attn_implementation", ""))
+    varlen = "flash" in str(attention_of(stack.config))
     mixing = _mixing(stack, varlen)
     if padding_free and mixing is not None:
         raise UserError(f"padding_free: true, but {type(stack).__name__} {mixing}: leave it out")
@@ -187,9 +188,7 @@ def _inputs(
 def _is_attention_alone(stack: Any) -> bool:
     """Whether all layers separate sequences by their positions: recurrent and convolutional ones do not."""
     kinds = getattr(stack.config, "layer_types", None) or ()
-    return not getattr(stack, "_is_stateful", False) and all(
-        "attention" in k and "linear" not in k for k in kinds
-    )
+    return not is_recurrent(stack) and all("attention" in k and "linear" not in k for k in kinds)
 
 
 def _mixing(stack: Any, varlen: bool) -> str | None:
@@ -199,10 +198,7 @@ def _mixing(stack: Any, varlen: bool) -> str | None:
     """
     if not _is_attention_alone(stack):
         return "carries states from one rollout to the next"
-    if varlen:
-        is_told = getattr(stack, "_supports_attention_backend", False)
-    else:
-        is_told = _masks_by_position(type(stack).forward)
+    is_told = hands_on_lengths(stack) if varlen else _masks_by_position(type(stack).forward)
     return None if is_told else "lets one rollout see another"
 
 

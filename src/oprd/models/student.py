@@ -1,7 +1,5 @@
 """The student by name: loaded as TRL would load it, with our checks."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
@@ -42,16 +40,6 @@ def load_student(
     return model, processing_class
 
 
-@contextmanager
-def taken_as_loaded(settings: Any) -> Iterator[None]:
-    """Within it a config names no arguments of loading: TRL would warn that a loaded student ignores them."""
-    kept, settings.model_init_kwargs = settings.model_init_kwargs, None
-    try:
-        yield
-    finally:
-        settings.model_init_kwargs = kept
-
-
 def has_dropout(model: nn.Module) -> bool:
     """Whether a model drops states at random, adapters aside."""
     layers = (module for name, module in model.named_modules() if "lora_dropout" not in name)
@@ -62,4 +50,4 @@ def name_of(model: str | PreTrainedModel | None) -> str:
     """What to call a model in its card: its name, or its class if it was made in memory."""
     if model is None or isinstance(model, str):
         return model or ""
-    return model.config._name_or_path or type(model).__name__
+    return model.config.name_or_path or type(model).__name__

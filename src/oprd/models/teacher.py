@@ -57,7 +57,7 @@ class Teacher:
     def of(cls, model: PreTrainedModel) -> "Teacher":
         """Take a model object, with its tokenizer if it has one."""
         try:
-            name = model.config._name_or_path
+            name = model.config.name_or_path
             return cls(model, load_tokenizer(name) if name else None)
         except UserError:
             return cls(model)

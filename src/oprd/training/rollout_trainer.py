@@ -12,8 +12,8 @@ from transformers import Trainer
 
 from oprd.folders.recorder import Recorder
 from oprd.foundation.errors import UserError
+from oprd.foundation.foreign.transformers import checkpointing_restored, old_names_unheard
 from oprd.foundation.ranks import Ranks
-from oprd.models.activation_checkpointing import checkpointing_restored, old_names_unheard
 from oprd.models.finite import check_loaded, check_trained, finite_logits
 from oprd.models.generation_config import generation_config_aside, options_aside
 from oprd.models.lengths import fitting_length, run_readers

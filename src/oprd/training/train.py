@@ -23,13 +23,13 @@ from oprd.folders.run_folder import STATE_FILE, Inputs, default_settings, resolv
 from oprd.folders.starting import set_aside, tell_schedule
 from oprd.folders.stopping import standing
 from oprd.foundation.errors import UserError, refusals_told
+from oprd.foundation.foreign.transformers import loaded_whole
 from oprd.foundation.ranges import check_ranges
 from oprd.foundation.recipe import parse_recipe
 from oprd.foundation.signals import Stopped, signals_handled
 from oprd.models.adapters import MERGED_FOLDER, AdapterArguments, note_commit, save_merged
 from oprd.models.init_kwargs import hub_kwargs, student_kwargs, teacher_kwargs
 from oprd.models.loading import holds_adapters
-from oprd.models.sharding.zero import loaded_whole
 from oprd.rollouts.generation import Sampling
 from oprd.rollouts.intake import stream_length
 from oprd.rollouts.progress import tokens_shown

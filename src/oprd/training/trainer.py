@@ -21,7 +21,6 @@ from transformers import (
 )
 from transformers.integrations import is_deepspeed_zero3_enabled
 from trl import DistillationTrainer
-from trl.generation import vllm_generation
 from trl.models import prepare_deepspeed
 
 from oprd.bridge.drift import DriftMonitor
@@ -44,18 +43,19 @@ from oprd.models.padding import heeds_padding
 from oprd.models.precision import Precision
 from oprd.models.sharding.fsdp import Sharding
 from oprd.models.sharding.zero import check_zero3
-from oprd.models.student import has_dropout, load_student, name_of, taken_as_loaded
+from oprd.models.student import has_dropout, load_student, name_of
 from oprd.models.teacher import Teacher, quantization
 from oprd.models.trial import told_of_architecture, try_states
 from oprd.objective.settings import ObjectiveSettings
 from oprd.rollouts.engines.staleness import FixedText
 from oprd.rollouts.engines.student import StudentEngine
-from oprd.rollouts.engines.vllm import check_server, check_training, training_engines
+from oprd.rollouts.engines.vllm import check_server, check_training
 from oprd.rollouts.intake import look_ahead, settle_steps, stream_length
 from oprd.rollouts.translation import Translation
 from oprd.rollouts.trial import try_rollout
 from oprd.training.config import OPRDConfig
 from oprd.training.epoch_sampler import EpochSampler
+from oprd.training.foreign_trl import taken_as_loaded, training_engines
 from oprd.training.installed import check_installed
 from oprd.training.origin import warn_of_another_origin
 from oprd.training.start_line import start_line
@@ -115,7 +115,7 @@ class OPRDTrainer(ResumableTrainer, UpdateTrainer, DistillationTrainer):
             given = kwargs.get("processing_class"), kwargs.pop("quantization_config", None)
             model, kwargs["processing_class"] = load_student(model, args, *given)
             is_loaded = taken_as_loaded(args)
-        with is_loaded, training_engines(vllm_generation) if args.use_vllm else nullcontext():
+        with is_loaded, training_engines() if args.use_vllm else nullcontext():
             super().__init__(
                 model=model,
                 args=args,

@@ -61,13 +61,12 @@ class UpdateTrainer(RolloutTrainer):
     def _more_to_come(self, model: torch.nn.Module) -> Iterator[dict[str, Any]]:
         """Inside it a backward is not the step's last: no gradients are exchanged; yields its arguments."""
         if self.accelerator.distributed_type == DistributedType.DEEPSPEED:
-            state = self.accelerator.gradient_state
-            is_last = state.sync_gradients
-            state._set_sync_gradients(False)  # or the engine would step
+            is_last = self.accelerator.sync_gradients
+            self.accelerator.sync_gradients = False  # or the engine would step
             try:
                 yield {"scale_wrt_gas": False}  # as the base class has it
             finally:
-                state._set_sync_gradients(is_last)
+                self.accelerator.sync_gradients = is_last
             return
         with self.accelerator.no_sync(model) if self.sharding is None else nullcontext():
             yield {}

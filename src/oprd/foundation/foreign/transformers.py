@@ -53,8 +53,8 @@ def hands_on_lengths(stack: nn.Module) -> bool:
 def checkpoint_of(module: nn.Module) -> Callable[..., Any] | None:
     """What a block, or an older stack, runs its blocks through when they checkpoint; None if nothing is set.
 
-    `gradient_checkpointing_enable` sets it for all blocks of a model, anew. Nothing public reads it, wraps it or
-    puts it back: until blocks have hooks around what is checkpointed (tested with 5.23).
+    `gradient_checkpointing_enable` sets it for all blocks of a model, anew. Nothing public reads it, wraps it
+    or puts it back: until blocks have hooks around what is checkpointed (tested with 5.23).
     """
     return getattr(module, "_gradient_checkpointing_func", None)
 
@@ -112,8 +112,8 @@ def loaded_whole() -> Iterator[None]:
 def load_report_kept() -> Iterator[list[str]]:
     """Within it the log lacks the table of weights that did not fit; yields its rows on these, as clauses.
 
-    An error of `from_pretrained` refers to that table, and no `output_loading_info` comes with an error: until
-    the error says it itself (tested with 5.23).
+    An error of `from_pretrained` refers to that table, and no `output_loading_info` comes with an error:
+    until the error says it itself (tested with 5.23).
     """
     rows: list[str] = []
 

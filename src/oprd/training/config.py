@@ -36,6 +36,7 @@ class OPRDConfig(ObjectiveSettings, DistillationConfig):
     `temperature`, `top_p`, `top_k` and `min_p` are for sampling alone. Raises `UserError`.
     """
 
+    # What transformers reads as a mapping from the command line; until it tells that by a field's type.
     _VALID_DICT_FIELDS: ClassVar[list[str]] = [
         *DistillationConfig._VALID_DICT_FIELDS,
         "teacher_chat_template_kwargs",

@@ -90,7 +90,7 @@ class RolloutTrainer(Trainer):
         return usable.dataset
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        """Train, and warn at the end of steps that supervised nothing."""
+        """Train, and warn of steps that supervised nothing; no callback of transformers comes as late."""
         result = super().train(*args, **kwargs)
         self.supervision.tell()
         return result
@@ -125,11 +125,14 @@ class RolloutTrainer(Trainer):
             )
 
     def _tokenize_prompts(self, prompts: list[Any]) -> Any:
-        """The ids that were checked before the run; TRL would close an assistant's turn to be continued."""
+        """The ids that were checked before the run; until TRL leaves a turn open that is to be continued."""
         return self.renderer(prompts), None, {}
 
     def _generate_single_turn(self, prompt_ids: Any, *args: Any, **kwargs: Any) -> Any:
-        """TRL's responses, drawn from the student's own distribution, in batches that leave it unchanged."""
+        """TRL's responses, drawn from the student's own distribution, in batches that leave it unchanged.
+
+        Until TRL takes a function that generates.
+        """
         turn = super()._generate_single_turn
         shown = tokens_shown(self.recorder.bar, "rollouts", self.model, self.max_completion_length)
         with checkpointing_restored(self.model), shown, old_names_unheard():
@@ -152,7 +155,10 @@ class RolloutTrainer(Trainer):
         return nullcontext() if self.sharding is None else self.sharding.whole(self.model)
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
-        """TRL's rollouts, with the weight of every row, counted over ranks and the whole window."""
+        """TRL's rollouts, with the weight of every row, counted over ranks and the whole window.
+
+        Until TRL has a hook for what is made of rollouts before they are split into micro-batches.
+        """
         with self.update.stopwatch.part("rollout"), self.memory.rollout():
             batch = on_host(super()._generate_and_score_completions(inputs))
         if self.engine is not None:
@@ -190,7 +196,10 @@ class RolloutTrainer(Trainer):
         return {} if self.tools else {"engine_log_probs": drawn.padded(width, device)}
 
     def _prepare_inputs(self, generation_batch: Any) -> list[RolloutBatch]:
-        """The micro-batches of the next backward: one, or with a token budget as many as it takes."""
+        """The micro-batches of the next backward: one, or with a token budget as many as it takes.
+
+        TRL would split a window into equal numbers of rollouts; until it takes a function that splits.
+        """
         inputs = super()._prepare_inputs(generation_batch)
         if not self.model.training:
             return [RolloutBatch.of(inputs)]

@@ -75,7 +75,7 @@ class OPRDTrainer(ResumableTrainer, UpdateTrainer, DistillationTrainer):
     first rollout: every prompt is rendered in every template that will read it.
     """
 
-    _tag_names = ("trl", "oprd")
+    _tag_names = ("trl", "oprd")  # with `_name` on the Hub: until TRL takes tags of a trainer's caller
     _name = "OPRD"
     vllm_generation: Any
     resolved: dict[str, Any] | None = None  # the settings that a command has written to the run's folder
@@ -271,6 +271,7 @@ class OPRDTrainer(ResumableTrainer, UpdateTrainer, DistillationTrainer):
     # Rollouts
 
     def _get_train_sampler(self, dataset: Dataset | None = None) -> Sampler:
+        """TRL's, in an order that a resumed run repeats (`EpochSampler`); until TRL's own does."""
         return EpochSampler(
             epoch=lambda: int(self.state.epoch or 0),
             data_source=self.train_dataset if dataset is None else dataset,
@@ -286,6 +287,7 @@ class OPRDTrainer(ResumableTrainer, UpdateTrainer, DistillationTrainer):
     def create_model_card(
         self, model_name: str | None = None, dataset_name: str | None = None, tags: Any = None
     ) -> None:
+        """TRL's card says nothing of how a run was set; until TRL takes a template of one."""
         if not self.is_world_process_zero():
             return
         plain, others = resolved_settings(self.args), ("max_steps", "learning_rate", "temperature")

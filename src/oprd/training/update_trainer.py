@@ -22,6 +22,7 @@ class UpdateTrainer(RolloutTrainer):
     memory: MemoryMeter
 
     def training_step(self, model: torch.nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
+        """The base class's, timed; until a callback is called after a backward, not after a whole step."""
         with self.update.stopwatch.part("student"):
             return super().training_step(model, inputs, num_items_in_batch)
 
@@ -34,6 +35,7 @@ class UpdateTrainer(RolloutTrainer):
     ) -> Any:
         """Eq. 7 on micro-batches, run inside the wrapper's forward so that DDP and FSDP see it.
 
+        In place of TRL's loss, which is one of next-token probabilities: this is what a trainer is for.
         `inputs` may be rollouts in TRL's form, which are then a window of their own.
         """
         if self.model.training and self._step % self.args.gradient_accumulation_steps == 0:
@@ -84,6 +86,7 @@ class UpdateTrainer(RolloutTrainer):
             return self._forward_redirection(model, unwrapped, function, batch, self.state.global_step)
 
     def prediction_step(self, *args: Any, **kwargs: Any) -> Any:
+        """TRL's, whose metrics go where its own do; until a callback gets what an evaluation step made."""
         result = super().prediction_step(*args, **kwargs)
         self.update.stopwatch.pop()
         self._check_finite()
@@ -92,7 +95,10 @@ class UpdateTrainer(RolloutTrainer):
         return result
 
     def _get_grad_norm(self, model: torch.nn.Module, grad_norm: Any = None) -> Any:
-        """This step's gradient norm; the run ends before a step whose losses or gradient are not finite."""
+        """This step's gradient norm; the run ends before a step whose losses or gradient are not finite.
+
+        Until `on_pre_optimizer_step` tells callbacks the norm.
+        """
         self._check_finite()
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
         if norm is not None:

@@ -180,7 +180,7 @@ def _eval(args: argparse.Namespace, _: list[str]) -> None:
         args.engine, args.vllm_server_base_url, model, tokenizer, located, hub_kwargs=source
     )
     if engine.name == "hf" and torch.cuda.is_available():
-        model = model.to("cuda")
+        model.to("cuda")  # type: ignore[arg-type]  # transformers' type of `to` lacks its `self`
     settings = EvalSettings(
         samples=args.samples,
         batch_size=args.batch_size,

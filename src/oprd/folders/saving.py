@@ -7,10 +7,11 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from transformers import Trainer
+from transformers import PreTrainedModel, Trainer
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 
 from oprd.folders.checkpoints import last_whole_checkpoint, rotate, written_whole
+from oprd.folders.run_folder import output_folder
 from oprd.folders.schedule import follow_schedule
 from oprd.foundation.errors import UserError, is_out_of_memory
 from oprd.models.finite import check_trained
@@ -42,17 +43,23 @@ def loading(checkpoint: str, *names: str) -> Iterator[None]:
 class ResumableTrainer(Trainer):
     """`transformers.Trainer`, which writes file by file, and sharded models in a format of their own."""
 
+    model: PreTrainedModel
     sharding: Sharding | None = None
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
+    def train(
+        self,
+        resume_from_checkpoint: str | bool | None = None,
+        trial: Any = None,
+        ignore_keys_for_eval: list[str] | None = None,
+    ) -> Any:
         """Train; `resume_from_checkpoint=True` is the last whole one of the output folder, or none.
 
         The base class takes the last one, whole or not; until it seals its checkpoints.
         """
         if resume_from_checkpoint is True:
-            last = last_whole_checkpoint(Path(self.args.output_dir))
+            last = last_whole_checkpoint(output_folder(self.args))
             resume_from_checkpoint = str(last) if last else None
-        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         """Until the base class takes no further step after it has resumed from the checkpoint of the last."""
@@ -80,6 +87,7 @@ class ResumableTrainer(Trainer):
         state = whole_optimizer_state(self.optimizer, keep=self.args.should_save)
         if self.args.should_save:
             torch.save(state, Path(output_dir) / OPTIMIZER_NAME)
+            assert self.lr_scheduler is not None
             torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
@@ -94,7 +102,7 @@ class ResumableTrainer(Trainer):
         """Loads it like a checkpoint; until the base class does, which under FSDP wants another format."""
         if self.sharding is None and (isinstance(self.model, PeftModel) or self.is_deepspeed_enabled):
             return super()._load_best_model()
-        load_weights(self.model, Path(self.state.best_model_checkpoint))
+        load_weights(self.model, Path(str(self.state.best_model_checkpoint)))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         """See `_save_optimizer_and_scheduler`; until the base class names the files that cannot be loaded."""
@@ -106,6 +114,7 @@ class ResumableTrainer(Trainer):
             else:
                 load_optimizer_state(self.optimizer, Path(checkpoint) / OPTIMIZER_NAME)
                 schedule = torch.load(Path(checkpoint) / SCHEDULER_NAME, weights_only=True)
+                assert self.lr_scheduler is not None
                 self.lr_scheduler.load_state_dict(schedule)
         follow_schedule(self.lr_scheduler)
 

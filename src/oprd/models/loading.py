@@ -189,7 +189,8 @@ def load_model(name: str, **kwargs: Any) -> PreTrainedModel:
     revision = kwargs.get("revision")
     with told_of("the model", name, (*CONFIGS, *INDEXES, *WEIGHTS), revision):
         with loading_reported(name):
-            model, found = AutoModelForCausalLM.from_pretrained(name, output_loading_info=True, **kwargs)
+            loaded: Any = AutoModelForCausalLM.from_pretrained(name, output_loading_info=True, **kwargs)
+            model, found = loaded
         check_weights(name, model, found, folder_of(name, revision))
     check_ids(name, model)
     return model

@@ -14,6 +14,7 @@ from transformers.utils import is_bitsandbytes_available
 
 from oprd.foundation.errors import UserError
 from oprd.models.capture import num_layers
+from oprd.models.checks import num_embeddings
 from oprd.models.eos import listed_eos_ids
 from oprd.models.forward import ModelInput, StateReader, StateRequest
 from oprd.models.init_kwargs import hub_kwargs
@@ -97,7 +98,7 @@ class Teacher:
     @property
     def vocabulary(self) -> int:
         """Rows of the input embedding, padding included."""
-        return self.model.get_input_embeddings().num_embeddings
+        return num_embeddings(self.model)
 
     def room(self, prompt_mask: Tensor) -> list[int] | None:
         """Positions left for a response to each of the prompts; None without a limit."""
@@ -106,7 +107,7 @@ class Teacher:
 
     def check_ids(self, student: PreTrainedModel) -> None:
         """Raise `UserError` if the student may sample ids that this teacher has no embedding for."""
-        ours, theirs = student.get_input_embeddings().num_embeddings, self.vocabulary
+        ours, theirs = num_embeddings(student), self.vocabulary
         if ours > theirs:
             raise UserError(
                 f"teacher_tokenization: student feeds the teacher the student's {ours} ids, and its "

@@ -3,7 +3,6 @@
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,11 +10,12 @@ from rich.console import Console
 from rich.table import Table
 from transformers import AutoConfig, PreTrainedTokenizerBase
 
-from oprd.folders.run_folder import default_settings, holds_results, resolved_settings
+from oprd.folders.run_folder import default_settings, holds_results, output_folder, resolved_settings
 from oprd.foundation.meters import MB
 from oprd.models.init_kwargs import hub_kwargs, student_kwargs, teacher_kwargs
 from oprd.models.lengths import Reader, fitting_length, run_readers
 from oprd.models.loading import base_model, load_tokenizer, resolve_model
+from oprd.objective.settings import mapping
 from oprd.preflight.planning.checks import Finding, check_disk, check_engine, check_output, checked
 from oprd.preflight.planning.knobs import Knob, advice, first_knob
 from oprd.preflight.planning.longest import Longest
@@ -92,7 +92,7 @@ def examine(
         else Machine.with_gpus(gpu_bytes, config, ranks)
     )
     settle_steps(config, count, machine.ranks)
-    folder = Path(config.output_dir)
+    folder = output_folder(config)
     settings = resolved_settings(config, run) | {"num_processes": machine.ranks}
     found(Finding("recipe", f"{run.model_name_or_path} learns from {config.teacher_model_name_or_path}"))
     found(Finding("prompts", f"{count}, the longest of {len(longest.prompt_ids)} tokens"))
@@ -139,7 +139,9 @@ def prompt_readers(
     """
     tokenizer, ours = _tokenizer(run.model_name_or_path, student_kwargs(config))
     vocabulary = ours.get_text_config().vocab_size
-    student = Renderer(tokenizer, config.chat_template_kwargs or {}, vocabulary=vocabulary)
+    student = Renderer(
+        tokenizer, mapping("chat_template_kwargs", config.chat_template_kwargs), vocabulary=vocabulary
+    )
     assert config.teacher_model_name_or_path is not None  # or the recipe would have been refused
     teacher, theirs = _tokenizer(config.teacher_model_name_or_path, teacher_kwargs(config))
     translation = Translation(

@@ -5,11 +5,9 @@ No other room than this one imports trl.
 
 import logging
 from contextlib import AbstractContextManager, nullcontext
-from pathlib import Path
 from typing import Any
 
 from datasets import Dataset, IterableDataset
-from torch import Tensor
 from torch.utils.data import Sampler
 from transformers import (
     PreTrainedModel,
@@ -20,13 +18,13 @@ from transformers import (
     set_seed,
 )
 from transformers.integrations import is_deepspeed_zero3_enabled
-from trl import DistillationTrainer
+from transformers.training_args import OptimizerNames
 from trl.models import prepare_deepspeed
 
 from oprd.bridge.drift import DriftMonitor
 from oprd.folders.card import model_card
 from oprd.folders.recorder import Recorder
-from oprd.folders.run_folder import resolved_settings, write_resolved
+from oprd.folders.run_folder import output_folder, resolved_settings, write_resolved
 from oprd.folders.saving import ResumableTrainer
 from oprd.folders.schedule import check_optimizer
 from oprd.folders.stopping import Stopping
@@ -46,7 +44,7 @@ from oprd.models.sharding.zero import check_zero3
 from oprd.models.student import has_dropout, load_student, name_of
 from oprd.models.teacher import Teacher, quantization
 from oprd.models.trial import told_of_architecture, try_states
-from oprd.objective.settings import ObjectiveSettings
+from oprd.objective.settings import ObjectiveSettings, mapping
 from oprd.rollouts.engines.staleness import FixedText
 from oprd.rollouts.engines.student import StudentEngine
 from oprd.rollouts.engines.vllm import check_server, check_training
@@ -66,7 +64,7 @@ from oprd.training.update_trainer import UpdateTrainer
 logger = logging.getLogger(__name__)
 
 
-class OPRDTrainer(ResumableTrainer, UpdateTrainer, DistillationTrainer):
+class OPRDTrainer(ResumableTrainer, UpdateTrainer):
     """On-policy distillation in representation space, output space, or both (Eq. 6–7).
 
     `model` and `teacher_model` are names (`tiny:student`, a folder, a Hub name) or model objects;
@@ -75,9 +73,9 @@ class OPRDTrainer(ResumableTrainer, UpdateTrainer, DistillationTrainer):
     first rollout: every prompt is rendered in every template that will read it.
     """
 
-    _tag_names = ("trl", "oprd")  # with `_name` on the Hub: until TRL takes tags of a trainer's caller
+    # Both stand on the Hub; until TRL takes them from a trainer's caller.
+    _tag_names = ["trl", "oprd"]  # noqa: RUF012 - as the base class has it
     _name = "OPRD"
-    vllm_generation: Any
     resolved: dict[str, Any] | None = None  # the settings that a command has written to the run's folder
 
     def __init__(
@@ -132,7 +130,8 @@ class OPRDTrainer(ResumableTrainer, UpdateTrainer, DistillationTrainer):
         if self._is_vlm:
             raise UserError("the student is a vision-language model; oprd distils text-only models so far")
         if args.keep_attention:
-            check_attention_kept(self.model, args.gradient_checkpointing, args.gradient_checkpointing_kwargs)
+            options = mapping("gradient_checkpointing_kwargs", args.gradient_checkpointing_kwargs)
+            check_attention_kept(self.model, args.gradient_checkpointing, options)
         if not args.disable_dropout and has_dropout(self.model):
             logger.warning("the student learns with dropout, and its teacher has none: disable_dropout: true")
         if is_deepspeed_zero3_enabled():
@@ -146,7 +145,7 @@ class OPRDTrainer(ResumableTrainer, UpdateTrainer, DistillationTrainer):
         self._check_prompts()
         settle_steps(args, len(self.train_dataset), self.accelerator.num_processes)
         with whatever_fails_is(
-            lambda error: f"optim: {args.optim.value}, optim_args: {args.optim_args}: {error}"
+            lambda error: f"optim: {OptimizerNames(args.optim).value}, optim_args: {args.optim_args}: {error}"
         ):
             chosen = self.get_optimizer_cls_and_kwargs(args, self.model)
         check_optimizer(args, *chosen)
@@ -248,13 +247,10 @@ class OPRDTrainer(ResumableTrainer, UpdateTrainer, DistillationTrainer):
             self.recorder.observers.append(monitor.observe)
             self.recorder.resumers.append(monitor.resume)
 
-    def _sum_over_ranks(self, values: Tensor) -> Tensor:
-        return self.accelerator.reduce(values.to(self.accelerator.device), reduction="sum")
-
     def _begin(self, state: TrainerState) -> None:
         """Log what begins, and write `resolved.yaml`, unless the command has."""
         if self.resolved is None:
-            folder, names = Path(self.args.output_dir), {"model_name_or_path": self._names["student"]}
+            folder, names = output_folder(self.args), {"model_name_or_path": self._names["student"]}
             names["teacher_model_name_or_path"] = self._names["teacher"]
             processes = {"num_processes": self.accelerator.num_processes}
             write_resolved(folder, resolved_settings(self.args) | names | processes, inputs={})
@@ -284,7 +280,7 @@ class OPRDTrainer(ResumableTrainer, UpdateTrainer, DistillationTrainer):
 
     # What is saved
 
-    def create_model_card(
+    def create_model_card(  # type: ignore[override]  # TRL's, with fewer parameters than transformers'
         self, model_name: str | None = None, dataset_name: str | None = None, tags: Any = None
     ) -> None:
         """TRL's card says nothing of how a run was set; until TRL takes a template of one."""
@@ -292,6 +288,6 @@ class OPRDTrainer(ResumableTrainer, UpdateTrainer, DistillationTrainer):
             return
         plain, others = resolved_settings(self.args), ("max_steps", "learning_rate", "temperature")
         settings = {name: plain[name] for name in (*ObjectiveSettings.__dataclass_fields__, *others)}
-        folder = Path(self.args.output_dir)
+        folder = output_folder(self.args)
         card = model_card(folder, **self._names, dataset=dataset_name, settings=settings)
         write_whole(folder / "README.md", card)

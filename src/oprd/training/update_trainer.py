@@ -1,7 +1,7 @@
 """A trainer's update: the losses of a window of rollouts, and the gradient norm that ends its step."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -10,7 +10,6 @@ from accelerate.utils import DistributedType
 from torch import Tensor
 
 from oprd.foundation.errors import Fault
-from oprd.foundation.meters import MemoryMeter
 from oprd.models.finite import NonFiniteLoss
 from oprd.rollouts.rows import RolloutBatch, on_host
 from oprd.training.rollout_trainer import RolloutTrainer
@@ -18,8 +17,6 @@ from oprd.training.rollout_trainer import RolloutTrainer
 
 class UpdateTrainer(RolloutTrainer):
     """What happens between rollouts and the optimiser's step, for a trainer that extends TRL's."""
-
-    memory: MemoryMeter
 
     def training_step(self, model: torch.nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
         """The base class's, timed; until a callback is called after a backward, not after a whole step."""
@@ -77,13 +74,6 @@ class UpdateTrainer(RolloutTrainer):
         loss = self._through(model, self.update.loss, batch)
         # DDP and FSDP average gradients over ranks; the weights already sum to one over all of them.
         return loss * self.accelerator.num_processes
-
-    def _through(self, model: torch.nn.Module, function: Callable[..., Any], batch: RolloutBatch) -> Any:
-        """`function(batch, step)` inside the wrapper's forward, where DDP and FSDP have the weights ready."""
-        unwrapped = self.accelerator.unwrap_model(model)
-        # TRL's redirection goes past the forward that accelerate wrapped in autocast.
-        with self.accelerator.autocast():
-            return self._forward_redirection(model, unwrapped, function, batch, self.state.global_step)
 
     def prediction_step(self, *args: Any, **kwargs: Any) -> Any:
         """TRL's, whose metrics go where its own do; until a callback gets what an evaluation step made."""

@@ -15,7 +15,7 @@ from peft import LoraConfig
 from transformers import AutoModelForCausalLM, Qwen2Config
 
 from oprd.foundation.errors import UserError
-from oprd.models.loading import load_model, load_tokenizer, resolve_model
+from oprd.models.loading import load_model, load_tokenizer
 from oprd.models.teacher import Teacher
 from oprd.preflight.doctor import longest_rollout
 from oprd.preflight.planning.footprint import Footprint
@@ -93,7 +93,7 @@ def plan(read, planned):
 
 def save(model, folder):
     model.save_pretrained(folder)
-    load_tokenizer(resolve_model("tiny:student")).save_pretrained(folder)
+    load_tokenizer("tiny:student").save_pretrained(folder)
     return str(folder)
 
 
@@ -116,7 +116,7 @@ def saved_for_backward(update, batch):
 
 def test_weights_gradients_and_state_are_counted_exactly(plan):
     parts = plan().update
-    weights = sum(p.nbytes for p in load_model(resolve_model("tiny:student"), dtype="float32").parameters())
+    weights = sum(p.nbytes for p in load_model("tiny:student", dtype="float32").parameters())
     head = 289 * 128 * 4
     assert parts[STUDENT] - weights == pytest.approx(64, abs=1024)  # rotary frequencies
     assert parts[TEACHER] == parts[STUDENT]
@@ -353,7 +353,7 @@ def test_sampled_tokens_that_vllm_weighs_can_be_planned(plan):
     keys = {"output_loss": "sampled_token", "representation_weight": "0"}
     weighed = plan(**keys, use_vllm=True, vllm_importance_sampling_correction=True)
     assert weighed.update[LOGITS] >= plan(**keys).update[LOGITS] > 0 and not weighed.rollout.get(SAMPLING)
-    weights = sum(weight.numel() for weight in load_model(resolve_model("tiny:student")).parameters())
+    weights = sum(weight.numel() for weight in load_model("tiny:student").parameters())
     assert weighed.rollout[ENGINE] == weighed.update[ENGINE] == 2**30 + 4 * weights
 
 

@@ -6,8 +6,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from oprd.foundation.errors import UserError
-from oprd.models.init_kwargs import hub_kwargs, student_kwargs
-from oprd.models.loading import holds_adapters, load_model, load_with_tokenizer, resolve_model
+from oprd.models.init_kwargs import student_kwargs
+from oprd.models.loading import holds_adapters, load_model, load_with_tokenizer
 
 
 def load_student(
@@ -29,12 +29,11 @@ def load_student(
         given.setdefault("device_map", "auto")
     if holds_adapters(name):
         raise UserError(f"{name} holds adapters, which are not trained further: name its folder merged")
-    located = resolve_model(name, **hub_kwargs(given))
     if processing_class is None:
-        model, processing_class = load_with_tokenizer(located, **given)
+        model, processing_class = load_with_tokenizer(name, **given)
         processing_class.truncation_side = "left"
     else:
-        model = load_model(located, **given)
+        model = load_model(name, **given)
     if model.config.get_text_config() is not model.config:
         raise UserError(f"{name} is a vision-language model, or another of several parts: name a text model")
     return model, processing_class

@@ -43,13 +43,12 @@ class Teacher:
 
         It is dispatched where `init_kwargs` names a `device_map` (`cpu`, `auto` with offloading, …).
         """
-        shared = hub_kwargs(init_kwargs)
-        located = resolve_model(name, **shared)
         if precision is None or "dtype" in init_kwargs:
-            return cls(*load_with_tokenizer(located, **init_kwargs))
-        config = AutoConfig.from_pretrained(base_model(located), **shared)
+            return cls(*load_with_tokenizer(name, **init_kwargs))
+        shared = hub_kwargs(init_kwargs)
+        config = AutoConfig.from_pretrained(base_model(resolve_model(name, **shared)), **shared)
         dtype = precision.of_teacher(config, "quantization_config" in init_kwargs)
-        model, tokenizer = load_with_tokenizer(located, **init_kwargs, dtype=dtype)
+        model, tokenizer = load_with_tokenizer(name, **init_kwargs, dtype=dtype)
         if precision.autocast:
             store_products_in(config.dtype, model)
         return cls(model, tokenizer)

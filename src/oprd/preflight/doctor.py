@@ -12,6 +12,7 @@ from transformers import AutoConfig, PreTrainedTokenizerBase
 
 from oprd.folders.run_folder import default_settings, holds_results, output_folder, resolved_settings
 from oprd.foundation.meters import MB
+from oprd.foundation.ranks import Ranks
 from oprd.models.init_kwargs import hub_kwargs, student_kwargs, teacher_kwargs
 from oprd.models.lengths import Reader, fitting_length, run_readers
 from oprd.models.loading import base_model, load_tokenizer, resolve_model
@@ -19,7 +20,7 @@ from oprd.objective.settings import mapping
 from oprd.preflight.planning.checks import Finding, check_disk, check_engine, check_output, checked
 from oprd.preflight.planning.knobs import Knob, advice, first_knob
 from oprd.preflight.planning.longest import Longest
-from oprd.preflight.planning.machine import Machine, launched_ranks
+from oprd.preflight.planning.machine import Machine
 from oprd.preflight.planning.memory_plan import MemoryPlan, plan_memory
 from oprd.preflight.planning.parts import ORDER
 from oprd.rollouts.intake import prompts_per_step, settle_steps, usable_prompts
@@ -85,7 +86,7 @@ def examine(
         findings.append(finding)
         tell(finding)
 
-    longest, count = longest_rollout(run, config, ranks or launched_ranks())
+    longest, count = longest_rollout(run, config, ranks or Ranks.launched().count)
     machine = (
         Machine.here(config, ranks)  # beside the prompts
         if gpu_bytes is None

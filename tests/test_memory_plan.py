@@ -38,6 +38,7 @@ from oprd.preflight.planning.rehearsal import Rehearsal
 from oprd.rollouts.rows import RolloutBatch
 from oprd.training.step import Update
 from oprd.training.train import parse_training_recipe
+from oprd.training.training_pair import TrainingPair
 
 CPU = torch.device("cpu")
 HERE = Machine(CPU, 0, 0)
@@ -160,7 +161,7 @@ def test_shapes_hold_what_values_hold(read, tiny_model, tmp_path, kind, checkpoi
     if checkpointing:
         student.gradient_checkpointing_enable()
     tokenizer = load_tokenizer(folder)
-    update = Update.bind(config, student.train(), tokenizer, Teacher(teacher, tokenizer), CPU)
+    update = Update.bind(config, TrainingPair(student.train(), tokenizer, Teacher(teacher, tokenizer), CPU))
     update.freeze_unreached()
     batch = RolloutBatch.of(rehearsal.inputs(4))
     footprint = Footprint(CPU)

@@ -59,6 +59,7 @@ from oprd.training.origin import warn_of_another_origin
 from oprd.training.start_line import start_line
 from oprd.training.step import Update
 from oprd.training.supervision import SupervisionWatch
+from oprd.training.training_pair import TrainingPair
 from oprd.training.update_trainer import UpdateTrainer
 
 logger = logging.getLogger(__name__)
@@ -154,9 +155,8 @@ class OPRDTrainer(ResumableTrainer, UpdateTrainer):
             with told_of_architecture(role, read):
                 blocks(read)
         with told_of_architecture("student", self.model):
-            self.update = Update.bind(
-                args, self.model, self._tokenizer, self.teacher, self.accelerator.device
-            )
+            pair = TrainingPair(self.model, self._tokenizer, self.teacher, self.accelerator.device)
+            self.update = Update.bind(args, pair)
             self.update.freeze_unreached()
         if is_deepspeed_zero3_enabled():
             self.teacher.reader = prepare_deepspeed(self.teacher.reader, self.accelerator)

@@ -38,6 +38,7 @@ from oprd.preflight.planning.pretended import shard_student
 from oprd.rollouts.rows import Inputs, RolloutBatch, weigh_rows
 from oprd.rollouts.translation import Translation
 from oprd.training.step import Update
+from oprd.training.training_pair import TrainingPair
 
 BYTES_OF_A_TOKEN = 32  # on the host: four ids, as a tokenizer of bytes may make of one
 MERGED_BYTES = 4  # of a number of the model that adapters are merged into
@@ -210,7 +211,8 @@ class Rehearsal:
     def _bind(self) -> Update:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Accessing the data pointer of FakeTensor")
-            update = Update.bind(self.settings, self.student, self._tokenizer, self.teacher, self.device)
+            pair = TrainingPair(self.student, self._tokenizer, self.teacher, self.device)
+            update = Update.bind(self.settings, pair)
             update.freeze_unreached()
         return counted(update, self.footprint)
 

@@ -36,6 +36,7 @@ from oprd.preflight.planning.rehearsal import hold_references
 from oprd.rollouts.rows import RolloutBatch, weigh_rows
 from oprd.training.comparison import Comparison
 from oprd.training.step import Update
+from oprd.training.training_pair import TrainingPair
 
 CPU = torch.device("cpu")
 PROMPT = 16
@@ -185,7 +186,8 @@ class Arm:
         settings.check()
         self.loss: Callable[[], Tensor] = getattr(self, f"_{name}", self._ours)
         if name in OURS:
-            self.update = Update.bind(settings, self.student, None, self.teacher, self.device)  # type: ignore[arg-type]
+            pair = TrainingPair(self.student, None, self.teacher, self.device)  # type: ignore[arg-type]
+            self.update = Update.bind(settings, pair)
             self.update.freeze_unreached()
             if name == "oprd_bridge":
                 bridge = self._bridge()

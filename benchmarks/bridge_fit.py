@@ -38,7 +38,7 @@ from oprd.bridge import Bridge, BridgeFitter
 from oprd.bridge.pair import FitSettings
 from oprd.models.capture import num_layers
 from oprd.models.forward import ModelInput, StateRequest, read_states
-from oprd.models.loading import load_model, load_tokenizer, resolve_model
+from oprd.models.loading import load_model, load_tokenizer
 from oprd.objective.selection import LayerMap
 from oprd.rollouts.generation import Sampling, generate, left_pad
 from oprd.rollouts.prompts import load_prompts
@@ -112,8 +112,8 @@ def load(
 ) -> tuple[Pair, list[Batch], list[Batch]]:
     """The pair, batches to fit on and batches of the last tenth of the rollouts, held out from all arms."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    names = [resolve_model(name) for name in (student, teacher)]
-    tokenizer, other = (load_tokenizer(name) for name in names)
+    names = student, teacher
+    tokenizer, other = map(load_tokenizer, names)
     if not same_vocabulary(tokenizer, other):
         raise SystemExit("this benchmark reads one text of token ids: give models of one vocabulary")
     models = [load_model(name, dtype=torch.float32).to(device).eval().requires_grad_(False) for name in names]

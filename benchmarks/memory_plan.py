@@ -20,7 +20,7 @@ import yaml
 from harness import hardware, write
 from transformers import AutoModelForCausalLM, Qwen2Config, Qwen3Config
 
-from oprd.models.loading import load_tokenizer, resolve_model
+from oprd.models.loading import load_tokenizer
 
 HERE = Path(__file__).parent
 COMMON = {"dataset_name": "tiny", "num_generations": 1, "report_to": "none", "positions": "all"}
@@ -70,7 +70,7 @@ def make_models(folder: Path) -> dict[str, tuple[str, str]]:
             torch.manual_seed(seed)
             path = folder / f"{name}-{seed}"
             AutoModelForCausalLM.from_config(config).save_pretrained(path)
-            load_tokenizer(resolve_model("tiny:student")).save_pretrained(path)
+            load_tokenizer("tiny:student").save_pretrained(path)
             pair.append(str(path))
         made[name] = pair[0], pair[1]
     return made

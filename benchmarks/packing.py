@@ -23,6 +23,7 @@ from oprd.objective.settings import ObjectiveSettings
 from oprd.rollouts.packing import repack
 from oprd.rollouts.rows import Inputs, RolloutBatch, weigh_rows
 from oprd.training.step import Update
+from oprd.training.training_pair import TrainingPair
 
 SHAPE = Shape(6, 256, 768, 4, 2, 4096, 2048, 2048)
 ROLLOUTS, SIZE, PROMPT, MEDIAN = 32, 4, 64, 256
@@ -72,7 +73,8 @@ def main() -> None:
     student.train().gradient_checkpointing_enable({"use_reentrant": False})
     settings = ObjectiveSettings(positions="all")
     settings.check()
-    update = Update.bind(settings, student, None, Teacher(teacher), device)  # type: ignore[arg-type]
+    pair = TrainingPair(student, None, Teacher(teacher), device)  # type: ignore[arg-type]
+    update = Update.bind(settings, pair)
     update.freeze_unreached()
     rows = []
     for repeat in range(given.repeats + 1):

@@ -30,6 +30,7 @@ from oprd.rollouts.prompts import load_prompts
 from oprd.rollouts.rows import RolloutBatch, weigh_rows
 from oprd.training.config import OPRDConfig
 from oprd.training.step import Update
+from oprd.training.training_pair import TrainingPair
 
 CPU = torch.device("cpu")
 COLUMNS = ("student", "teacher", "loss_first", "loss_last", "kl_first", "kl_last")
@@ -93,7 +94,8 @@ def measure(name: str, student: Student, teacher: dict[str, Any], inputs: Any, a
     if student.adapters:
         torch.manual_seed(0)
         model = get_peft_model(model, LoraConfig(r=8, target_modules="all-linear"))
-    update = Update.bind(settings, model.train(), tokenizer, Teacher.load(name, kwargs, precision), CPU)
+    pair = TrainingPair(model.train(), tokenizer, Teacher.load(name, kwargs, precision), CPU)
+    update = Update.bind(settings, pair)
     update.freeze_unreached()
     whole = torch.zeros(len(inputs["prompt_ids"]), dtype=torch.bool)
     batch = RolloutBatch.of(inputs | weigh_rows(inputs, whole, settings, lambda units: units))

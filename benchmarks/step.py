@@ -30,7 +30,7 @@ from transformers import PreTrainedModel, Qwen2Config, Qwen2ForCausalLM, Trainer
 from trl import DistillationConfig, DistillationTrainer
 
 from oprd import OPRDConfig, OPRDTrainer
-from oprd.models.loading import load_model, load_tokenizer, resolve_model
+from oprd.models.loading import load_model, load_tokenizer
 
 HERE = Path(__file__).parent
 ARMS = ("oprd", "full_vocab", "trl")
@@ -62,9 +62,7 @@ PRESETS = {"tiny": Preset(32, 32, 41, 41), "100m": Preset(4, 2, 512, 128)}
 
 def make_models(preset: str) -> tuple[PreTrainedModel, PreTrainedModel]:
     if preset == "tiny":
-        student, teacher = (
-            load_model(resolve_model(f"tiny:{m}"), dtype="float32") for m in ("student", "teacher")
-        )
+        student, teacher = (load_model(f"tiny:{m}", dtype="float32") for m in ("student", "teacher"))
         return student, teacher
     models = []
     for seed in (0, 1):
@@ -122,7 +120,7 @@ def make_trainer(arm: str, preset: Preset, name: str, pause: Pause) -> Any:
     data = Dataset.from_dict({"prompt": [f"Compute {i}+{i}." for i in range(512)]})
     keys = {
         "train_dataset": data,
-        "processing_class": load_tokenizer(resolve_model("tiny:student")),
+        "processing_class": load_tokenizer("tiny:student"),
         "callbacks": [pause],
     }
     if arm == "trl":

@@ -23,7 +23,7 @@ from transformers.integrations.deepspeed import (
 import accuracy_recipe
 import rank_worker
 from oprd.folders.recorder import read_metrics
-from oprd.models.sharding.zero import loaded_whole
+from oprd.foundation.foreign.transformers import loaded_whole
 from oprd.training.train import parse_training_recipe, train
 from random_bridge import save_random_bridge
 from tiny_pair import QUICK

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from merged import merged_weights
 from oprd.foundation.errors import UserError
 from oprd.foundation.meters import Stopwatch
-from oprd.models.loading import load_model, load_tokenizer, resolve_model
+from oprd.models.loading import load_model, load_tokenizer
 from oprd.rollouts.engines import choose
 from oprd.rollouts.engines.choose import choose_engine
 from oprd.rollouts.engines.student import StudentEngine
@@ -60,7 +60,7 @@ def test_adapters_are_saved_alone_and_merged(run, student):
     assert not (folder / "model.safetensors").exists()
     wanted = merged_weights(folder, student, "--use_rslora" in flags)
     merged = AutoModelForCausalLM.from_pretrained(folder / "merged").state_dict()
-    read = load_model(resolve_model(str(folder))).state_dict()
+    read = load_model(str(folder)).state_dict()
     changed = AutoModelForCausalLM.from_pretrained(student).state_dict()
     for name, weight in wanted.items():
         torch.testing.assert_close(merged[name], weight, rtol=1e-5, atol=1e-6)

@@ -37,7 +37,7 @@ def identity(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) 
     config = model.config.get_text_config()
     weights = {"weights": weights_fingerprint(model)} if weights_are_here(model) else {}
     return weights | {
-        "name": model.config._name_or_path,
+        "name": model.config.name_or_path,
         "architecture": type(_base(model)).__name__,
         "num_layers": num_layers(model),
         "width": config.hidden_size,

@@ -43,9 +43,8 @@ class ModelPair:
     def load(cls, args: BridgeArguments, device: torch.device) -> "ModelPair":
         """The models that a recipe names."""
         shared = {"trust_remote_code": args.trust_remote_code}
-        located = resolve_model(args.model_name_or_path, **shared)
-        student, tokenizer = load_with_tokenizer(located, dtype=args.dtype, **shared)
-        student = student.to(device)
+        student, tokenizer = load_with_tokenizer(args.model_name_or_path, dtype=args.dtype, **shared)
+        student.to(device)  # type: ignore[arg-type]  # transformers' type of `to` lacks its `self`
         teacher = Teacher.load(args.teacher_model_name_or_path, {"dtype": args.dtype} | shared)
         teacher.place(device)
         translation = Translation(

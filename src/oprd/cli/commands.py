@@ -4,7 +4,6 @@ import argparse
 import io
 import json
 import logging
-import os
 import signal
 import sys
 import time
@@ -15,13 +14,13 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from oprd.cli import key_help
 from oprd.cli.arguments import WHOLE, parse_command, recipe_and_flags
 from oprd.cli.launch import check_unlaunched, launch
 from oprd.foundation.errors import Fault, UserError, is_of_the_disk, refusals_told
+from oprd.foundation.foreign.tqdm import open_bars
 from oprd.foundation.ranges import EVALUATION_RANGES, check_ranges
+from oprd.foundation.ranks import Ranks, leave_ranks
 from oprd.foundation.signals import Stopped, leave_at_once, signals_handled
 
 LONGEST_RESPONSE = 16384  # the paper's
@@ -53,7 +52,7 @@ def run(argv: Sequence[str]) -> int:
         return 2
     except KeyboardInterrupt as stop:
         told = stop if isinstance(stop, Stopped) else Stopped(signal.SIGINT)
-        if _is_first():
+        if Ranks.launched().is_first:
             print(f"oprd: stopped {told.says or _left(args)}", file=sys.stderr)
         return 128 + told.number
     except Exception as error:
@@ -93,10 +92,10 @@ def _train(args: argparse.Namespace, rest: list[str]) -> None:
 
     if args.accelerate_config is not None:
         check_unlaunched()
-    run, config = _read_recipe(args, rest, parse_training_recipe)
-    if args.accelerate_config is not None:
+        _read_recipe(args, rest, parse_training_recipe)  # whose mistakes one process tells
         recipe, flags = recipe_and_flags(args, rest)
         launch(args.accelerate_config, args.num_processes, [*([str(recipe)] if recipe else []), *flags])
+    run, config = _read_recipe(args, rest, parse_training_recipe)
     if args.num_processes is not None:
         raise UserError("--num_processes goes with --accelerate_config: name one, or use accelerate launch")
     try:
@@ -112,8 +111,6 @@ def _train(args: argparse.Namespace, rest: list[str]) -> None:
 
 def _leave_ranks(config: Any) -> None:
     import torch.distributed as dist
-
-    from oprd.foundation.ranks import leave_ranks
 
     if dist.is_initialized() and not config.use_vllm:  # vLLM takes its groups down itself
         leave_ranks()
@@ -146,7 +143,7 @@ def _bridge(args: argparse.Namespace, rest: list[str]) -> None:
     from oprd.bridge.recipe import parse_bridge_recipe
 
     folder = fit_bridge(_read_recipe(args, rest, parse_bridge_recipe))
-    if _is_first():
+    if Ranks.launched().is_first:
         print_bridge(Bridge.load(folder).metadata)
         print(f"bridge and report: {folder}")
 
@@ -181,7 +178,7 @@ def _eval(args: argparse.Namespace, _: list[str]) -> None:
         args.engine, args.vllm_server_base_url, model, tokenizer, located, hub_kwargs=source
     )
     if engine.name == "hf" and torch.cuda.is_available():
-        model = model.to("cuda")
+        model.to("cuda")  # type: ignore[arg-type]  # transformers' type of `to` lacks its `self`
     settings = EvalSettings(
         samples=args.samples,
         batch_size=args.batch_size,
@@ -253,23 +250,19 @@ def _show_keys(args: argparse.Namespace, _: list[str]) -> None:
     args.parser.print_help()
 
 
-def _is_first() -> bool:
-    """Whether this is the first of the processes that a launcher started."""
-    return os.environ.get("RANK", "0") == "0"
-
-
 def _complain(error: UserError) -> None:
     """Print a mistake as one line; one rank prints it, whichever rank made it."""
-    if os.environ.get("LOCAL_RANK", "0") != "0":
+    ranks = Ranks.launched()
+    if ranks.local > 0:
         time.sleep(PATIENCE_SECONDS)  # if the first one makes the same mistake, the launcher ends this one
-    where = "" if _is_first() else f"[rank {os.environ['RANK']}] "
+    where = "" if ranks.is_first else f"[rank {ranks.index}] "
     _close_bars()
     print(f"{where}oprd: {' '.join(str(error).split())}", file=sys.stderr)
 
 
 def _close_bars() -> None:
     """Close the progress bars that an error left open, so that none is drawn below its message."""
-    for bar in list(getattr(tqdm, "_instances", ())):
+    for bar in open_bars():
         bar.close()
 
 
@@ -278,7 +271,7 @@ def _quiet() -> None:
     from transformers.utils import logging as transformers_logging
 
     logging.basicConfig(format="%(message)s", level=logging.WARNING, handlers=[_AboveBars()])
-    logging.getLogger("oprd").setLevel(logging.INFO if _is_first() else logging.ERROR)
+    logging.getLogger("oprd").setLevel(logging.INFO if Ranks.launched().is_first else logging.ERROR)
     transformers_logging.disable_progress_bar()
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", message="'pin_memory' argument is set as true")

@@ -24,7 +24,7 @@ from oprd.folders.lock import hold
 from oprd.folders.recorder import METRICS_FILE, read_metrics
 from oprd.folders.whole import write_whole
 from oprd.foundation.errors import UserError
-from oprd.models.loading import load_model, load_tokenizer, resolve_model
+from oprd.models.loading import load_model, load_tokenizer
 from oprd.models.tiny.task import NUM_EVAL_PROBLEMS
 from oprd.rollouts.generation import Sampling
 from oprd.rollouts.prompts import load_prompts
@@ -58,7 +58,7 @@ def _compare(pair: Pair, output: Path, settings: dict[str, Any]) -> dict[str, An
     problems, samples, seed = (settings[name] for name in ("problems", "samples", "seed"))
     for name, keys in pair.bridges.items():
         fit_bridge(_bridge(pair, keys, output / name, seed))
-    folders = {"student": resolve_model(STUDENT), "teacher": resolve_model(pair.teacher)}
+    folders = {"student": STUDENT, "teacher": pair.teacher}
     for arm in pair.arms:
         folders[arm] = _train_arm(pair, arm, output, settings)
     arms = {

@@ -7,7 +7,6 @@ which others with it.
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
 from accelerate import PartialState
 from accelerate.utils import gather_object
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -40,19 +39,12 @@ def evaluate_on_ranks(
             batch = mine[start : start + size]
             prompts = [problems[i].prompt_ids for i, _ in batch]
             seeds = [derived_seed(settings.seed, *response) for response in batch]
-            for response, rollout in zip(
-                batch, generate(model, tokenizer, prompts, settings.sampling, seeds), strict=True
-            ):
-                record = graded(tokenizer, rollout, problems[response[0]].reference)
-                drawn.append((response, (record["correct"], record["length"], record["answer"] is None)))
+            rollouts = generate(model, tokenizer, prompts, settings.sampling, seeds)
+            for response, rollout in zip(batch, rollouts, strict=True):
+                drawn.append((response, graded(tokenizer, rollout, problems[response[0]].reference)))
     found = dict(gather_object(drawn))
-    correct = [[found[i, sample][0] for sample in range(settings.samples)] for i in range(len(problems))]
-    low, high = metrics.confidence_interval(metrics.problem_means(correct))
-    return {
-        "avg_at_k": metrics.avg_at_k(correct),
-        "ci95_low": low,
-        "ci95_high": high,
-        "best_at_k": metrics.best_at_k(correct),
-        "mean_length": float(np.mean([length for _, length, _ in found.values()])),
-        "no_answer_share": float(np.mean([unanswered for *_, unanswered in found.values()])),
-    }
+    numbers = range(settings.samples)
+    summary = metrics.summarize([{"samples": [found[i, n] for n in numbers]} for i in range(len(problems))])
+    low, high = summary["ci95"]
+    others = {name: summary[name] for name in ("best_at_k", "mean_length", "no_answer_share")}
+    return {"avg_at_k": summary["avg_at_k"], "ci95_low": low, "ci95_high": high, **others}

@@ -13,6 +13,7 @@ from tqdm.auto import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from oprd.folders.lock import check_held
+from oprd.folders.run_folder import output_folder
 from oprd.folders.whole import write_whole
 from oprd.foundation.errors import UserError, writing
 from oprd.foundation.meters import Averages, MemoryMeter, Stopwatch
@@ -61,12 +62,12 @@ class Recorder(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
-        past = read_metrics(Path(args.output_dir) / METRICS_FILE) if state.global_step else []
+        past = read_metrics(output_folder(args) / METRICS_FILE) if state.global_step else []
         for take_up in self.resumers:
             take_up([record for record in past if record["step"] <= state.global_step])
         if not state.is_world_process_zero:
             return
-        keep_steps(Path(args.output_dir) / METRICS_FILE, state.global_step)
+        keep_steps(output_folder(args) / METRICS_FILE, state.global_step)
         self._begin(state)
         self.bar = tqdm(
             total=state.max_steps,
@@ -101,8 +102,8 @@ class Recorder(TrainerCallback):
             values |= observe(state.global_step, values)
         self._publish(values)
         if state.is_world_process_zero:
-            check_held(Path(args.output_dir))
-            path = Path(args.output_dir) / METRICS_FILE
+            check_held(output_folder(args))
+            path = output_folder(args) / METRICS_FILE
             with writing(path), path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps({"step": state.global_step, **values}) + "\n")
                 file.flush()

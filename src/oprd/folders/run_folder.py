@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from transformers import TrainingArguments
 
 from oprd.folders.deciding import DECIDING
 from oprd.folders.fingerprint import Fingerprints
@@ -63,6 +64,12 @@ class Record:
                 "or delete that folder"
             ) from error
         return cls(parts[0], inputs, parts[1])
+
+
+def output_folder(args: TrainingArguments) -> Path:
+    """Where a run is written, which transformers' arguments know once they are made."""
+    assert args.output_dir is not None
+    return Path(args.output_dir)
 
 
 def resolved_settings(*arguments: Any) -> dict[str, Any]:

@@ -5,9 +5,11 @@ from typing import Any
 import torch
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
-from transformers import TrainingArguments, get_scheduler
+from transformers import SchedulerType, TrainingArguments, get_scheduler
+from transformers.training_args import OptimizerNames
 
 from oprd.foundation.errors import UserError
+from oprd.foundation.foreign.torch import note_rates
 
 OF_THE_MODEL = {"params", "model", "optimizer_dict"}  # options of optimisers that take no other weights
 
@@ -20,17 +22,21 @@ def check_optimizer(args: TrainingArguments, kind: Any, options: dict[str, Any])
         if not options.keys() & OF_THE_MODEL:
             optimizer = kind([weight], **options)
     except (ValueError, TypeError) as error:
-        raise UserError(f"optim: {args.optim.value}: {error}") from error
+        raise UserError(f"optim: {OptimizerNames(args.optim).value}: {error}") from error
+    kwargs = args.lr_scheduler_kwargs
+    assert not isinstance(kwargs, str)  # which it is until the arguments have read it
     try:
         get_scheduler(
             args.lr_scheduler_type,
             optimizer,
             num_warmup_steps=args.get_warmup_steps(args.max_steps),
             num_training_steps=args.max_steps,
-            scheduler_specific_kwargs=args.lr_scheduler_kwargs,
+            scheduler_specific_kwargs=kwargs,
         )
     except (ValueError, TypeError) as error:
-        raise UserError(f"lr_scheduler_type: {args.lr_scheduler_type.value}: {error}") from error
+        raise UserError(
+            f"lr_scheduler_type: {SchedulerType(args.lr_scheduler_type).value}: {error}"
+        ) from error
 
 
 def follow_schedule(scheduler: Any) -> None:
@@ -48,4 +54,4 @@ def follow_schedule(scheduler: Any) -> None:
     ]
     for group, rate in zip(schedule.optimizer.param_groups, rates, strict=True):
         group["lr"] = rate
-    schedule._last_lr = rates
+    note_rates(schedule, rates)

@@ -14,6 +14,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from oprd.folders.checkpoints import checkpoints
 from oprd.folders.recorder import METRICS_FILE, read_metrics
 from oprd.folders.whole import SEAL_FILE
+from oprd.foundation.ranks import Ranks
 from oprd.foundation.signals import SIGNALS, Stopped
 
 # torchrun hands on the Ctrl-C that its processes have had from the terminal already.
@@ -74,5 +75,5 @@ def standing(folder: Path, max_steps: int) -> str:
 
 def _tell(text: str) -> None:
     """Write a line at once, even while another is being printed; one rank does."""
-    if os.environ.get("RANK", "0") == "0":
+    if Ranks.launched().is_first:
         os.write(2, f"\noprd: {text}\n".encode())

@@ -42,7 +42,7 @@ def refusals_told() -> Iterator[None]:
 def whatever_fails_is(sentence: Callable[[Exception], str]) -> Iterator[None]:
     """Inside it, every exception becomes a `UserError` with the words of `sentence`.
 
-    A `UserError` stays as it is, and so does what is the machine's (`is_fault`).
+    A `UserError` stays as it is, and so does what is the machine's (`is_of_the_machine`).
     """
     try:
         with panics_are_errors():
@@ -50,7 +50,7 @@ def whatever_fails_is(sentence: Callable[[Exception], str]) -> Iterator[None]:
     except UserError:
         raise
     except Exception as error:
-        if is_fault(error):
+        if is_of_the_machine(error):
             raise
         raise UserError(sentence(error)) from error
 
@@ -80,7 +80,7 @@ def reason(error: BaseException) -> str:
     return text if says_enough else f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 
-def is_fault(error: BaseException) -> bool:
+def is_of_the_machine(error: BaseException) -> bool:
     """Whether an error is the machine's: memory ran out, a device failed, a disk is full."""
     failed = any(words in str(error) for words in DEVICE_FAILED)
     return failed or is_out_of_memory(error) or is_of_the_disk(error)

@@ -14,10 +14,20 @@ import torch.distributed as dist
 
 @dataclass(frozen=True)
 class Ranks:
-    """One process of `count`."""
+    """One process of `count`, and which one it is of its machine's.
+
+    For what runs before, or without, a trainer: its `args` and `accelerator` know the same.
+    """
 
     index: int
     count: int
+    local: int = 0
+
+    @classmethod
+    def launched(cls) -> "Ranks":
+        """What the launcher's variables say; the only process where there is none."""
+        names = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
+        return cls(*(int(os.environ.get(name, alone)) for name, alone in names.items()))
 
     @property
     def is_first(self) -> bool:
@@ -29,7 +39,7 @@ class Ranks:
         """The accelerator of this process, or the CPU."""
         if not torch.cuda.is_available():
             return torch.device("cpu")
-        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        return torch.device("cuda", self.local)
 
     def gather(self, value: Any) -> list[Any]:
         """The `value` of every process, in order."""
@@ -42,11 +52,10 @@ class Ranks:
 @contextmanager
 def joined_ranks() -> Iterator[Ranks]:
     """Join the processes of the launcher for the length of the block, or stay alone where there is none."""
-    count = int(os.environ.get("WORLD_SIZE", "1"))
-    if count == 1:
-        yield Ranks(0, 1)
+    ranks = Ranks.launched()
+    if ranks.count == 1:
+        yield ranks
         return
-    ranks = Ranks(int(os.environ["RANK"]), count)
     if ranks.device.type == "cuda":
         torch.cuda.set_device(ranks.device)
     dist.init_process_group(timeout=timedelta(days=1))  # ranks meet once, after all their rollouts

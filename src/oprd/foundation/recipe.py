@@ -29,7 +29,7 @@ SWITCHES = {"on": "true", "off": "false"}
 class RecipeParser(HfArgumentParser):
     """HF's argument parser whose every refusal is a `UserError` and that takes whole key names only."""
 
-    def __init__(self, dataclass_types: Sequence[type]) -> None:
+    def __init__(self, dataclass_types: Sequence[Any]) -> None:
         super().__init__(dataclass_types, allow_abbrev=False, add_help=False)
         self.register("type", string_to_bool, lambda text: string_to_bool(SWITCHES.get(text.lower(), text)))
         self.by_key = {action.dest: action for action in self._actions if action.nargs != 0}

@@ -1,28 +1,26 @@
 """Blocks under gradient checkpointing, and what they need not compute again in the backward."""
 
-import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
-import torch
 from torch import nn
 from torch.nn.functional import scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import create_selective_checkpoint_contexts
 
 from oprd.foundation.errors import UserError
+from oprd.foundation.foreign.torch import ATTENTION_KERNELS
+from oprd.foundation.foreign.transformers import (
+    attention_of,
+    checkpoint_of,
+    checkpointing_restored,
+    old_names_unheard,
+    set_checkpoint,
+)
 from oprd.models.capture import backbone, blocks
-
-# The fused kernels of attention, which keep its output and a number per row and head for the backward.
-KERNELS = [
-    torch.ops.aten._scaled_dot_product_flash_attention.default,
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
-    torch.ops.aten._scaled_dot_product_efficient_attention.default,
-    torch.ops.aten._scaled_dot_product_cudnn_attention.default,
-]
 
 # Of gradient_checkpointing_kwargs: which blocks checkpoint, and where. The other keys are torch's.
 OF_BLOCKS = ("every_n_layers", "offload")
@@ -33,32 +31,6 @@ def checkpoint_blocks(model: Any, kwargs: Mapping[str, Any] | None) -> None:
     of_blocks, of_torch = _split(kwargs)
     with old_names_unheard():  # transformers before 5.23 has no others
         model.gradient_checkpointing_enable(of_torch or None, **of_blocks)
-
-
-@contextmanager
-def old_names_unheard() -> Iterator[None]:
-    """Within it transformers does not warn of its methods' old names.
-
-    TRL 1.16 calls them three times a rollout; one that calls activation_checkpointing_enable ends this.
-    """
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", ".*gradient_checkpointing.* is deprecated", FutureWarning)
-        yield
-
-
-@contextmanager
-def checkpointing_restored(model: nn.Module) -> Iterator[None]:
-    """Leave every block to checkpoint as it did before.
-
-    Around TRL's generation too, which switches all off, and on again by other rules.
-    """
-    names = ("gradient_checkpointing", "_gradient_checkpointing_func")
-    former = [(m, name, getattr(m, name)) for m in model.modules() for name in names if hasattr(m, name)]
-    try:
-        yield
-    finally:
-        for module, name, value in former:
-            setattr(module, name, value)
 
 
 def _split(kwargs: Mapping[str, Any] | None) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -90,15 +62,15 @@ def attention_kept(model: nn.Module) -> Iterator[None]:
     stack = backbone(model)
     with checkpointing_restored(stack):
         for module in stack.modules():
-            checkpoint = getattr(module, "_gradient_checkpointing_func", None)
+            checkpoint = checkpoint_of(module)
             if isinstance(checkpoint, partial) and checkpoint.keywords.get("use_reentrant") is False:
-                module._gradient_checkpointing_func = partial(checkpoint, context_fn=_contexts)
+                set_checkpoint(module, partial(checkpoint, context_fn=_contexts))
         yield
 
 
 def check_attention_kept(model: nn.Module, checkpointing: bool, kwargs: Mapping[str, Any] | None) -> None:
     """Raise `UserError` where `attention_kept` would keep nothing of a model checkpointed with `kwargs`."""
-    attention = getattr(backbone(model).config, "_attn_implementation", None)
+    attention = attention_of(backbone(model).config)
     _, of_torch = _split(kwargs)
     cause = None
     if not checkpointing:
@@ -116,7 +88,7 @@ def _contexts() -> tuple[AbstractContextManager, AbstractContextManager]:
     kept: deque[AbstractContextManager] = deque()
 
     def keep() -> AbstractContextManager:
-        first, again = create_selective_checkpoint_contexts(KERNELS)
+        first, again = create_selective_checkpoint_contexts(ATTENTION_KERNELS)
         kept.append(again)
         return first
 

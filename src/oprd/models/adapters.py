@@ -55,6 +55,7 @@ class AdapterArguments:
 def note_commit(model: PeftModel, revision: str | None) -> None:
     """Let saved adapters name the commit of the Hub's model that they are trained on: they fit no other."""
     for config in model.peft_config.values():
+        assert config.base_model_name_or_path is not None
         config.revision = commit_of(config.base_model_name_or_path, revision)
 
 

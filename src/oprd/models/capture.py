@@ -12,6 +12,7 @@ from jaxtyping import Bool
 from torch import Tensor, nn
 
 from oprd.foundation.errors import UserError
+from oprd.foundation.foreign.transformers import checkpoint_of, set_checkpoint
 
 
 class _StopForward(Exception):
@@ -153,7 +154,7 @@ def _replayer(block: Any, stack: Any) -> Any | None:
         return None
     if owner is block and type(block).__call__ is nn.Module.__call__:
         return None
-    if not hasattr(owner, "_gradient_checkpointing_func"):
+    if checkpoint_of(owner) is None:
         raise UserError(
             f"{type(owner).__name__} checkpoints its blocks in a way of its own, so their states cannot be "
             "captured: switch it on with gradient_checkpointing_enable, or off"
@@ -168,7 +169,8 @@ def _around_checkpoint(replayer: Any, block: Any, layer: int, store: _Store) -> 
     Inside, where its hooks run, a new op would be lost or miscounted; and rows that are picked only after the
     forward would all get their gradient, at full length, before any block does.
     """
-    checkpointed = replayer._gradient_checkpointing_func
+    checkpointed = checkpoint_of(replayer)
+    assert checkpointed is not None
 
     def around(function: Any, *args: Any, **kwargs: Any) -> Any:
         is_block = replayer is block or getattr(function, "__self__", None) is block
@@ -179,11 +181,11 @@ def _around_checkpoint(replayer: Any, block: Any, layer: int, store: _Store) -> 
             store.keep(layer, _tensor(output))
         return output
 
-    replayer._gradient_checkpointing_func = around
+    set_checkpoint(replayer, around)
     try:
         yield
     finally:
-        replayer._gradient_checkpointing_func = checkpointed
+        set_checkpoint(replayer, checkpointed)
 
 
 def _tensor(output: object) -> Tensor:

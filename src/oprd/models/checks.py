@@ -1,7 +1,6 @@
 """Whether a model has all its weights from its files, and whether its tokenizer, ids and adapters fit it."""
 
 import logging
-import re
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,15 +10,13 @@ from jinja2 import TemplateSyntaxError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from oprd.foundation.errors import UserError
+from oprd.foundation.foreign.transformers import load_report_kept
 from oprd.models.files import stored_types
 
 logger = logging.getLogger(__name__)
 
 SHOWN = 3
 NO_ID = 2**63
-ANSI_STYLE = re.compile(r"\x1b\[[0-9;]*m")
-SHAPES = re.compile(r"(\S+(?: \S+)*?) \|.*torch\.Size\((.*)\) vs model: ?torch\.Size\((.*)\)")
-NO_FIT = re.compile(r"\| *(MISMATCH|CONVERSION)\b")
 FLOATS = ("float64", "float32", "float16", "bfloat16")
 
 
@@ -55,7 +52,7 @@ def check_adapters(name: str, model: Any, result: Any) -> None:
         )
     if others:
         raise UserError(
-            f"the adapters in {name} are of another model than {model.config._name_or_path}, which has no "
+            f"the adapters in {name} are of another model than {model.config.name_or_path}, which has no "
             f"place for {_some(others)}: check base_model_name_or_path in adapter_config.json"
         )
 
@@ -116,40 +113,15 @@ def try_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:
 
 @contextmanager
 def loading_reported(name: str) -> Iterator[None]:
-    """Within it transformers' table of weights that do not fit stays out of the log; an error that refers to
-    the table becomes a `UserError` that says what stands there.
-    """
-    rows: list[str] = []
-
-    def keep(record: logging.LogRecord) -> bool:
-        text = record.getMessage()
-        if is_table := "LOAD REPORT" in text:
-            plain = ANSI_STYLE.sub("", text)
-            rows.extend(_plain(row) for row in plain.splitlines() if NO_FIT.search(row))
-        return not is_table
-
-    modeling = logging.getLogger("transformers.modeling_utils")
-    level = modeling.level
-    modeling.setLevel(logging.WARNING - 1)  # at WARNING it would check more
-    modeling.addFilter(keep)
-    try:
-        yield
-    except RuntimeError as error:
-        if not rows:
-            raise
-        what = f"{rows[0]}{_others(len(rows))}"
-        raise UserError(f"the weights in {name} do not fit its config.json: {what}") from error
-    finally:
-        modeling.removeFilter(keep)
-        modeling.setLevel(level)
-
-
-def _plain(row: str) -> str:
-    """A row of transformers' table of weights that do not fit, as a clause."""
-    text = " ".join(row.split())
-    if sizes := SHAPES.fullmatch(text):
-        return "{} has the shape {} in the file and {} in the model".format(*sizes.groups())
-    return text
+    """Within it an error of loading that refers to transformers' table in the log says what stands there."""
+    with load_report_kept() as rows:
+        try:
+            yield
+        except RuntimeError as error:
+            if not rows:
+                raise
+            what = f"{rows[0]}{_others(len(rows))}"
+            raise UserError(f"the weights in {name} do not fit its config.json: {what}") from error
 
 
 def _check_types(model: PreTrainedModel, folder: Path) -> None:

@@ -17,7 +17,7 @@ from peft.utils import CONFIG_NAME as ADAPTER_CONFIG
 from safetensors import safe_open
 from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME
 
-from oprd.foundation.errors import is_fault, reason, whatever_fails_is
+from oprd.foundation.errors import is_of_the_machine, reason, whatever_fails_is
 
 CONFIGS = (CONFIG_NAME, GENERATION_CONFIG_NAME, ADAPTER_CONFIG)
 TOKENIZER_CONFIGS = (
@@ -78,7 +78,7 @@ def unreadable(folder: Path | None, files: Sequence[str]) -> str | None:
         try:
             _reader(path)(path)
         except Exception as error:
-            if is_fault(error):
+            if is_of_the_machine(error):
                 raise
             return f"{path.name} cannot be read ({reason(error)})"
     return None

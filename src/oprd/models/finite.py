@@ -10,10 +10,11 @@ import torch
 from accelerate.utils import gather_object
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.distributed.tensor import DTensor
 
 from oprd.foundation.errors import Fault, UserError
+from oprd.foundation.foreign.deepspeed import is_partitioned, partition
+from oprd.foundation.foreign.torch import is_fake
 
 COMPUTED_IN = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
@@ -92,7 +93,7 @@ def check_trained(model: nn.Module, step: int) -> None:
     """
     here = [_first_not_finite(model)]
     weight = next(model.parameters())
-    is_sharded = isinstance(weight, DTensor) or hasattr(weight, "ds_tensor")
+    is_sharded = isinstance(weight, DTensor) or is_partitioned(weight)
     found = [name for name in (gather_object(here) if is_sharded else here) if name]
     if found:
         raise Fault(
@@ -138,7 +139,7 @@ def _first_not_finite(model: nn.Module) -> str | None:
 
 def _held(parameter: nn.Parameter) -> Tensor | None:
     """This process's part of a weight that is computed with as it is: not quantised, not elsewhere."""
-    local: Any = getattr(parameter, "ds_tensor", parameter)  # ZeRO-3's partition
+    local = partition(parameter)
     local = local.to_local() if isinstance(local, DTensor) else local
-    is_here = not isinstance(local, FakeTensor) and not local.is_meta and local.numel() > 0
+    is_here = not is_fake(local) and not local.is_meta and local.numel() > 0
     return local.detach() if is_here and local.dtype in COMPUTED_IN else None

@@ -4,12 +4,9 @@ Row t, 0-based, is the state that predicts response token t: the last prompt tok
 last response token is read by no row, so it is not fed.
 """
 
-import inspect
-import re
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from functools import cache
 from typing import Any
 
 import torch
@@ -19,10 +16,8 @@ from torch import Tensor, nn
 from oprd.foundation.errors import UserError
 from oprd.models.activation_checkpointing import uncheckpointed
 from oprd.models.capture import backbone, capture
+from oprd.models.packed import mixing, takes_lengths
 from oprd.models.padding import heeds_padding
-
-# How transformers' stacks make their masks: a call, or arguments for several.
-MASK_CALL = re.compile(r"(?:create_causal_mask|mask_function)\(([^)]*)\)|mask_kwargs\s*=\s*\{([^}]*)\}")
 
 
 @dataclass(frozen=True)
@@ -168,12 +163,12 @@ def _inputs(
     ids, mask = model_input.input_ids, model_input.attention_mask
     # Positions count real tokens, so the amount of padding does not shift them.
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
-    stack = backbone(model)
-    varlen = "flash" in str(getattr(stack.config, "_attn_implementation", ""))
-    mixing = _mixing(stack, varlen)
-    if padding_free and mixing is not None:
-        raise UserError(f"padding_free: true, but {type(stack).__name__} {mixing}: leave it out")
-    if not (varlen and mixing is None if padding_free is None else padding_free):
+    varlen = takes_lengths(model)
+    if padding_free is None:
+        padding_free = varlen and mixing(model) is None
+    elif padding_free and (how := mixing(model)) is not None:
+        raise UserError(f"padding_free: true, but {type(backbone(model)).__name__} {how}: leave it out")
+    if not padding_free:
         padded = {"attention_mask": mask, "position_ids": positions}
         return {"input_ids": ids} | {name: x.to(ids.device) for name, x in padded.items()}, None
     real = mask > 0
@@ -182,38 +177,6 @@ def _inputs(
         "position_ids": positions[real][None].to(ids.device),
     }
     return inputs | (_lengths(mask, ids.device) if varlen else {}), real
-
-
-def _is_attention_alone(stack: Any) -> bool:
-    """Whether all layers separate sequences by their positions: recurrent and convolutional ones do not."""
-    kinds = getattr(stack.config, "layer_types", None) or ()
-    return not getattr(stack, "_is_stateful", False) and all(
-        "attention" in k and "linear" not in k for k in kinds
-    )
-
-
-def _mixing(stack: Any, varlen: bool) -> str | None:
-    """How a stack mixes rollouts that it reads as one sequence, in words; None if it keeps them apart.
-
-    Its attention has to know where they begin: by their lengths, or by positions in its mask.
-    """
-    if not _is_attention_alone(stack):
-        return "carries states from one rollout to the next"
-    if varlen:
-        is_told = getattr(stack, "_supports_attention_backend", False)
-    else:
-        is_told = _masks_by_position(type(stack).forward)
-    return None if is_told else "lets one rollout see another"
-
-
-@cache
-def _masks_by_position(forward: Any) -> bool:
-    """Whether a stack's mask heeds positions that begin anew, which nothing but its own source says."""
-    try:
-        source = inspect.getsource(forward)
-    except OSError:
-        return False
-    return any("position_ids" in "".join(found) for found in MASK_CALL.findall(source))
 
 
 def _lengths(mask: Int[Tensor, "B S"], device: torch.device) -> dict[str, Any]:

@@ -5,10 +5,10 @@ import logging
 from typing import Any
 
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.distributed.tensor import DTensor
 
 from oprd.foundation.errors import UserError
+from oprd.foundation.foreign.torch import is_fake
 from oprd.models.capture import backbone, blocks, num_layers
 from oprd.objective.selection import LayerMap
 from oprd.objective.settings import ObjectiveSettings
@@ -78,5 +78,5 @@ def _shared(one: nn.Module, other: nn.Module) -> list[nn.Parameter]:
 
 def _place(parameter: nn.Parameter) -> int:
     """Where a parameter's values lie; itself, where they are elsewhere."""
-    has_memory = not (parameter.is_meta or isinstance(parameter, DTensor | FakeTensor))
+    has_memory = not (parameter.is_meta or isinstance(parameter, DTensor) or is_fake(parameter))
     return (has_memory and parameter.untyped_storage().data_ptr()) or id(parameter)

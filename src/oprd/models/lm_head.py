@@ -6,12 +6,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from accelerate.utils import align_module_device
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from oprd.foundation.errors import UserError
+from oprd.foundation.foreign.accelerate import is_dispatched
 from oprd.models.capture import backbone
 from oprd.models.loading import weights_are_here
 from oprd.models.precision import own_autocast
@@ -58,9 +60,6 @@ class Head:
     def gathered(self) -> Iterator[None]:
         """Inside it the weights are unsharded and at hand on this rank; all ranks have to enter it."""
         linear, sharded = self.linear, {}
-        offloaded = getattr(linear, "_hf_hook", None)
-        if offloaded is not None:
-            offloaded.pre_forward(linear)
         if isinstance(linear, FSDPModule) and isinstance(getattr(linear, "weight", None), DTensor):
             linear.unshard()  # a student's, which the backward reduces
         else:
@@ -69,12 +68,11 @@ class Head:
         for name, weight in sharded.items():
             linear.register_parameter(name, nn.Parameter(whole_tensor(weight), requires_grad=False))
         try:
-            yield
+            with align_module_device(linear):  # an offloaded one's weights
+                yield
         finally:
             for name, weight in sharded.items():
                 linear.register_parameter(name, weight)
-            if offloaded is not None:
-                offloaded.post_forward(linear, None)
 
     def finish(self, product: Float[Tensor, "N V"]) -> Float[Tensor, "N V"]:
         """From W h to logits."""
@@ -165,7 +163,7 @@ def check_head(student: nn.Module, is_trained: bool) -> None:
             "the student's input embedding has adapters and is tied to its LM head, which would not see them "
             "until they are merged: leave the embedding out of lora_target_modules"
         )
-    if is_trained and hasattr(linear, "_hf_hook"):
+    if is_trained and is_dispatched(linear):
         raise UserError(
             "the student is spread over devices or offloaded, and no output loss would train its LM head "
             "right: start one process for each GPU (torchrun), or show it one (CUDA_VISIBLE_DEVICES=0)"

@@ -10,7 +10,6 @@ import torch
 from peft import PeftConfig, PeftModelForCausalLM, TaskType
 from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.distributed.tensor import DTensor
 from transformers import (
     AutoConfig,
@@ -23,6 +22,8 @@ from transformers.utils import CONFIG_NAME
 from transformers.utils.hub import cached_file, extract_commit_hash
 
 from oprd.foundation.errors import UserError
+from oprd.foundation.foreign.deepspeed import is_partitioned
+from oprd.foundation.foreign.torch import is_fake
 from oprd.models.checks import (
     check_adapters,
     check_ids,
@@ -140,10 +141,10 @@ def weights_are_here(model: nn.Module) -> bool:
     """Whether this process has a model's values: not in a plan, under ZeRO-3, or before FSDP sends them."""
     weight = next(model.parameters())
     local = weight.to_local() if isinstance(weight, DTensor) else weight
-    if isinstance(local, FakeTensor):  # asked anything more, a plan would count it as read
+    if is_fake(local):  # asked anything more, a plan would count it as read
         return False
     awaited = weight.is_meta and not hasattr(model, "hf_device_map")
-    return not awaited and not hasattr(weight, "ds_id")
+    return not awaited and not is_partitioned(weight)
 
 
 @contextmanager
@@ -188,7 +189,8 @@ def load_model(name: str, **kwargs: Any) -> PreTrainedModel:
     revision = kwargs.get("revision")
     with told_of("the model", name, (*CONFIGS, *INDEXES, *WEIGHTS), revision):
         with loading_reported(name):
-            model, found = AutoModelForCausalLM.from_pretrained(name, output_loading_info=True, **kwargs)
+            loaded: Any = AutoModelForCausalLM.from_pretrained(name, output_loading_info=True, **kwargs)
+            model, found = loaded
         check_weights(name, model, found, folder_of(name, revision))
     check_ids(name, model)
     return model

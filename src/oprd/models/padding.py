@@ -15,6 +15,7 @@ from torch.distributed.tensor import DTensor
 from transformers import GenerationConfig
 
 from oprd.foundation.errors import UserError
+from oprd.foundation.foreign.accelerate import is_dispatched
 from oprd.models.capture import backbone, capture, num_layers
 from oprd.models.generation_config import generation_config_aside
 from oprd.models.loading import eval_mode, weights_are_here
@@ -91,7 +92,7 @@ def _once(question: str, model: Any, find: Callable[[], Any], untried: Any) -> A
 
 
 def _can_be_tried(model: nn.Module) -> bool:
-    is_offloaded = hasattr(model, "_hf_hook")  # accelerate brings weights when they are needed
+    is_offloaded = is_dispatched(model)  # accelerate brings weights when they are needed
     return is_offloaded or (weights_are_here(model) and not isinstance(next(model.parameters()), DTensor))
 
 

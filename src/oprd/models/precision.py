@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from accelerate.utils import DistributedType
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
@@ -30,7 +30,7 @@ class Precision:
     def of(cls, student: PreTrainedModel, settings: Any, distributed: DistributedType) -> "Precision":
         """The precision of `student` in a run with the keys of `settings`, before it is sharded."""
         half = torch.bfloat16 if settings.bf16 else torch.float16 if settings.fp16 else None
-        weights = student.get_input_embeddings().weight.dtype
+        weights = _table(student).dtype
         # DeepSpeed and FSDP2 cast the weights themselves.
         casts = distributed in (DistributedType.DEEPSPEED, DistributedType.FSDP)
         is_autocast = half is not None and distributed != DistributedType.DEEPSPEED
@@ -53,7 +53,7 @@ class Precision:
 
     def warn_of_rounding(self, teacher: PreTrainedModel) -> None:
         """Tell the user of a teacher, loaded as they asked, whose states differ by rounding alone."""
-        theirs = teacher.get_input_embeddings().weight.dtype
+        theirs = _table(teacher).dtype
         if self.is_like(teacher.config) and theirs != self.weights:
             logger.warning(
                 "the teacher computes in %s and the student in %s: states of equal models differ by that "
@@ -86,11 +86,19 @@ def store_products_in(stored: torch.dtype | None, model: PreTrainedModel, is_exa
     """
     if stored not in (torch.bfloat16, torch.float16):
         return
-    table = model.get_input_embeddings().weight
+    table = _table(model)
     for layer in model.modules():
-        is_product = type(layer).forward is nn.Linear.forward or isinstance(layer, Conv1D)
-        if not is_product or layer.weight is table or layer.weight.dtype.itemsize <= stored.itemsize:
+        if not (type(layer).forward is nn.Linear.forward or isinstance(layer, Conv1D)):
             continue
-        half = layer.weight.to(stored)
-        if is_exact or (not half.is_meta and torch.equal(half.to(layer.weight.dtype), layer.weight)):
-            layer.weight.data = half
+        weight: Any = layer.weight
+        if weight is table or weight.dtype.itemsize <= stored.itemsize:
+            continue
+        half = weight.to(stored)
+        if is_exact or (not half.is_meta and torch.equal(half.to(weight.dtype), weight)):
+            weight.data = half
+
+
+def _table(model: PreTrainedModel) -> Tensor:
+    """The weight of a model's input embedding."""
+    embedding: Any = model.get_input_embeddings()
+    return embedding.weight

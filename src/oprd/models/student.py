@@ -1,15 +1,13 @@
 """The student by name: loaded as TRL would load it, with our checks."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel
 
 from oprd.foundation.errors import UserError
-from oprd.models.init_kwargs import hub_kwargs, student_kwargs
-from oprd.models.loading import holds_adapters, load_model, load_with_tokenizer, resolve_model
+from oprd.models.init_kwargs import student_kwargs
+from oprd.models.loading import holds_adapters, load_model, load_with_tokenizer
 
 
 def load_student(
@@ -31,25 +29,14 @@ def load_student(
         given.setdefault("device_map", "auto")
     if holds_adapters(name):
         raise UserError(f"{name} holds adapters, which are not trained further: name its folder merged")
-    located = resolve_model(name, **hub_kwargs(given))
     if processing_class is None:
-        model, processing_class = load_with_tokenizer(located, **given)
+        model, processing_class = load_with_tokenizer(name, **given)
         processing_class.truncation_side = "left"
     else:
-        model = load_model(located, **given)
+        model = load_model(name, **given)
     if model.config.get_text_config() is not model.config:
         raise UserError(f"{name} is a vision-language model, or another of several parts: name a text model")
     return model, processing_class
-
-
-@contextmanager
-def taken_as_loaded(settings: Any) -> Iterator[None]:
-    """Within it a config names no arguments of loading: TRL would warn that a loaded student ignores them."""
-    kept, settings.model_init_kwargs = settings.model_init_kwargs, None
-    try:
-        yield
-    finally:
-        settings.model_init_kwargs = kept
 
 
 def has_dropout(model: nn.Module) -> bool:
@@ -62,4 +49,4 @@ def name_of(model: str | PreTrainedModel | None) -> str:
     """What to call a model in its card: its name, or its class if it was made in memory."""
     if model is None or isinstance(model, str):
         return model or ""
-    return model.config._name_or_path or type(model).__name__
+    return model.config.name_or_path or type(model).__name__

@@ -14,6 +14,7 @@ from transformers.utils import is_bitsandbytes_available
 
 from oprd.foundation.errors import UserError
 from oprd.models.capture import num_layers
+from oprd.models.checks import num_embeddings
 from oprd.models.eos import listed_eos_ids
 from oprd.models.forward import ModelInput, StateReader, StateRequest
 from oprd.models.init_kwargs import hub_kwargs
@@ -42,13 +43,12 @@ class Teacher:
 
         It is dispatched where `init_kwargs` names a `device_map` (`cpu`, `auto` with offloading, …).
         """
-        shared = hub_kwargs(init_kwargs)
-        located = resolve_model(name, **shared)
         if precision is None or "dtype" in init_kwargs:
-            return cls(*load_with_tokenizer(located, **init_kwargs))
-        config = AutoConfig.from_pretrained(base_model(located), **shared)
+            return cls(*load_with_tokenizer(name, **init_kwargs))
+        shared = hub_kwargs(init_kwargs)
+        config = AutoConfig.from_pretrained(base_model(resolve_model(name, **shared)), **shared)
         dtype = precision.of_teacher(config, "quantization_config" in init_kwargs)
-        model, tokenizer = load_with_tokenizer(located, **init_kwargs, dtype=dtype)
+        model, tokenizer = load_with_tokenizer(name, **init_kwargs, dtype=dtype)
         if precision.autocast:
             store_products_in(config.dtype, model)
         return cls(model, tokenizer)
@@ -57,7 +57,7 @@ class Teacher:
     def of(cls, model: PreTrainedModel) -> "Teacher":
         """Take a model object, with its tokenizer if it has one."""
         try:
-            name = model.config._name_or_path
+            name = model.config.name_or_path
             return cls(model, load_tokenizer(name) if name else None)
         except UserError:
             return cls(model)
@@ -97,7 +97,7 @@ class Teacher:
     @property
     def vocabulary(self) -> int:
         """Rows of the input embedding, padding included."""
-        return self.model.get_input_embeddings().num_embeddings
+        return num_embeddings(self.model)
 
     def room(self, prompt_mask: Tensor) -> list[int] | None:
         """Positions left for a response to each of the prompts; None without a limit."""
@@ -106,7 +106,7 @@ class Teacher:
 
     def check_ids(self, student: PreTrainedModel) -> None:
         """Raise `UserError` if the student may sample ids that this teacher has no embedding for."""
-        ours, theirs = student.get_input_embeddings().num_embeddings, self.vocabulary
+        ours, theirs = num_embeddings(student), self.vocabulary
         if ours > theirs:
             raise UserError(
                 f"teacher_tokenization: student feeds the teacher the student's {ours} ids, and its "

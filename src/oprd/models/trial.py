@@ -66,5 +66,5 @@ def _check(what: str, state: torch.Tensor) -> None:
 
 
 def _named(role: str, model: Any) -> str:
-    name = getattr(model.config, "_name_or_path", "")
+    name = getattr(model.config, "name_or_path", "")
     return f"the {role} {name} ({type(model).__name__})" if name else f"the {role} ({type(model).__name__})"

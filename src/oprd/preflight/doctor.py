@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,16 +9,18 @@ from rich.console import Console
 from rich.table import Table
 from transformers import AutoConfig, PreTrainedTokenizerBase
 
-from oprd.folders.run_folder import default_settings, holds_results, resolved_settings
+from oprd.folders.run_folder import default_settings, holds_results, output_folder, resolved_settings
 from oprd.foundation.meters import MB
+from oprd.foundation.ranks import Ranks
 from oprd.models.init_kwargs import hub_kwargs, student_kwargs, teacher_kwargs
 from oprd.models.lengths import fitting_length, run_readers
 from oprd.models.loading import base_model, load_tokenizer, resolve_model
+from oprd.objective.settings import mapping
 from oprd.preflight.checks import Finding, check_disk, check_engine, check_output, checked
 from oprd.preflight.longest import Longest
 from oprd.preflight.planning.footprint import ORDER
 from oprd.preflight.planning.knobs import Knob, advice, first_knob
-from oprd.preflight.planning.machine import Machine, launched_ranks
+from oprd.preflight.planning.machine import Machine
 from oprd.preflight.planning.memory_plan import MemoryPlan, plan_memory
 from oprd.rollouts.intake import prompts_per_step, settle_steps, usable_prompts
 from oprd.rollouts.prompts import load_prompts
@@ -84,14 +85,14 @@ def examine(
         findings.append(finding)
         tell(finding)
 
-    longest, count = longest_rollout(run, config, ranks or launched_ranks())
+    longest, count = longest_rollout(run, config, ranks or Ranks.launched().count)
     machine = (
         Machine.here(config, ranks)  # beside the prompts
         if gpu_bytes is None
         else Machine.with_gpus(gpu_bytes, config, ranks)
     )
     settle_steps(config, count, machine.ranks)
-    folder = Path(config.output_dir)
+    folder = output_folder(config)
     settings = resolved_settings(config, run) | {"num_processes": machine.ranks}
     found(Finding("recipe", f"{run.model_name_or_path} learns from {config.teacher_model_name_or_path}"))
     found(Finding("prompts", f"{count}, the longest of {len(longest.prompt_ids)} tokens"))
@@ -127,7 +128,8 @@ def longest_rollout(run: RunArguments, config: OPRDConfig, ranks: int = 1) -> tu
         config.teacher_chat_template_kwargs,
     )
     vocabulary = ours.get_text_config().vocab_size
-    readers = [Renderer(tokenizer, config.chat_template_kwargs or {}, vocabulary=vocabulary)]
+    kwargs = mapping("chat_template_kwargs", config.chat_template_kwargs)
+    readers = [Renderer(tokenizer, kwargs, vocabulary=vocabulary)]
     if not translation.is_identity:
         readers.append(translation.renderer(theirs.get_text_config().vocab_size))
     streamed, drops = rows_streamed(run, config, ranks), config.drop_unrenderable_prompts

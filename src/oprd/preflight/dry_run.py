@@ -14,10 +14,11 @@ from torch import Tensor
 
 from oprd.foundation.errors import Fault, memory_may_run_out, refusals_told
 from oprd.foundation.meters import MB, resident_mb
+from oprd.foundation.ranks import Ranks
 from oprd.preflight.doctor import longest_rollout
 from oprd.preflight.longest import Longest, rollouts_at_once, sample_last_token
 from oprd.preflight.planning.knobs import advice, first_knob
-from oprd.preflight.planning.machine import Machine, launched_ranks
+from oprd.preflight.planning.machine import Machine
 from oprd.preflight.planning.memory_plan import MemoryPlan, Unplannable, fullest_step, plan_memory
 from oprd.rollouts.engines.student import StudentEngine
 from oprd.training.config import OPRDConfig
@@ -52,7 +53,7 @@ def try_longest(run: RunArguments, config: OPRDConfig) -> str:
 
     Raises `UserError` for what the user can mend and, if memory runs out, `Fault` with what to turn.
     """
-    longest, _ = longest_rollout(run, config, launched_ranks())
+    longest, _ = longest_rollout(run, config, Ranks.launched().count)
     machine = Machine.here(config)  # beside the prompts
     room = _room(machine)  # before planning, which widens the heap without filling it
     plan = _plan(run, config, longest, machine)
@@ -109,7 +110,7 @@ def dry_run(student: str, config: OPRDConfig, longest: Longest, step: int, **kwa
     """
     with tempfile.TemporaryDirectory() as folder:
         args = _short(config, longest, step, folder)
-        rows = args.per_device_train_batch_size * args.gradient_accumulation_steps * launched_ranks()
+        rows = args.per_device_train_batch_size * args.gradient_accumulation_steps * Ranks.launched().count
         with refusals_told():
             trainer = DryRunTrainer(
                 model=student,
@@ -148,7 +149,7 @@ def _accumulation(config: OPRDConfig, longest: Longest) -> int:
     each, most = config.per_device_train_batch_size, config.gradient_accumulation_steps
     size, count = rollouts_at_once(config, longest)
     wanted = -(-size * min(count, 2) // each)
-    whole = (n for n in range(wanted, most) if not n * each * launched_ranks() % config.num_generations)
+    whole = (n for n in range(wanted, most) if not n * each * Ranks.launched().count % config.num_generations)
     return next(whole, most)
 
 

@@ -83,9 +83,12 @@ def sample_last_token(model: PreTrainedModel, rollouts: Inputs, settings: Any) -
     reading = {"past_key_values": cache, "use_cache": True, "logits_to_keep": 1}
     model(input_ids=ids, attention_mask=prompt_mask, **reading)
     if (between := written.shape[1] - 2) > 0:
-        for number, layer in enumerate(cache.layers):
-            zeros = (x.new_zeros(*x.shape[:2], between, x.shape[3]) for x in (layer.keys, layer.values))
-            cache.update(*zeros, number)
+        layers: list[Any] = cache.layers
+        for number, layer in enumerate(layers):
+            keys, values = (
+                x.new_zeros(*x.shape[:2], between, x.shape[3]) for x in (layer.keys, layer.values)
+            )
+            cache.update(keys, values, number)
     mask = torch.cat([prompt_mask, torch.ones_like(written[:, 1:])], dim=1)
     last = written[:, -2:-1] if written.shape[1] > 1 else ids[:, -1:]
     positions = mask.sum(-1, keepdim=True) - 1

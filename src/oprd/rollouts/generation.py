@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from jaxtyping import Int
@@ -121,11 +121,13 @@ def generate(
     # Of what was drawn from seeds of their own, `generate` takes the likeliest.
     options = _generation_config(sampling if seeds is None else replace(sampling, temperature=0), eos, pad)
 
+    generator: Any = model  # transformers types `generate` for single architectures alone
+
     def draw(batch: Sequence[int]) -> list[Rollout]:
         prompts = [prompt_ids[i] for i in batch]
         ids, mask = left_pad(prompts, pad)
         own = [OwnDraws(sampling, [seeds[i] for i in batch], model.device)] if seeds else []
-        output = model.generate(
+        output = generator.generate(
             ids.to(model.device),
             attention_mask=mask.to(model.device),
             generation_config=options,
@@ -176,7 +178,7 @@ class OwnDraws(LogitsProcessor):
         self._cuts = warpers(sampling.temperature, sampling.top_k, sampling.top_p)
         self._generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]
 
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> Any:
         likely = self._cuts(input_ids, scores).softmax(-1)
         rows = zip(likely, self._generators, strict=True)
         drawn = torch.stack([torch.multinomial(row, 1, generator=generator) for row, generator in rows])

@@ -44,9 +44,9 @@ class Translation:
             raise UserError("teacher_chat_template: own needs a tokenizer: name the teacher or its folder")
         other = teacher_tokenizer is not None and not same_vocabulary(tokenizer, teacher_tokenizer)
         self.feeds_foreign_ids = other and tokenization == "student"
-        self.aligner = (
-            Aligner(tokenizer, teacher_tokenizer, student_ends) if other and tokenization == "own" else None
-        )
+        self.aligner: Aligner | None = None
+        if teacher_tokenizer is not None and other and tokenization == "own":
+            self.aligner = Aligner(tokenizer, teacher_tokenizer, student_ends)
         self.own_template = template == "own" or self.aligner is not None
         self.tokenizer: Any = teacher_tokenizer if self.own_template else tokenizer
         self.template_kwargs = dict(template_kwargs or {})

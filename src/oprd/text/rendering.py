@@ -87,14 +87,17 @@ class Renderer:
 
     def _ids(self, kind: "_Kind", prompts: list[Prompt]) -> list[list[int]]:
         if kind.is_text:
-            return self.tokenizer(prompts, add_special_tokens=not kind.has_bos)["input_ids"]
-        return self.tokenizer.apply_chat_template(
-            prompts,
-            add_generation_prompt=not kind.is_continued,
-            continue_final_message=kind.is_continued,
-            return_dict=True,
-            **self.template_kwargs,
-        )["input_ids"]
+            read: Any = self.tokenizer(prompts, add_special_tokens=not kind.has_bos)
+        else:
+            chats: Any = prompts  # whose messages hold more than text where tools were called
+            read = self.tokenizer.apply_chat_template(
+                chats,
+                add_generation_prompt=not kind.is_continued,
+                continue_final_message=kind.is_continued,
+                return_dict=True,
+                **self.template_kwargs,
+            )
+        return read["input_ids"]
 
     def _accepted(self, ids: list[int]) -> list[int] | Refusal:
         if not ids:

@@ -51,7 +51,7 @@ def end_of_turn(tokenizer: Tokenizer) -> int | None:
     """The special token that the chat template writes first after an assistant's words, else the EOS."""
     messages = [{"role": "user", "content": "question"}, {"role": "assistant", "content": REPLY}]
     try:
-        tail = tokenizer.apply_chat_template(messages, tokenize=False).rsplit(REPLY, 1)[1]
+        tail = str(tokenizer.apply_chat_template(messages, tokenize=False)).rsplit(REPLY, 1)[1]
     except Exception:  # no template, or one that refuses this chat or rewrites it
         return tokenizer.eos_token_id
     added = tokenizer.added_tokens_decoder.items()

@@ -5,15 +5,16 @@ from dataclasses import dataclass
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from oprd.bridge import Bridge
 from oprd.bridge.identity import check_models, identity
 from oprd.foundation.errors import UserError
 from oprd.models.capture import backbone, num_layers
-from oprd.models.teacher import Teacher, check_widths
+from oprd.models.teacher import check_widths
 from oprd.objective.selection import LayerMap
 from oprd.objective.settings import ObjectiveSettings
+from oprd.training.training_pair import TrainingPair
 
 States = dict[int, Tensor]
 
@@ -26,25 +27,19 @@ class Comparison:
     bridge: Bridge | None = None
 
     @classmethod
-    def of(
-        cls,
-        settings: ObjectiveSettings,
-        student: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerBase,
-        teacher: Teacher,
-        device: torch.device,
-    ) -> "Comparison":
+    def of(cls, settings: ObjectiveSettings, pair: TrainingPair) -> "Comparison":
         """Direct, or through `settings.bridge`; raises `UserError` where models and bridge do not fit."""
+        student, teacher = pair.student, pair.teacher
         depth = num_layers(student)
         if settings.bridge is None:
             if settings.representation_schedule.ever_active:
                 check_widths(backbone(student).config.get_text_config().hidden_size, depth, teacher)
             return cls(LayerMap.parse(settings.layers, depth, teacher.num_layers))
         bridge = Bridge.load(settings.bridge, settings.bridge_rank)
-        check_models(bridge, identity(student, tokenizer), identity(teacher.model, teacher.tokenizer))
+        check_models(bridge, identity(student, pair.tokenizer), identity(teacher.model, teacher.tokenizer))
         _check_reading(bridge, settings)
         layer_map = bridge.select(settings.layers, depth, teacher.num_layers)
-        return cls(layer_map, bridge.to(device))
+        return cls(layer_map, bridge.to(pair.device))
 
     def widths(self, student: PreTrainedModel) -> set[int]:
         """The widths of the rows that are compared."""

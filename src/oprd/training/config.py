@@ -1,7 +1,6 @@
 """The keys of a training run: TRL's, transformers' and ours, with the paper's defaults."""
 
 from dataclasses import dataclass, field
-from typing import ClassVar
 
 import torch
 from trl import DistillationConfig
@@ -36,7 +35,8 @@ class OPRDConfig(ObjectiveSettings, DistillationConfig):
     `temperature`, `top_p`, `top_k` and `min_p` are for sampling alone. Raises `UserError`.
     """
 
-    _VALID_DICT_FIELDS: ClassVar[list[str]] = [
+    # What transformers reads as a mapping from the command line; until it tells that by a field's type.
+    _VALID_DICT_FIELDS = [  # noqa: RUF012 - as the base class has it
         *DistillationConfig._VALID_DICT_FIELDS,
         "teacher_chat_template_kwargs",
     ]
@@ -80,9 +80,9 @@ class OPRDConfig(ObjectiveSettings, DistillationConfig):
                 "ignore_data_skip: a resumed run would draw the first prompts again: leave it out"
             )
         self.check()
-        asked = str(getattr(self, "fsdp")).lower()  # noqa: B009 - mypy cannot tell its type
+        asked = str(self.fsdp).lower()
         if asked in ("true", "false"):  # the base class takes text for the options that it once was
-            self.fsdp = asked == "true"
+            self.fsdp = asked == "true"  # type: ignore[assignment]  # which its annotation lacks
         self._choose_length()
         unread = ("pad_to_multiple_of", "max_steps" if self.max_steps == AS_EPOCHS_SAY else "")
         check_ranges({name: value for name, value in vars(self).items() if name not in unread})
@@ -90,7 +90,7 @@ class OPRDConfig(ObjectiveSettings, DistillationConfig):
             setattr(self, name, mapping(name, getattr(self, name)) or None)
         for name in ("model_init_kwargs", "teacher_model_init_kwargs"):
             check_dtype(name, getattr(self, name))
-        check_ranges(self.generation_kwargs or {}, within="generation_kwargs: ")
+        check_ranges(mapping("generation_kwargs", self.generation_kwargs), within="generation_kwargs: ")
         if self.vllm_importance_sampling_correction:
             check_correction(self)
         # Without it, transformers refuses bf16 on a machine that has no accelerator.

@@ -12,11 +12,11 @@ class EpochSampler(RepeatSampler):
     TRL's own order follows from the epochs before it, which a resumed run has not been through.
     """
 
-    def __init__(self, epoch: Callable[[], int], **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        self.epoch = epoch
+    def __init__(self, epoch: Callable[[], int], seed: int, **kwargs: Any) -> None:
+        super().__init__(seed=seed, **kwargs)
+        self.epoch, self.first_seed = epoch, seed
 
     def __iter__(self) -> Iterator[int]:
         if self.shuffle:
-            self.generator.manual_seed(self.seed + self.epoch())
+            self.generator.manual_seed(self.first_seed + self.epoch())
         return super().__iter__()

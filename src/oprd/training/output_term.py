@@ -6,7 +6,7 @@ from functools import partial
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from oprd.foundation.errors import UserError
 from oprd.foundation.meters import Averages
@@ -18,6 +18,7 @@ from oprd.rollouts.engines.importance import importance_weights
 from oprd.rollouts.rows import RolloutBatch, SupervisedRows
 from oprd.text.alignment import same_vocabulary
 from oprd.training.diagnostics import add_log_prob_gap, add_output_statistics
+from oprd.training.training_pair import TrainingPair
 
 DESCRIBED_ROWS = 32
 Rows = Float[Tensor, "N D"]
@@ -35,15 +36,10 @@ class OutputTerm:
     heads: tuple[Head, Head] | None  # the student's and the teacher's, if the run makes logits
 
     @classmethod
-    def bind(
-        cls,
-        settings: ObjectiveSettings,
-        student: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerBase,
-        teacher: Teacher,
-    ) -> "OutputTerm":
+    def bind(cls, settings: ObjectiveSettings, pair: TrainingPair) -> "OutputTerm":
         """Compare vocabularies, and make the heads if the run uses them; raises `UserError`."""
-        vocabulary = _vocabulary(settings, student, tokenizer, teacher)
+        student, teacher = pair.student, pair.teacher
+        vocabulary = _vocabulary(settings, pair)
         if vocabulary and settings.output_loss.startswith("top_k") and settings.output_top_k > vocabulary:
             k = settings.output_top_k
             raise UserError(f"output_top_k is {k}, but the vocabulary has {vocabulary} tokens: lower it")
@@ -166,16 +162,12 @@ def _stride(rows: int) -> int:
     return max(1, rows // DESCRIBED_ROWS)
 
 
-def _vocabulary(
-    settings: ObjectiveSettings,
-    student: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    teacher: Teacher,
-) -> int | None:
+def _vocabulary(settings: ObjectiveSettings, pair: TrainingPair) -> int | None:
     """Size of the shared vocabulary; None where there is none and the recipe needs none."""
-    if teacher.tokenizer is not None and not same_vocabulary(tokenizer, teacher.tokenizer):
+    theirs = pair.teacher.tokenizer
+    if theirs is not None and not same_vocabulary(pair.tokenizer, theirs):
         direct = settings.representation_schedule.ever_active and settings.bridge is None
         over_text = settings.output_loss == "sampled_text" and settings.teacher_tokenization == "own"
         if not direct and (over_text or not settings.output_schedule.ever_active):
             return None
-    return shared_vocabulary(student, tokenizer, teacher)
+    return shared_vocabulary(pair.student, pair.tokenizer, pair.teacher)

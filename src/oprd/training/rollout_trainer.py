@@ -2,18 +2,21 @@
 
 import logging
 import math
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from datasets import Dataset
 from torch import Tensor
-from transformers import Trainer
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from trl import DistillationTrainer
 
 from oprd.folders.recorder import Recorder
 from oprd.foundation.errors import UserError
+from oprd.foundation.foreign.transformers import checkpointing_restored, old_names_unheard
+from oprd.foundation.meters import MemoryMeter
 from oprd.foundation.ranks import Ranks
-from oprd.models.activation_checkpointing import checkpointing_restored, old_names_unheard
 from oprd.models.finite import check_loaded, check_trained, finite_logits
 from oprd.models.generation_config import generation_config_aside, options_aside
 from oprd.models.lengths import fitting_length, run_readers
@@ -21,6 +24,7 @@ from oprd.models.loading import eval_mode
 from oprd.models.padding import check_sharded, generation_batches, in_batches
 from oprd.models.sharding.fsdp import Sharding
 from oprd.models.teacher import Teacher
+from oprd.objective.settings import mapping
 from oprd.rollouts.engines.staleness import FixedText, check_gap, check_moved_alone, log_prob_gaps
 from oprd.rollouts.engines.student import StudentEngine
 from oprd.rollouts.intake import prompts_per_step, usable_prompts
@@ -30,15 +34,22 @@ from oprd.rollouts.rows import TERMS, RolloutBatch, on_host, truncated_rollouts,
 from oprd.rollouts.translation import Translation
 from oprd.text.alignment import AlignedResponse
 from oprd.text.rendering import Renderer
+from oprd.training.config import OPRDConfig
 from oprd.training.step import Update
 from oprd.training.supervision import SupervisionWatch
 
 logger = logging.getLogger(__name__)
 
 
-class RolloutTrainer(Trainer):
-    """What happens between TRL's rollouts and the update, for a trainer that extends TRL's."""
+class RolloutTrainer(DistillationTrainer):
+    """TRL's trainer, and what happens between its rollouts and the update."""
 
+    args: OPRDConfig
+    model: PreTrainedModel
+    processing_class: PreTrainedTokenizerBase
+    vllm_generation: Any
+    eos_token_ids: list[int]
+    memory: MemoryMeter
     update: Update
     translation: Translation
     renderer: Renderer
@@ -61,7 +72,8 @@ class RolloutTrainer(Trainer):
         """Keep what all templates can render; from now on `renderer` is how the student reads prompts."""
         vocabulary = self.model.config.get_text_config().vocab_size
         tools = {"tools": self.tools, "chat_template": self.chat_template} if self.tools else {}
-        self.renderer = Renderer(self._tokenizer, self.chat_template_kwargs | tools, vocabulary=vocabulary)
+        kwargs = mapping("chat_template_kwargs", self.chat_template_kwargs) | tools
+        self.renderer = Renderer(self._tokenizer, kwargs, vocabulary=vocabulary)
         readers = [self.renderer]
         if not self.translation.is_identity:
             kwargs = self._tool_kwargs(self.translation)
@@ -90,7 +102,7 @@ class RolloutTrainer(Trainer):
         return usable.dataset
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        """Train, and warn at the end of steps that supervised nothing."""
+        """Train, and warn of steps that supervised nothing; no callback of transformers comes as late."""
         result = super().train(*args, **kwargs)
         self.supervision.tell()
         return result
@@ -125,11 +137,14 @@ class RolloutTrainer(Trainer):
             )
 
     def _tokenize_prompts(self, prompts: list[Any]) -> Any:
-        """The ids that were checked before the run; TRL would close an assistant's turn to be continued."""
+        """The ids that were checked before the run; until TRL leaves a turn open that is to be continued."""
         return self.renderer(prompts), None, {}
 
     def _generate_single_turn(self, prompt_ids: Any, *args: Any, **kwargs: Any) -> Any:
-        """TRL's responses, drawn from the student's own distribution, in batches that leave it unchanged."""
+        """TRL's responses, drawn from the student's own distribution, in batches that leave it unchanged.
+
+        Until TRL takes a function that generates.
+        """
         turn = super()._generate_single_turn
         shown = tokens_shown(self.recorder.bar, "rollouts", self.model, self.max_completion_length)
         with checkpointing_restored(self.model), shown, old_names_unheard():
@@ -152,7 +167,10 @@ class RolloutTrainer(Trainer):
         return nullcontext() if self.sharding is None else self.sharding.whole(self.model)
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
-        """TRL's rollouts, with the weight of every row, counted over ranks and the whole window."""
+        """TRL's rollouts, with the weight of every row, counted over ranks and the whole window.
+
+        Until TRL has a hook for what is made of rollouts before they are split into micro-batches.
+        """
         with self.update.stopwatch.part("rollout"), self.memory.rollout():
             batch = on_host(super()._generate_and_score_completions(inputs))
         if self.engine is not None:
@@ -189,8 +207,12 @@ class RolloutTrainer(Trainer):
         width = batch["completion_ids"].shape[1]
         return {} if self.tools else {"engine_log_probs": drawn.padded(width, device)}
 
-    def _prepare_inputs(self, generation_batch: Any) -> list[RolloutBatch]:
-        """The micro-batches of the next backward: one, or with a token budget as many as it takes."""
+    def _prepare_inputs(self, generation_batch: Any) -> list[RolloutBatch]:  # type: ignore[override]
+        """The micro-batches of the next backward: one, or with a token budget as many as it takes.
+
+        TRL would split a window into equal numbers of rollouts; until it takes a function that splits. What
+        it gives goes to `compute_loss` alone.
+        """
         inputs = super()._prepare_inputs(generation_batch)
         if not self.model.training:
             return [RolloutBatch.of(inputs)]
@@ -233,6 +255,16 @@ class RolloutTrainer(Trainer):
             first = RolloutBatch.of({key: value[:size] for key, value in batch.items() if value.ndim})
             with self.update.stopwatch.part("diagnostics"), torch.no_grad():
                 self._through(self.model_wrapped, self.update.observe, first)
+
+    def _sum_over_ranks(self, values: Tensor) -> Tensor:
+        return self.accelerator.reduce(values.to(self.accelerator.device), reduction="sum")
+
+    def _through(self, model: torch.nn.Module, function: Callable[..., Any], batch: RolloutBatch) -> Any:
+        """`function(batch, step)` inside the wrapper's forward, where DDP and FSDP have the weights ready."""
+        unwrapped = self.accelerator.unwrap_model(model)
+        # TRL's redirection goes past the forward that accelerate wrapped in autocast.
+        with self.accelerator.autocast():
+            return self._forward_redirection(model, unwrapped, function, batch, self.state.global_step)
 
     def _tool_kwargs(self, translation: Translation) -> dict[str, Any]:
         """Template arguments by which the teacher's prompts show the tools."""

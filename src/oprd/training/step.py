@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from oprd.foundation.meters import Averages, Stopwatch
 from oprd.models.activation_checkpointing import attention_kept
@@ -32,6 +32,7 @@ from oprd.training.comparison import Comparison, States
 from oprd.training.diagnostics import add_representation_cosine
 from oprd.training.layer_losses import AnchorLoss, RepresentationLoss
 from oprd.training.output_term import OutputTerm
+from oprd.training.training_pair import TrainingPair
 
 logger = logging.getLogger(__name__)
 
@@ -55,24 +56,18 @@ class Update:
     watch: FiniteWatch
 
     @classmethod
-    def bind(
-        cls,
-        settings: ObjectiveSettings,
-        student: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerBase,
-        teacher: Teacher,
-        device: torch.device,
-    ) -> "Update":
+    def bind(cls, settings: ObjectiveSettings, pair: TrainingPair) -> "Update":
         """Pair the layers, and compare widths and vocabularies.
 
         Raises `UserError` where student, teacher and settings do not fit.
         """
+        student, device = pair.student, pair.device
         check_head(student, settings.output_schedule.ever_active)
-        comparison = Comparison.of(settings, student, tokenizer, teacher, device)
+        comparison = Comparison.of(settings, pair)
         if isinstance(settings.representation_loss, CustomLoss):
             for width in comparison.widths(student):
                 settings.representation_loss.check(width, device)
-        output = OutputTerm.bind(settings, student, tokenizer, teacher)
+        output = OutputTerm.bind(settings, pair)
         anchor = None
         if settings.anchor_schedule.ever_active and comparison.bridge is not None:
             anchor = Anchor.of(student, comparison.bridge, comparison.layer_map.student_layers)
@@ -82,7 +77,7 @@ class Update:
                 "across tokenizers many rows have no counterpart, and a bridge without an anchor lets the "
                 "student's states there drift until it writes nothing sensible: set anchor_weight: 1"
             )
-        return cls(settings, comparison, student, teacher, output, anchor, *meters)
+        return cls(settings, comparison, student, pair.teacher, output, anchor, *meters)
 
     def freeze_unreached(self) -> None:
         """Freeze what no term of the run reaches; raises `UserError` where nothing is left to train."""

@@ -10,6 +10,7 @@ from typing import Any
 
 from accelerate.utils import broadcast_object_list
 from datasets import Dataset
+from peft import PeftModel
 
 from oprd.bridge.artifact import bridge_file
 from oprd.evaluation.problems import EvalSettings, response_room
@@ -19,17 +20,25 @@ from oprd.folders.claims import CARD_FILE, PARTIAL, check_final, is_done, is_fin
 from oprd.folders.fingerprint import file_fingerprint, model_fingerprints, rows_fingerprint
 from oprd.folders.lock import hold
 from oprd.folders.recorder import METRICS_FILE, read_metrics
-from oprd.folders.run_folder import STATE_FILE, Inputs, default_settings, resolved_settings, write_resolved
+from oprd.folders.run_folder import (
+    STATE_FILE,
+    Inputs,
+    default_settings,
+    output_folder,
+    resolved_settings,
+    write_resolved,
+)
 from oprd.folders.starting import set_aside, tell_schedule
 from oprd.folders.stopping import standing
 from oprd.foundation.errors import UserError, refusals_told
+from oprd.foundation.foreign.transformers import loaded_whole
 from oprd.foundation.ranges import check_ranges
 from oprd.foundation.recipe import parse_recipe
 from oprd.foundation.signals import Stopped, signals_handled
 from oprd.models.adapters import MERGED_FOLDER, AdapterArguments, note_commit, save_merged
 from oprd.models.init_kwargs import hub_kwargs, student_kwargs, teacher_kwargs
 from oprd.models.loading import holds_adapters
-from oprd.models.sharding.zero import loaded_whole
+from oprd.objective.settings import mapping
 from oprd.rollouts.generation import Sampling
 from oprd.rollouts.intake import stream_length
 from oprd.rollouts.progress import tokens_shown
@@ -107,7 +116,7 @@ def train(
     Raises `UserError` for what the user can mend, before anything is written, and `Stopped` if a signal ended
     the run before its last step.
     """
-    folder = Path(config.output_dir)
+    folder = output_folder(config)
     settings = resolved_settings(config, run) | {"num_processes": config.world_size}
     prompts = prompts_of(run, config)
     known = settings, run_inputs(run, config, prompts), default_settings(config, run)
@@ -128,7 +137,7 @@ def _train(
     settings: dict[str, Any],
     inputs: Inputs,
 ) -> None:
-    folder = Path(config.output_dir)
+    folder = output_folder(config)
     checkpoint = last_whole_checkpoint(folder) if config.process_index == 0 else None
     checkpoint = _as_the_first_rank(checkpoint)  # ranks may see a shared file system at different times
     check_final(folder, checkpoint)
@@ -219,7 +228,8 @@ def _make_trainer(run: RunArguments, config: OPRDConfig, prompts: Dataset, label
         )
         trainer.recorder.label = label
         if run.use_peft:
-            note_commit(trainer.model, (config.model_init_kwargs or {}).get("revision"))
+            assert isinstance(trainer.model, PeftModel)
+            note_commit(trainer.model, student_kwargs(config).get("revision"))
         if run.accuracy_dataset_name:
             trainer.recorder.observers.append(_accuracy_observer(run, config, trainer))
     return trainer
@@ -243,7 +253,7 @@ def _accuracy_observer(
     settings = EvalSettings(
         samples=run.accuracy_samples,
         batch_size=_responses_at_once(config),
-        chat_template_kwargs=config.chat_template_kwargs,
+        chat_template_kwargs=mapping("chat_template_kwargs", config.chat_template_kwargs) or None,
     )
     room = response_room(trainer.model, trainer.processing_class, rows, settings)
     if room is not None and room < 1:

@@ -5,11 +5,9 @@ No other room than this one imports trl.
 
 import logging
 from contextlib import AbstractContextManager, nullcontext
-from pathlib import Path
 from typing import Any
 
 from datasets import Dataset, IterableDataset
-from torch import Tensor
 from torch.utils.data import Sampler
 from transformers import (
     PreTrainedModel,
@@ -20,14 +18,13 @@ from transformers import (
     set_seed,
 )
 from transformers.integrations import is_deepspeed_zero3_enabled
-from trl import DistillationTrainer
-from trl.generation import vllm_generation
+from transformers.training_args import OptimizerNames
 from trl.models import prepare_deepspeed
 
 from oprd.bridge.drift import DriftMonitor
 from oprd.folders.card import model_card
 from oprd.folders.recorder import Recorder
-from oprd.folders.run_folder import resolved_settings, write_resolved
+from oprd.folders.run_folder import output_folder, resolved_settings, write_resolved
 from oprd.folders.saving import ResumableTrainer
 from oprd.folders.schedule import check_optimizer
 from oprd.folders.stopping import Stopping
@@ -44,28 +41,31 @@ from oprd.models.padding import heeds_padding
 from oprd.models.precision import Precision
 from oprd.models.sharding.fsdp import Sharding
 from oprd.models.sharding.zero import check_zero3
-from oprd.models.student import has_dropout, load_student, name_of, taken_as_loaded
+from oprd.models.student import has_dropout, load_student, name_of
 from oprd.models.teacher import Teacher, quantization
 from oprd.models.trial import told_of_architecture, try_states
+from oprd.objective.settings import mapping
 from oprd.rollouts.engines.staleness import FixedText
 from oprd.rollouts.engines.student import StudentEngine
-from oprd.rollouts.engines.vllm import check_server, check_training, training_engines
+from oprd.rollouts.engines.vllm import check_server, check_training
 from oprd.rollouts.intake import look_ahead, settle_steps, stream_length
 from oprd.rollouts.translation import Translation
 from oprd.rollouts.trial import try_rollout
 from oprd.training.config import OPRDConfig
 from oprd.training.epoch_sampler import EpochSampler
+from oprd.training.foreign_trl import taken_as_loaded, training_engines
 from oprd.training.installed import check_installed
 from oprd.training.origin import warn_of_another_origin
 from oprd.training.start_line import start_line
 from oprd.training.step import Update
 from oprd.training.supervision import SupervisionWatch
+from oprd.training.training_pair import TrainingPair
 from oprd.training.update_trainer import UpdateTrainer
 
 logger = logging.getLogger(__name__)
 
 
-class OPRDTrainer(ResumableTrainer, UpdateTrainer, DistillationTrainer):
+class OPRDTrainer(ResumableTrainer, UpdateTrainer):
     """On-policy distillation in representation space, output space, or both (Eq. 6–7).
 
     `model` and `teacher_model` are names (`tiny:student`, a folder, a Hub name) or model objects;
@@ -74,9 +74,9 @@ class OPRDTrainer(ResumableTrainer, UpdateTrainer, DistillationTrainer):
     first rollout: every prompt is rendered in every template that will read it.
     """
 
-    _tag_names = ("trl", "oprd")
+    # Both stand on the Hub; until TRL takes them from a trainer's caller.
+    _tag_names = ["trl", "oprd"]  # noqa: RUF012 - as the base class has it
     _name = "OPRD"
-    vllm_generation: Any
     resolved: dict[str, Any] | None = None  # the settings that a command has written to the run's folder
 
     def __init__(
@@ -114,7 +114,7 @@ class OPRDTrainer(ResumableTrainer, UpdateTrainer, DistillationTrainer):
             given = kwargs.get("processing_class"), kwargs.pop("quantization_config", None)
             model, kwargs["processing_class"] = load_student(model, args, *given)
             is_loaded = taken_as_loaded(args)
-        with is_loaded, training_engines(vllm_generation) if args.use_vllm else nullcontext():
+        with is_loaded, training_engines() if args.use_vllm else nullcontext():
             super().__init__(
                 model=model,
                 args=args,
@@ -131,7 +131,8 @@ class OPRDTrainer(ResumableTrainer, UpdateTrainer, DistillationTrainer):
         if self._is_vlm:
             raise UserError("the student is a vision-language model; oprd distils text-only models so far")
         if args.keep_attention:
-            check_attention_kept(self.model, args.gradient_checkpointing, args.gradient_checkpointing_kwargs)
+            options = mapping("gradient_checkpointing_kwargs", args.gradient_checkpointing_kwargs)
+            check_attention_kept(self.model, args.gradient_checkpointing, options)
         if not args.disable_dropout and has_dropout(self.model):
             logger.warning("the student learns with dropout, and its teacher has none: disable_dropout: true")
         if is_deepspeed_zero3_enabled():
@@ -145,7 +146,7 @@ class OPRDTrainer(ResumableTrainer, UpdateTrainer, DistillationTrainer):
         self._check_prompts()
         settle_steps(args, len(self.train_dataset), self.accelerator.num_processes)
         with whatever_fails_is(
-            lambda error: f"optim: {args.optim.value}, optim_args: {args.optim_args}: {error}"
+            lambda error: f"optim: {OptimizerNames(args.optim).value}, optim_args: {args.optim_args}: {error}"
         ):
             chosen = self.get_optimizer_cls_and_kwargs(args, self.model)
         check_optimizer(args, *chosen)
@@ -154,9 +155,8 @@ class OPRDTrainer(ResumableTrainer, UpdateTrainer, DistillationTrainer):
             with told_of_architecture(role, read):
                 blocks(read)
         with told_of_architecture("student", self.model):
-            self.update = Update.bind(
-                args, self.model, self._tokenizer, self.teacher, self.accelerator.device
-            )
+            pair = TrainingPair(self.model, self._tokenizer, self.teacher, self.accelerator.device)
+            self.update = Update.bind(args, pair)
             self.update.freeze_unreached()
         if is_deepspeed_zero3_enabled():
             self.teacher.reader = prepare_deepspeed(self.teacher.reader, self.accelerator)
@@ -247,13 +247,10 @@ class OPRDTrainer(ResumableTrainer, UpdateTrainer, DistillationTrainer):
             self.recorder.observers.append(monitor.observe)
             self.recorder.resumers.append(monitor.resume)
 
-    def _sum_over_ranks(self, values: Tensor) -> Tensor:
-        return self.accelerator.reduce(values.to(self.accelerator.device), reduction="sum")
-
     def _begin(self, state: TrainerState) -> None:
         """Log what begins, and write `resolved.yaml`, unless the command has."""
         if self.resolved is None:
-            folder, names = Path(self.args.output_dir), {"model_name_or_path": self._names["student"]}
+            folder, names = output_folder(self.args), {"model_name_or_path": self._names["student"]}
             names["teacher_model_name_or_path"] = self._names["teacher"]
             processes = {"num_processes": self.accelerator.num_processes}
             write_resolved(folder, resolved_settings(self.args) | names | processes, inputs={})
@@ -270,6 +267,7 @@ class OPRDTrainer(ResumableTrainer, UpdateTrainer, DistillationTrainer):
     # Rollouts
 
     def _get_train_sampler(self, dataset: Dataset | None = None) -> Sampler:
+        """TRL's, in an order that a resumed run repeats (`EpochSampler`); until TRL's own does."""
         return EpochSampler(
             epoch=lambda: int(self.state.epoch or 0),
             data_source=self.train_dataset if dataset is None else dataset,
@@ -282,12 +280,13 @@ class OPRDTrainer(ResumableTrainer, UpdateTrainer, DistillationTrainer):
 
     # What is saved
 
-    def create_model_card(
+    def create_model_card(  # type: ignore[override]  # TRL's, with fewer parameters than transformers'
         self, model_name: str | None = None, dataset_name: str | None = None, tags: Any = None
     ) -> None:
+        """TRL's card says nothing of how a run was set; until TRL takes a template of one."""
         if not self.is_world_process_zero():
             return
-        folder = Path(self.args.output_dir)
+        folder = output_folder(self.args)
         settings = resolved_settings(self.args) | (self.resolved or {})
         card = model_card(folder, **self._names, dataset=dataset_name, settings=settings)
         write_whole(folder / "README.md", card)

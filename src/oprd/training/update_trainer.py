@@ -1,7 +1,7 @@
 """A trainer's update: the losses of a window of rollouts, and the gradient norm that ends its step."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -10,7 +10,6 @@ from accelerate.utils import DistributedType
 from torch import Tensor
 
 from oprd.foundation.errors import Fault
-from oprd.foundation.meters import MemoryMeter
 from oprd.models.finite import NonFiniteLoss
 from oprd.rollouts.rows import RolloutBatch, on_host
 from oprd.training.rollout_trainer import RolloutTrainer
@@ -19,9 +18,8 @@ from oprd.training.rollout_trainer import RolloutTrainer
 class UpdateTrainer(RolloutTrainer):
     """What happens between rollouts and the optimiser's step, for a trainer that extends TRL's."""
 
-    memory: MemoryMeter
-
     def training_step(self, model: torch.nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
+        """The base class's, timed; until a callback is called after a backward, not after a whole step."""
         with self.update.stopwatch.part("student"):
             return super().training_step(model, inputs, num_items_in_batch)
 
@@ -34,6 +32,7 @@ class UpdateTrainer(RolloutTrainer):
     ) -> Any:
         """Eq. 7 on micro-batches, run inside the wrapper's forward so that DDP and FSDP see it.
 
+        In place of TRL's loss, which is one of next-token probabilities: this is what a trainer is for.
         `inputs` may be rollouts in TRL's form, which are then a window of their own.
         """
         if self.model.training and self._step % self.args.gradient_accumulation_steps == 0:
@@ -61,13 +60,12 @@ class UpdateTrainer(RolloutTrainer):
     def _more_to_come(self, model: torch.nn.Module) -> Iterator[dict[str, Any]]:
         """Inside it a backward is not the step's last: no gradients are exchanged; yields its arguments."""
         if self.accelerator.distributed_type == DistributedType.DEEPSPEED:
-            state = self.accelerator.gradient_state
-            is_last = state.sync_gradients
-            state._set_sync_gradients(False)  # or the engine would step
+            is_last = self.accelerator.sync_gradients
+            self.accelerator.sync_gradients = False  # or the engine would step
             try:
                 yield {"scale_wrt_gas": False}  # as the base class has it
             finally:
-                state._set_sync_gradients(is_last)
+                self.accelerator.sync_gradients = is_last
             return
         with self.accelerator.no_sync(model) if self.sharding is None else nullcontext():
             yield {}
@@ -77,14 +75,8 @@ class UpdateTrainer(RolloutTrainer):
         # DDP and FSDP average gradients over ranks; the weights already sum to one over all of them.
         return loss * self.accelerator.num_processes
 
-    def _through(self, model: torch.nn.Module, function: Callable[..., Any], batch: RolloutBatch) -> Any:
-        """`function(batch, step)` inside the wrapper's forward, where DDP and FSDP have the weights ready."""
-        unwrapped = self.accelerator.unwrap_model(model)
-        # TRL's redirection goes past the forward that accelerate wrapped in autocast.
-        with self.accelerator.autocast():
-            return self._forward_redirection(model, unwrapped, function, batch, self.state.global_step)
-
     def prediction_step(self, *args: Any, **kwargs: Any) -> Any:
+        """TRL's, whose metrics go where its own do; until a callback gets what an evaluation step made."""
         result = super().prediction_step(*args, **kwargs)
         self.update.stopwatch.pop()
         self._check_finite()
@@ -93,7 +85,10 @@ class UpdateTrainer(RolloutTrainer):
         return result
 
     def _get_grad_norm(self, model: torch.nn.Module, grad_norm: Any = None) -> Any:
-        """This step's gradient norm; the run ends before a step whose losses or gradient are not finite."""
+        """This step's gradient norm; the run ends before a step whose losses or gradient are not finite.
+
+        Until `on_pre_optimizer_step` tells callbacks the norm.
+        """
         self._check_finite()
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
         if norm is not None:

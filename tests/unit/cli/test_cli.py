@@ -426,12 +426,12 @@ def test_a_stopped_bridge_starts_over(capsys, tmp_path, monkeypatch):
 
 
 def test_faults_exit_with_1(capsys, recipe, tmp_path):
-    from oprd.models.loading import load_model, load_tokenizer, resolve_model
+    from oprd.models.loading import load_model, load_tokenizer
 
-    teacher = load_model(resolve_model("tiny:teacher"), dtype="float32")
+    teacher = load_model("tiny:teacher", dtype="float32")
     teacher.model.layers[1].mlp.down_proj.weight.data[0] = 3e38  # a number, whose products are none
     teacher.save_pretrained(tmp_path / "broken")
-    load_tokenizer(resolve_model("tiny:teacher")).save_pretrained(tmp_path / "broken")
+    load_tokenizer("tiny:teacher").save_pretrained(tmp_path / "broken")
     assert cli.run(["train", recipe(teacher_model_name_or_path=str(tmp_path / "broken"))]) == 1
     last = capsys.readouterr().err.strip().splitlines()[-1]
     assert "step 1" in last and "[2, 3, 4]" in last and "Compute" in last

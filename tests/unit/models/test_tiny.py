@@ -45,7 +45,7 @@ def test_the_worked_solution_is_right(problem):
 
 @pytest.mark.parametrize("name", MODELS)
 def test_bundled_tokenizer(name):
-    tokenizer = load_tokenizer(resolve_model(f"tiny:{name}"))
+    tokenizer = load_tokenizer(f"tiny:{name}")
     text = tokenizer.apply_chat_template(
         task.question((1, 22, 3, 4)), add_generation_prompt=True, tokenize=False
     )
@@ -67,8 +67,8 @@ def test_bundled_checkpoints_are_small_bf16_folders_of_one_architecture(name):
 
 
 def test_bundled_accuracies():
-    tokenizer = load_tokenizer(resolve_model("tiny:student"))
-    student, teacher = (load_model(resolve_model(f"tiny:{n}"), dtype="float32") for n in MODELS)
+    tokenizer = load_tokenizer("tiny:student")
+    student, teacher = (load_model(f"tiny:{n}", dtype="float32") for n in MODELS)
     assert 0.35 <= greedy_accuracy(student, tokenizer, 128) <= 0.65
     assert greedy_accuracy(teacher, tokenizer, 128) >= 0.97
 
@@ -119,7 +119,7 @@ def test_other_teachers_are_small_deeper_wider_and_right(name):
 
 def test_one_teacher_shares_the_students_tokenizer_and_the_other_does_not():
     names = ("student", "bridge-teacher", "tokenizer-teacher")
-    student, same, other = (load_tokenizer(resolve_model(f"tiny:{name}")) for name in names)
+    student, same, other = (load_tokenizer(f"tiny:{name}") for name in names)
     assert same.get_vocab() == student.get_vocab() and same.chat_template == student.chat_template
     assert not same_vocabulary(student, other)
     assert student.tokenize("1+1234=1235") == ["1", "+", *"1234", "=", *"1235"]

@@ -194,7 +194,7 @@ def experts(tiny_model, tmp_path):
     """A folder with a mixture of experts, which computes on a CPU, but not on shapes alone."""
     folder = tmp_path / "experts"
     tiny_model("qwen3_moe", vocab_size=289).save_pretrained(folder)
-    load_tokenizer(resolve_model("tiny:student")).save_pretrained(folder)
+    load_tokenizer("tiny:student").save_pretrained(folder)
     return str(folder)
 
 
@@ -317,7 +317,7 @@ def test_adapters_end_as_a_whole_model_on_the_disk(recipe, monkeypatch):
     run, config = parse_training_recipe(recipe(use_peft=True, save_strategy="no"))
     longest, _ = longest_rollout(run, config)
     plan = plan_memory(run.model_name_or_path, config, longest, Machine(torch.device("cpu"), 0, 0), run.lora)
-    whole = sum(weight.numel() for weight in load_model(resolve_model("tiny:student")).parameters())
+    whole = sum(weight.numel() for weight in load_model("tiny:student").parameters())
     assert plan.final_bytes - plan.model_bytes == 4 * whole
     disk = SimpleNamespace(free=plan.final_bytes)
     monkeypatch.setattr("shutil.disk_usage", lambda _: disk)

@@ -15,7 +15,7 @@ from torch.distributed._tools.mem_tracker import MemTracker
 from transformers import AutoModelForCausalLM, Qwen2Config
 
 from oprd.foundation.errors import UserError
-from oprd.models.loading import load_model, load_tokenizer, resolve_model
+from oprd.models.loading import load_model, load_tokenizer
 from oprd.models.teacher import Teacher
 from oprd.preflight.doctor import longest_rollout
 from oprd.preflight.planning.footprint import (
@@ -37,6 +37,7 @@ from oprd.preflight.planning.rehearsal import Rehearsal
 from oprd.rollouts.rows import RolloutBatch
 from oprd.training.step import Update
 from oprd.training.train import parse_training_recipe
+from oprd.training.training_pair import TrainingPair
 from places import SUPPORT
 
 CPU = torch.device("cpu")
@@ -93,7 +94,7 @@ def plan(read, planned):
 
 def save(model, folder):
     model.save_pretrained(folder)
-    load_tokenizer(resolve_model("tiny:student")).save_pretrained(folder)
+    load_tokenizer("tiny:student").save_pretrained(folder)
     return str(folder)
 
 
@@ -116,7 +117,7 @@ def saved_for_backward(update, batch):
 
 def test_weights_gradients_and_state_are_counted_exactly(plan):
     parts = plan().update
-    weights = sum(p.nbytes for p in load_model(resolve_model("tiny:student"), dtype="float32").parameters())
+    weights = sum(p.nbytes for p in load_model("tiny:student", dtype="float32").parameters())
     head = 289 * 128 * 4
     assert parts[STUDENT] - weights == pytest.approx(64, abs=1024)  # rotary frequencies
     assert parts[TEACHER] == parts[STUDENT]
@@ -156,7 +157,7 @@ def test_shapes_hold_what_values_hold(read, tiny_model, tmp_path, kind, checkpoi
     if checkpointing:
         student.gradient_checkpointing_enable()
     tokenizer = load_tokenizer(folder)
-    update = Update.bind(config, student.train(), tokenizer, Teacher(teacher, tokenizer), CPU)
+    update = Update.bind(config, TrainingPair(student.train(), tokenizer, Teacher(teacher, tokenizer), CPU))
     update.freeze_unreached()
     batch = RolloutBatch.of(rehearsal.inputs(4))
     footprint = Footprint(CPU)
@@ -392,7 +393,7 @@ def test_sampled_tokens_that_vllm_weighs_can_be_planned(plan):
     weighed = plan(**keys, use_vllm=True, vllm_importance_sampling_correction=True)
     assert weighed.update[ACTIVATIONS] > plan(**keys).update[ACTIVATIONS]  # a number for every token
     assert not weighed.rollout.get(SAMPLING)
-    weights = sum(weight.numel() for weight in load_model(resolve_model("tiny:student")).parameters())
+    weights = sum(weight.numel() for weight in load_model("tiny:student").parameters())
     assert weighed.rollout[ENGINE] == weighed.update[ENGINE] == 2**30 + 4 * weights
 
 

@@ -2,10 +2,19 @@
 
 import pytest
 import torch
-from transformers import OPTConfig, OPTForCausalLM, Qwen3NextConfig, Qwen3NextForCausalLM
+from torch._subclasses import FakeTensorMode
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
+    Qwen3NextConfig,
+    Qwen3NextForCausalLM,
+)
 
 from oprd.foundation.errors import UserError
 from oprd.models.forward import ModelInput, StateRequest, read_states
+from oprd.models.packed import mixing
 from oprd.models.padding import heeds_padding
 from oprd.objective.settings import ObjectiveSettings
 from oprd.rollouts.rows import RolloutBatch, weigh_rows
@@ -238,3 +247,62 @@ def test_a_mask_that_ignores_positions_is_not_trusted():
     with torch.no_grad():
         (padded_states,) = read_states(model, one_each(inputs), requests)
     assert len(padded_states[2]) == int(inputs["completion_mask"].sum())
+
+
+SIZES = {
+    **{"vocab_size": 41, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3},
+    **{"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "pad_token_id": 0},
+}
+NARROW = {"n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 64}
+APART = {
+    **{"llama": {}, "gemma3_text": {"sliding_window": 4}, "llama4_text": {"intermediate_size_mlp": 48}},
+    **{"gpt2": NARROW, "ctrl": NARROW | {"dff": 48}, "gpt_neox": {}, "phi3": {}},
+}
+MIXING = {
+    **{"bloom": {"n_layer": 3, "n_head": 4}, "xglm": {"d_model": 32, "ffn_dim": 48}},
+    **{"openai-gpt": NARROW, "gpt_oss": {"num_local_experts": 4}, "mamba": {"state_size": 8}},
+}
+
+
+def architecture(kind, **keys):
+    torch.manual_seed(0)
+    sizes = SIZES | (APART | MIXING)[kind] | keys
+    return AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **sizes)).eval()
+
+
+@pytest.mark.parametrize("kind", [*APART, *MIXING])
+def test_what_is_found_of_a_model_is_how_it_behaves(kind):
+    model = architecture(kind)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    first, second = torch.arange(3, 12)[None], torch.arange(20, 28)[None]
+    positions = torch.cat([torch.arange(9), torch.arange(8)])[None]
+    with torch.no_grad():
+        one = torch.cat([first, second], dim=1)
+        together = model(input_ids=one, position_ids=positions, use_cache=False).logits[:, 9:]
+        alone = model(input_ids=second, position_ids=positions[:, 9:], use_cache=False).logits
+    is_apart = torch.allclose(together, alone, rtol=1e-4, atol=1e-4)
+    assert (mixing(model) is None) is is_apart is (kind in APART)
+
+
+@pytest.mark.parametrize("kind", [*APART, *MIXING])
+def test_it_is_found_without_weights_too(kind):
+    found = mixing(architecture(kind))
+    with torch.device("meta"):
+        assert mixing(architecture(kind)) == found
+    with FakeTensorMode():
+        assert mixing(architecture(kind)) == found
+
+
+def test_asking_draws_no_random_number():
+    model, state = architecture("llama"), torch.random.get_rng_state()
+    assert mixing(model) is None
+    assert torch.equal(torch.random.get_rng_state(), state)
+
+
+def test_a_stack_that_cannot_be_tried_is_not_trusted():
+    model = architecture("llama")
+    own = type(model.model)
+    model.model.__class__ = type("Own", (own,), {"__init__": lambda self, config, what: None})
+    assert mixing(model) == "lets one rollout see another"

@@ -15,6 +15,7 @@ from latex2sympy2_extended.latex2sympy2 import ConversionConfig, latex2sympy
 from oprd.evaluation.answers.brackets import closing
 from oprd.evaluation.answers.numerals import exact
 from oprd.evaluation.answers.tokens import Token, Tokens
+from oprd.foundation.foreign.sympy import known_bits
 
 DIGITS = 30
 AGREEING = sympy.Float(10) ** -20
@@ -221,7 +222,7 @@ def _value(expression: sympy.Expr, point: dict[Any, sympy.Rational]) -> Any:
     parts = value.as_real_imag() if value.is_number else ()
     if not parts or not all(part.is_Number and part.is_finite for part in parts):
         return value if value in (sympy.oo, -sympy.oo) else None
-    real, imaginary = (0 if part.is_Float and part._prec < 20 else part for part in parts)
+    real, imaginary = (0 if part.is_Float and known_bits(part) < 20 else part for part in parts)
     scale = abs(real) + abs(imaginary)
     real, imaginary = (0 if abs(part) < AGREEING * scale else part for part in (real, imaginary))
     return real + sympy.I * imaginary

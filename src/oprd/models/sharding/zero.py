@@ -1,35 +1,22 @@
-"""DeepSpeed's ZeRO: what its partitioned weights rule out, and models that are to be loaded without it."""
+"""What DeepSpeed's ZeRO, with its partitioned weights, rules out."""
 
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
-from transformers.integrations import deepspeed
 
 from oprd.foundation.errors import UserError
+from oprd.foundation.foreign.transformers import is_recurrent
 from oprd.models.capture import backbone
 from oprd.objective.settings import ObjectiveSettings
 
 logger = logging.getLogger(__name__)
 
 
-@contextmanager
-def loaded_whole() -> Iterator[None]:
-    """Inside it one rank may load a model alone, which under ZeRO-3 is otherwise collective."""
-    kept = deepspeed._hf_deepspeed_config_weak_ref
-    deepspeed.unset_hf_deepspeed_config()
-    try:
-        yield
-    finally:
-        deepspeed._hf_deepspeed_config_weak_ref = kept
-
-
 def check_zero3(student: nn.Module, settings: ObjectiveSettings) -> None:
     """Raise `UserError` for what DeepSpeed's partitioning rules out: only a module that runs has weights."""
     causal: Any = student
-    if getattr(backbone(student), "_is_stateful", False):
+    if is_recurrent(backbone(student)):
         logger.warning(
             "under ZeRO-3 it is not tried whether the student's recurrent layers mask padding: where they do "
             "not, micro-batches change the result"

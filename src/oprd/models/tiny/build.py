@@ -9,6 +9,7 @@ import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from tqdm.auto import tqdm
@@ -104,7 +105,8 @@ def greedy_accuracy(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast,
     inputs = tokenizer(prompts, return_tensors="pt", padding=True, padding_side="left")
     training = model.training
     model.eval()
-    output = model.generate(**inputs, max_new_tokens=64, do_sample=False)
+    generator: Any = model  # transformers' type of `generate` fits none of its own models
+    output = generator.generate(**inputs, max_new_tokens=64, do_sample=False)
     model.train(training)
     responses = tokenizer.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
     pairs = zip(responses, drawn, strict=True)
@@ -114,7 +116,7 @@ def greedy_accuracy(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast,
 def save_bf16(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
     """Save a bfloat16 copy of `model`, which goes on training in float32."""
     state = {name: tensor.to(torch.bfloat16) for name, tensor in model.state_dict().items()}
-    copy = Qwen3ForCausalLM(model.config).to(torch.bfloat16)
+    copy = Qwen3ForCausalLM(model.config).bfloat16()
     copy.load_state_dict(state)
     copy.generation_config = model.generation_config
     copy.save_pretrained(folder)

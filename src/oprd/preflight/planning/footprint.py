@@ -12,11 +12,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._guards import active_fake_mode
-from torch._subclasses import fake_tensor
 from torch.distributed.tensor import DTensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+
+from oprd.foundation.foreign.torch import (
+    BY_VALUES,
+    FakeTensorMode,
+    TorchDispatchMode,
+    active_fake_mode,
+    is_fake,
+    storage_id,
+    tree_leaves,
+)
 
 # The parts of memory are the rows of the plan's table, in order.
 PROCESS, STUDENT, TEACHER = "process and libraries", "student's weights", "teacher's weights"
@@ -26,7 +32,6 @@ SAMPLING, ACTIVATIONS = "cache and sampling", "activations and losses"
 MODELS = PROCESS, STUDENT, TEACHER, REFERENCE, GRADIENTS, OPTIMISER
 ORDER = (*MODELS, BUCKETS, GATHERED, ENGINE, SAMPLING, ACTIVATIONS)
 REAL_BYTES = 2**28  # larger is no list of rows, but a mask that pairs rows with rows
-BY_VALUES = fake_tensor.DynamicOutputShapeException, fake_tensor.DataDependentOutputException
 
 
 class Footprint(TorchDispatchMode):
@@ -38,7 +43,7 @@ class Footprint(TorchDispatchMode):
 
     def __init__(self, device: torch.device, gloo: bool = False) -> None:
         super().__init__()
-        self.shapes = fake_tensor.FakeTensorMode(allow_non_fake_inputs=True)
+        self.shapes = FakeTensorMode(allow_non_fake_inputs=True)
         self.live: Counter[str] = Counter()
         self._device, self._gloo, self._part = device, gloo, ACTIVATIONS
         self._held: dict[int, tuple[str, int]] = {}
@@ -49,8 +54,8 @@ class Footprint(TorchDispatchMode):
         for tensor in tensors:
             storage = (tensor.to_local() if isinstance(tensor, DTensor) else tensor).untyped_storage()
             if tensor.device.type == self._device.type:
-                if storage._cdata not in self._held:
-                    weakref.finalize(storage, self._release, storage._cdata)
+                if storage_id(storage) not in self._held:
+                    weakref.finalize(storage, self._release, storage_id(storage))
                 self._count(storage, part)
 
     def hold_model(self, part: str, model: nn.Module) -> None:
@@ -71,7 +76,7 @@ class Footprint(TorchDispatchMode):
 
         def resize_and_count(storage: torch.UntypedStorage, size: int) -> Any:
             result = resize(storage, size)
-            if storage._cdata in self._held:
+            if storage_id(storage) in self._held:
                 self._count(storage, GATHERED)
             return result
 
@@ -95,14 +100,14 @@ class Footprint(TorchDispatchMode):
                 self.hold(self._part, torch.empty_like(given[1]))
         result = self._run(func, args, kwargs or {}, given)
         made = (x for x in tree_leaves(result) if isinstance(x, Tensor))
-        self.hold(self._part, *(x for x in made if x.untyped_storage()._cdata not in self._held))
+        self.hold(self._part, *(x for x in made if storage_id(x.untyped_storage()) not in self._held))
         return result
 
     def _run(self, func: Any, args: Any, kwargs: Any, given: list[Tensor]) -> Any:
         if func is torch.ops.aten.empty.memory_format and kwargs.get("dtype", torch.float).is_floating_point:
             with self.shapes:
                 return func(*args, **kwargs)  # a layer will be unsharded there
-        if not any(isinstance(x, fake_tensor.FakeTensor) for x in given):
+        if not any(is_fake(x) for x in given):
             with suppress(*BY_VALUES), self.shapes:
                 shapes = func(*args, **kwargs)
                 if any(x.nbytes > REAL_BYTES for x in tree_leaves(shapes) if isinstance(x, Tensor)):
@@ -110,9 +115,9 @@ class Footprint(TorchDispatchMode):
         return func(*args, **kwargs)
 
     def _count(self, storage: torch.UntypedStorage, part: str) -> None:
-        if storage._cdata in self._held:
-            self._release(storage._cdata)
-        self._held[storage._cdata] = part, storage.nbytes()
+        if storage_id(storage) in self._held:
+            self._release(storage_id(storage))
+        self._held[storage_id(storage)] = part, storage.nbytes()
         self.live[part] += storage.nbytes()
         if self.live.total() > self._peak.total():
             self._peak = self.live.copy()

@@ -13,6 +13,7 @@ from accelerate.utils import parse_flag_from_env
 
 from oprd.foundation.errors import UserError
 from oprd.foundation.meters import MB, resident_mb
+from oprd.foundation.ranks import Ranks
 
 CONTAINER = Path("/sys/fs/cgroup")
 CONTEXT_BYTES = 600_000_000  # CUDA's context and its libraries' workspaces, roughly: not measured by us
@@ -38,7 +39,7 @@ class Machine:
         process holds now stands for what each holds besides tensors: later it is more. Ranks launched there
         are not sharded by accelerate, those that `ranks` imagines are.
         """
-        world, sharded = ranks or launched_ranks(), _asks_for_fsdp(settings)
+        world, sharded = ranks or Ranks.launched().count, _asks_for_fsdp(settings)
         if not settings.use_cpu and torch.cuda.is_available():
             free, total = torch.cuda.mem_get_info()
             return cls(torch.device("cuda"), total, free, ranks=world, sharded=sharded, is_gpu=True)
@@ -53,7 +54,7 @@ class Machine:
 
         Tensors without values stand on the CPU, where torch without CUDA can make them.
         """
-        world = ranks or launched_ranks()
+        world = ranks or Ranks.launched().count
         sharded = world > 1 and _asks_for_fsdp(settings)
         return cls(torch.device("cpu"), size, size, CONTEXT_BYTES, world, sharded, is_gpu=True)
 
@@ -64,11 +65,6 @@ def parse_size(text: str) -> int:
     if found is None or not float(found[1]):
         raise UserError(f"{text!r} is no size of memory: write it as 80GB or 24GiB")
     return int(float(found[1]) * (2**30 if found[2].lower() == "gib" else 10**9))
-
-
-def launched_ranks() -> int:
-    """How many processes the launcher started."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def _asks_for_fsdp(settings: Any) -> bool:

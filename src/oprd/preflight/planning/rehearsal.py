@@ -9,9 +9,9 @@ from accelerate.utils import DistributedType
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
-from torch.utils._pytree import tree_leaves
 
 from oprd.bridge.artifact import TENSORS
+from oprd.foundation.foreign.torch import tree_leaves
 from oprd.models.capture import blocks
 from oprd.models.precision import Precision
 from oprd.models.sharding.fsdp import Sharding
@@ -23,6 +23,7 @@ from oprd.preflight.planning.footprint import Footprint
 from oprd.preflight.planning.machine import Machine
 from oprd.rollouts.rows import Inputs, RolloutBatch, weigh_rows
 from oprd.training.step import Update
+from oprd.training.training_pair import TrainingPair
 
 MERGED_BYTES = 4  # of a number of the model that adapters are merged into
 QUANTISED_BYTES = {"8bit": 1, "4bit": 0.5 + 4 / 64}  # with a float32 scale for 64 weights
@@ -54,8 +55,8 @@ class Rehearsal:
         tokenizer, theirs = longest.tokenizers
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Accessing the data pointer of FakeTensor")
-            reader = Teacher(teacher, theirs)
-            self.objective = Update.bind(settings, self.student, tokenizer, reader, machine.device)
+            pair = TrainingPair(self.student, tokenizer, Teacher(teacher, theirs), machine.device)
+            self.objective = Update.bind(settings, pair)
         self.objective.freeze_unreached()
         self._sharding = self._shard(mesh) if mesh is not None else None
         hold_references(self.objective, self.footprint)

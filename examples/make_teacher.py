@@ -45,7 +45,7 @@ class Budget(TrainerCallback):
 
 
 def worked_solutions(tokenizer: PreTrainedTokenizerBase) -> Dataset:
-    """The training problems as prompts and completions: chats or, for a base model without a template, text."""
+    """Training problems as prompts and completions: chats or, for a model without a template, text."""
     rows = load_prompts("word-problems", "train")
 
     def chat(row: dict[str, Any]) -> dict[str, Any]:

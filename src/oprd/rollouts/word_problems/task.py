@@ -28,11 +28,11 @@ SPLITS = {"train": "train", "test": "test", "eval": "test", "test-templates": "t
 NUM_TRAIN_PROBLEMS = 4096
 NUM_TEST_PROBLEMS = 256
 HELD_OUT_BUCKETS = 8
-STEPS_MIX = {1: 1, 2: 2, 3: 2}  # how often a problem takes so many steps
+STEPS_MIX = {1: 3, 2: 2, 3: 1}  # how often a problem takes so many steps
 INSTRUCTION = 'Write one short calculation per line. End with a line "Answer: " and the number.'
 
 OPERATIONS = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.floordiv}
-SMALL, LARGE, LARGEST = 12, 80, 120  # factors and divisors; other numbers of a story; sums
+SMALL, LARGE, LARGEST = 12, 60, 100  # factors and divisors; other numbers of a story; sums
 
 
 class Row(TypedDict):
@@ -57,7 +57,7 @@ class Step(NamedTuple):
 
     @property
     def is_easy(self) -> bool:
-        """Whether it is within the times tables, or a sum or difference of about a hundred, from 2 on."""
+        """Whether it is within the times tables, or a sum to a hundred, or a difference, from 2 on."""
         if self.sign == "*":
             return max(self.left, self.right) <= SMALL
         if self.sign == "/":

@@ -34,7 +34,7 @@ TRAINING_CAST = Cast(
         "apple balloon bead button card coin cookie crayon egg flower key lemon marble nail pen pencil pear "
         "ring shell stamp"
     ),
-    bags=_words("bag basket jar bowl packet"),
+    bags=_words("bag basket jar packet tray"),
 )
 HELD_OUT_CAST = Cast(
     names=_words("Aisha Bruno Chen Diego Elif Farah Goran Hana Ivo Jamal Keiko Luca"),
@@ -57,7 +57,12 @@ TRAINING = (
         ("a / b",),
     ),
     Template("One {thing} costs {a} dollars. How many dollars do {b} {things} cost?", ("a * b",)),
-    Template("{name} is {a} years old and {other} is {b} years older. How old is {other}?", ("a + b",)),
+    Template(
+        "{name} is {a} years old, and {other} is {b} years older than {name}. How old is {other}?", ("a + b",)
+    ),
+    Template("{name} wants {a} {things} and has {b}. How many {things} are missing?", ("a - b",)),
+    Template("{name} lays {a} {things} in rows of {b}. How many rows are there?", ("a / b",)),
+    Template("{name} runs for {a} minutes and {other} for {b}. How many minutes is that?", ("a + b",)),
     Template(
         "{name} fills {a} {bags} with {b} {things} each and gives {c} {things} to {other}. How many "
         "{things} does {name} keep?",

@@ -1,5 +1,6 @@
 """What the teacher reads, where it comes from, and which pairs and settings are refused before a run."""
 
+import copy
 import importlib.util
 import shutil
 from pathlib import Path
@@ -259,13 +260,19 @@ def test_refused_with_a_sentence(make_trainer, config, message):
         make_trainer(**config)
 
 
-def test_chat_prompts_need_a_chat_template(make_trainer, tokenizer):
-    import copy
+LONGER_CHATS = Dataset.from_dict(
+    {"prompt": [[{"role": role, "content": text} for role in ("system", "user")] for text in prompt_texts(8)]}
+)
 
-    plain = copy.deepcopy(tokenizer)
-    plain.chat_template = None
+
+def test_without_a_chat_template_a_question_is_its_text(make_trainer, roll_out, tokenizer):
+    bare = copy.deepcopy(tokenizer)
+    bare.chat_template = None
     with pytest.raises(UserError, match="no chat template"):
-        make_trainer(extra={"processing_class": plain})
+        make_trainer(extra={"processing_class": bare}, dataset=LONGER_CHATS)
+    trainer = make_trainer(extra={"processing_class": bare})
+    read = [prompt for prompt, *_ in by_hand.rollouts(roll_out(trainer))]
+    assert read == [tokenizer(f"{text}\n")["input_ids"] for text in prompt_texts(6)]
 
 
 def test_own_template_needs_a_tokenizer(make_trainer, teacher):
@@ -282,8 +289,8 @@ def test_own_template_has_to_exist(make_trainer, teacher, tmp_path):
     bare = AutoTokenizer.from_pretrained(teacher)
     bare.chat_template = None
     bare.save_pretrained(folder)
-    with pytest.raises(UserError, match="no chat template"):
-        make_trainer(teacher=str(folder), teacher_chat_template="own")
+    with pytest.raises(UserError, match="the teacher's tokenizer has no chat template"):
+        make_trainer(teacher=str(folder), teacher_chat_template="own", dataset=LONGER_CHATS)
 
 
 def test_another_eos_is_said(make_trainer, teacher, tmp_path, caplog):

@@ -357,10 +357,9 @@ def test_text_prompts_need_no_template(make, make_bridge, make_teacher, roll_out
     bare.chat_template = None
     teacher = make_teacher(bare)
     path = make_bridge(teacher)
-    with pytest.raises(
-        UserError, match=r"prompts are messages, and the teacher's tokenizer has no chat temp"
-    ):
-        make(teacher=teacher, bridge=path)
+    with pytest.raises(UserError, match="the teacher's tokenizer has no chat template"):
+        chat = [{"role": role, "content": "7"} for role in ("system", "user")]
+        make(teacher=teacher, bridge=path, dataset=Dataset.from_dict({"prompt": [chat] * 8}))
     trainer = make(teacher=teacher, bridge=path, dataset=Dataset.from_dict({"prompt": prompt_texts(8)}))
     batch = roll_out(trainer)
     given = by_hand.rollouts(batch)

@@ -22,7 +22,9 @@ class BridgeArguments:
 
     model_name_or_path: str = key("", "Student: a Hub name, a folder or tiny:student.")
     teacher_model_name_or_path: str = key("", "Teacher: a Hub name, a folder or tiny:bridge-teacher.")
-    dataset_name: str = key("", "Prompts: a Hub name, a folder, a parquet, jsonl or json file, or tiny.")
+    dataset_name: str = key(
+        "", "Prompts: a Hub name, a folder, a parquet, jsonl or json file, tiny or word-problems."
+    )
     dataset_config: str | None = key(None, "Configuration of a Hub dataset.")
     dataset_train_split: str = key("train", "Split of the dataset.")
     output_dir: str = key("", "Folder for the bridge and its report.")

@@ -173,8 +173,6 @@ def _rendered(
     """
     lengths = np.zeros((len(readers), len(firsts)), dtype=int)
     refused: dict[int, str] = {}
-    for reader in readers:  # on every rank, so that none waits for one that found no chat template
-        reader.attempt(prompts[firsts[:1]]["prompt"])
     mine = range(ranks.index, len(firsts), ranks.count)
     with tqdm(
         total=len(mine),

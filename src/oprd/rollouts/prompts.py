@@ -1,4 +1,4 @@
-"""Prompts and reference answers: the bundled task, files, folders and Hub datasets in one format.
+"""Prompts and reference answers: the bundled tasks, files, folders and Hub datasets in one format.
 
 Everything is read into memory and checked row by row; nothing is cached, so an edited file is
 never shadowed by an older copy (the Hub keeps its own download cache).
@@ -6,6 +6,7 @@ never shadowed by an older copy (the Hub keeps its own download cache).
 
 import json
 import logging
+from collections.abc import Callable, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,9 @@ from typing import Any
 from datasets import Dataset, Features, Json, List, Value, load_dataset
 
 from oprd.foundation.errors import UserError, reason, whatever_fails_is
-from oprd.models.tiny import task
+from oprd.models.tiny import task as tiny
 from oprd.rollouts.row_files import READERS, Row, dataset_rows, folder_files, plain_rows, read_file
+from oprd.rollouts.word_problems import task as word_problems
 from oprd.text.answers import reference_answers
 from oprd.text.messages import Prompt, checked_prompt
 
@@ -33,16 +35,17 @@ def load_prompts(
 ) -> Dataset:
     """Load prompts and, if `answers` are asked for, reference answers where the source has them.
 
-    `name` is `tiny` (splits train and eval, also called test), a .parquet, .jsonl or .json file (its
-    split is whatever the file holds), a folder of such files of one kind (where file names carry a
-    split word, as in `train.parquet`, only those of `split` are read), or a Hub dataset, of which only the
-    first `streamed` rows are fetched, if that is given.
-    Rows may be TRL's (`prompt`; `solution` or `answer`) or verl's (`reward_model.ground_truth`).
+    `name` is `tiny` (splits train and eval, also called test), `word-problems` (train, test, also called
+    eval, and test-templates), a .parquet, .jsonl or .json file (its split is whatever the file holds), a
+    folder of such files of one kind (where file names carry a split word, as in `train.parquet`, only those
+    of `split` are read), or a Hub dataset, of which only the first `streamed` rows are fetched, if that is
+    given. Rows may be TRL's (`prompt`; `solution` or `answer`) or verl's (`reward_model.ground_truth`).
 
     Returns the columns `prompt`, text or a list of messages (see `checked_prompt`), the same kind in
-    every row, and, if the source has one, `solution`, text (see `reference_answers`); rows keep their
-    order. Raises `UserError`, naming the file and the row (from 0), where something is missing,
-    malformed or empty; with `drop_malformed`, rows whose prompt is so are dropped and counted.
+    every row, and, if the source has one, `solution`, text (see `reference_answers`); of `word-problems`
+    beside it `worked_solution`, which training ignores. Rows keep their order. Raises `UserError`, naming
+    the file and the row (from 0), where something is missing, malformed or empty; with `drop_malformed`,
+    rows whose prompt is so are dropped and counted.
     """
     sources = _read_sources(name, split, config, streamed)
     rows = [(f"{where}, row {i}", row) for where, part in sources for i, row in enumerate(part)]
@@ -57,6 +60,8 @@ def load_prompts(
     columns: dict[str, list[Any]] = {"prompt": [prompt for _, prompt, _ in kept]}
     if answers:
         columns |= _solutions([row for _, _, row in kept], [at for at, _, _ in kept])
+        if name == word_problems.NAME:
+            columns["worked_solution"] = [row["worked_solution"] for _, _, row in kept]
     return prompt_dataset(columns, name)
 
 
@@ -125,19 +130,20 @@ def _read_sources(
     name: str, split: str, config: str | None, streamed: int | None
 ) -> list[tuple[str, list[Row]]]:
     """The rows of each file, or of the one dataset, behind `name`, with its name for messages."""
-    path = None if name == "tiny" else _local_path(name)
+    bundled = BUNDLED.get(name)
+    path = None if bundled else _local_path(name)
     asked = {
         f"config {config!r}": config is not None,
         f"the slice {split!r}": "[" in split,
         "dataset_streaming": streamed is not None,
     }
-    if (name == "tiny" or path) and any(asked.values()):
+    if (bundled or path) and any(asked.values()):
         extra = next(option for option, is_asked in asked.items() if is_asked)
         raise UserError(
             f"{name}: only Hub datasets have configurations, slices and streams: leave out {extra}."
         )
-    if name == "tiny":
-        return [(name, _tiny_rows(split))]
+    if bundled:
+        return [(name, [dict(row) for row in bundled(split)])]
     if path is None:
         return [(name, _hub_rows(name, split, config, streamed))]
     files = folder_files(path, split) if path.is_dir() else [path]
@@ -159,10 +165,16 @@ def _local_path(name: str) -> Path | None:
     return None
 
 
-def _tiny_rows(split: str) -> list[Row]:
+def _tiny_rows(split: str) -> list[tiny.Row]:
     if split not in ("train", "eval", "test"):
         raise UserError(f"tiny has the splits train and eval (also called test), not {split!r}: name one.")
-    return [dict(row) for row in task.rows("train" if split == "train" else "eval")]
+    return tiny.rows("train" if split == "train" else "eval")
+
+
+BUNDLED: dict[str, Callable[[str], Sequence[Mapping[str, Any]]]] = {
+    "tiny": _tiny_rows,
+    word_problems.NAME: word_problems.rows,
+}
 
 
 def _hub_rows(name: str, split: str, config: str | None, streamed: int | None) -> list[Row]:

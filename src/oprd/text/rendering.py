@@ -1,7 +1,9 @@
 """Prompts as token ids, as a tokenizer and its chat template read them."""
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 from jinja2 import TemplateError
@@ -10,11 +12,18 @@ from transformers import PreTrainedTokenizerBase
 from oprd.foundation.errors import UserError, panics_are_errors
 from oprd.text.messages import Prompt, checked_prompt, excerpt
 
+logger = logging.getLogger(__name__)
+
 SET_BY_RENDERER = (
     *("conversation", "add_generation_prompt", "continue_final_message", "tokenize", "return_dict"),
     *("return_tensors", "padding", "truncation", "max_length", "return_assistant_tokens_mask"),
 )
 REASON_LENGTH = 160  # characters of what a template says
+
+
+def plain_text(question: str) -> str:
+    """What a model without a chat template reads of a question: its text, and the end of its line."""
+    return f"{question}\n"
 
 
 @dataclass(frozen=True)
@@ -30,9 +39,10 @@ class Renderer:
 
     Messages go through the chat template: with the generation prompt or, where the last one is the
     assistant's, with that turn left open to be continued. Text is tokenised as it is. Neither gets a second
-    BOS. `template_kwargs` are arguments of the template, `tools` and `chat_template` among them.
-    `vocabulary` is the number of ids that the reading model has embeddings for, if that is known.
-    Raises `UserError` for template arguments that decide how a prompt is rendered.
+    BOS. Without a chat template, as base models come, a single message of the user is read as plain text
+    (`plain_text`), which a warning tells once. `template_kwargs` are arguments of the template, `tools` and
+    `chat_template` among them. `vocabulary` is the number of ids that the reading model has embeddings for,
+    if that is known. Raises `UserError` for template arguments that decide how a prompt is rendered.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -55,27 +65,22 @@ class Renderer:
         return ids
 
     def attempt(self, prompts: Sequence[Prompt]) -> list[list[int] | Refusal]:
-        """Token ids of every prompt, or why it cannot be read.
-
-        Raises `UserError` for a malformed prompt, and for messages without any chat template.
-        """
-        prompts = [checked_prompt(prompt, f"prompt {i}") for i, prompt in enumerate(prompts)]
-        alike: dict[_Kind, list[int]] = {}
-        for i, prompt in enumerate(prompts):
-            alike.setdefault(_Kind.of(prompt, self.tokenizer.bos_token), []).append(i)
+        """Token ids of every prompt, or why it cannot be read; raises `UserError` for a malformed one."""
+        checked = [checked_prompt(prompt, f"prompt {i}") for i, prompt in enumerate(prompts)]
+        alike: dict[_Kind, list[tuple[int, Prompt]]] = {}
         read: dict[int, list[int] | Refusal] = {}
+        for i, prompt in enumerate(map(self._as_it_is_read, checked)):
+            if isinstance(prompt, Refusal):
+                read[i] = prompt
+            else:
+                alike.setdefault(_Kind.of(prompt, self.tokenizer.bos_token), []).append((i, prompt))
         for kind, members in alike.items():
-            read |= zip(members, self._attempt_alike(kind, [prompts[i] for i in members]), strict=True)
+            ids = self._attempt_alike(kind, [prompt for _, prompt in members])
+            read |= zip([i for i, _ in members], ids, strict=True)
         return [read[i] for i in range(len(prompts))]
 
     def _attempt_alike(self, kind: "_Kind", prompts: list[Prompt]) -> list[list[int] | Refusal]:
         """One call for all or, if that fails, one for each: a template is code, and may raise anything."""
-        template = self.template_kwargs.get("chat_template") or self.tokenizer.chat_template
-        if not kind.is_text and not template:
-            raise UserError(
-                f"the prompts are messages, and {self.reader}'s tokenizer has no chat template: give the "
-                "prompts as plain text, or use a tokenizer with a chat_template"
-            )
         try:
             with panics_are_errors():
                 return [self._accepted(ids) for ids in self._ids(kind, prompts)]
@@ -84,6 +89,19 @@ class Renderer:
                 read_by = "tokenizer" if kind.is_text else "chat template"
                 return [Refusal(f"{self.reader}'s {read_by} refuses it ({_reason(error)})")]
             return [read for prompt in prompts for read in self._attempt_alike(kind, [prompt])]
+
+    def _as_it_is_read(self, prompt: Prompt) -> Prompt | Refusal:
+        """A prompt or, of one that takes a chat template where there is none, its text."""
+        template = self.template_kwargs.get("chat_template") or self.tokenizer.chat_template
+        if template or isinstance(prompt, str):
+            return prompt
+        if len(prompt) > 1 or prompt[0]["role"] != "user" or "tools" in self.template_kwargs:
+            return Refusal(
+                f"{self.reader}'s tokenizer has no chat template, and without one only text and a single "
+                "message of the user are read"
+            )
+        _tell_plain_text(self.reader)
+        return plain_text(prompt[0]["content"])
 
     def _ids(self, kind: "_Kind", prompts: list[Prompt]) -> list[list[int]]:
         if kind.is_text:
@@ -123,6 +141,16 @@ class _Kind:
         if isinstance(prompt, str):
             return cls(is_text=True, has_bos=bool(bos) and prompt.startswith(str(bos)))
         return cls(is_text=False, is_continued=prompt[-1]["role"] == "assistant")
+
+
+@cache
+def _tell_plain_text(reader: str) -> None:
+    """Once, since a run renders its prompts again and again."""
+    logger.warning(
+        "%s's tokenizer has no chat template: prompts are messages, and it reads their plain text and a new "
+        "line",
+        reader,
+    )
 
 
 def _reason(error: Exception) -> str:

@@ -58,7 +58,9 @@ class RunArguments(AdapterArguments):
     )
     dataset_name: str = field(
         default="",
-        metadata={"help": "Prompts: a Hub name, a folder, a parquet, jsonl or json file, or tiny."},
+        metadata={
+            "help": "Prompts: a Hub name, a folder, a parquet, jsonl or json file, tiny or word-problems."
+        },
     )
     dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a Hub dataset."})
     dataset_train_split: str = field(default="train", metadata={"help": "Split of the dataset."})
@@ -68,6 +70,7 @@ class RunArguments(AdapterArguments):
     accuracy_dataset_name: str | None = field(
         default=None, metadata={"help": "Problems with answers, to follow accuracy during the run."}
     )
+    accuracy_dataset_split: str = field(default="test", metadata={"help": "Split of these problems."})
     accuracy_steps: int = field(
         default=50, metadata={"help": "Measure accuracy every n steps, and at the first and last."}
     )
@@ -248,7 +251,7 @@ def _accuracy_observer(
     The run's random state is not touched.
     """
     assert run.accuracy_dataset_name is not None
-    rows = load_prompts(run.accuracy_dataset_name, "test")
+    rows = load_prompts(run.accuracy_dataset_name, run.accuracy_dataset_split)
     rows = rows.select(range(min(run.accuracy_problems, len(rows))))
     settings = EvalSettings(
         samples=run.accuracy_samples,

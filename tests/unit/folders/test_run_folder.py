@@ -30,7 +30,8 @@ INPUTS = {"model_name_or_path": {"weights": "aa", "tokenizer": "bb"}, "dataset_n
 HOW = {
     *("max_tokens_per_micro_batch", "padding_free", "keep_attention", "teacher_offload"),
     *("output_chunk_size", "diagnostics_steps", "dry_run", "output_dir"),
-    *("accuracy_dataset_name", "accuracy_steps", "accuracy_problems", "accuracy_samples"),
+    *("accuracy_dataset_name", "accuracy_dataset_split", "accuracy_steps", "accuracy_problems"),
+    "accuracy_samples",
     *("all_pairs_gib", "vllm_server_base_url", "vllm_gpu_memory_utilization", "trust_remote_code"),
 }
 

@@ -267,7 +267,8 @@ def check_command(words: list[str]) -> None:
         files = [word for word in rest if word.endswith(".py")]
         assert all((ROOT / file).exists() for file in files)
         if program == "python":
-            known = "".join(path.read_text() for path in (ROOT / "benchmarks").glob("*.py"))
+            scripts = [*ROOT.glob("benchmarks/*.py"), *ROOT.glob("examples/*.py")]
+            known = "".join(path.read_text() for path in scripts)
             flags = [word.removeprefix("--") for word in rest if word.startswith("--")]
             assert all(re.search(rf'"(--)?{flag}"', known) for flag in flags)
     elif program == "pip":

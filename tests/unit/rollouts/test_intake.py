@@ -158,7 +158,7 @@ def test_equal_prompts_are_rendered_once(tokenizer, monkeypatch):
 
     usable = usable_prompts(rows("ab", "a", "ab", "ab", "abc", "a", "ab"), [Counting(tokenizer)])
     assert usable.lengths.tolist() == [[2, 1, 2, 2, 3, 1, 2]]
-    assert rendered == ["ab", "ab", "a", "abc"]  # the first one is asked whether there is a template at all
+    assert rendered == ["ab", "a", "abc"]
 
 
 @pytest.mark.parametrize("count", [2, 3])
@@ -179,13 +179,13 @@ def test_ranks_share_the_rendering_and_agree(student, teacher, count):
     assert {said[:6] for said in on_ranks(count, refuse)} == {"row 3 "}
 
 
-def test_ranks_without_a_share_do_not_wait_for_a_missing_template(tokenizer):
+def test_ranks_do_not_wait_for_one_that_has_a_chat_and_no_template(tokenizer):
     bare = train_tokenizer(["x"], vocab_size=270)
     bare.chat_template = None
 
     def refuse(rank):
-        with pytest.raises(UserError, match="no chat template"):
-            usable_prompts(rows(chat("a")), [Renderer(bare)], ranks=rank)
+        with pytest.raises(UserError, match=r"row 1 .*no chat template"):
+            usable_prompts(rows(chat("a"), chat("b", SYSTEM)), [Renderer(bare)], ranks=rank)
 
     on_ranks(2, refuse)
 

@@ -96,8 +96,8 @@ def test_text_prompts_need_no_template(ours, theirs):
     translation = Translation(ours, bare)
     ids = translation.prompts(["12+7"])["teacher_prompt_ids"].tolist()
     assert ids == [encode(theirs, "12+7")]
-    with pytest.raises(UserError, match="prompts are messages, and the teacher's tokenizer has no chat temp"):
-        translation.prompts(CHAT)
+    with pytest.raises(UserError, match="the teacher's tokenizer has no chat template"):
+        translation.prompts([[{"role": "system", "content": "Add."}, *CHAT[0]]])
 
 
 def test_own_needs_a_tokenizer(ours):

@@ -60,10 +60,13 @@ def test_template_arguments_that_decide_the_rendering_are_refused(tokenizer, nam
         Renderer(tokenizer, {name: True})
 
 
-def test_messages_without_a_template_are_refused(tokenizer):
+@pytest.mark.parametrize("prompt", [PARTIAL, CALLED, [{"role": "system", "content": "Be brief."}]])
+def test_without_a_template_longer_chats_are_refused(tokenizer, prompt):
     tokenizer.chat_template = None
+    with pytest.raises(UserError, match="the student's tokenizer has no chat template, and without one only"):
+        Renderer(tokenizer)([QUESTION, prompt])
     with pytest.raises(UserError, match="no chat template"):
-        Renderer(tokenizer).attempt([QUESTION])
+        Renderer(tokenizer, {"tools": [CALL]})([QUESTION])
     assert Renderer(tokenizer)(["1+2"]) == [tokenizer("1+2")["input_ids"]]
 
 
@@ -127,7 +130,6 @@ def test_what_a_template_refuses_is_told_and_the_rest_is_rendered(tokenizer, pro
         ("{{ messages[0].content + 1 }}", "TypeError"),
         ("{{ messages[0].content.nothing() }}", "nothing"),
         ("{% if %}", "Expected an expression"),
-        ("", "no chat template"),
         ("{# nothing #}", "no token as the student reads it"),
     ],
 )

@@ -87,7 +87,7 @@ def main() -> None:
         max_steps=args.steps or 10**6,
         per_device_train_batch_size=args.batch_size,
         gradient_checkpointing=False,
-        bf16=False,  # autocast leaves a CPU hardly faster, and learned less in the same steps
+        bf16=False,  # under autocast on a CPU SmolLM2's loss fell less in the same few steps; why is open
         logging_steps=10,
         save_steps=args.save_steps,
         save_only_model=True,

@@ -1,10 +1,10 @@
 """Take blocks out of a model: a shallower student of the same width, to be healed from the whole model.
 
-    python examples/prune_blocks.py --model HuggingFaceTB/SmolLM2-135M-Instruct --blocks 10 --output runs/pruned
+python examples/prune_blocks.py --model HuggingFaceTB/SmolLM2-135M-Instruct --blocks 10 --output runs/pruned
 
 The blocks lie in a row. Of all such rows the one goes whose input and output point most nearly the same way
-(arXiv 2403.17887), measured on responses to a few prompts. The last line is the `layers` key of the recipe that
-heals it: each layer of the student beside the layer that the whole model had there.
+(arXiv 2403.17887), measured on a few prompts. The last line that it prints is the `layers` key of the recipe
+that heals the student: each of its layers beside the layer that the whole model had there.
 """
 
 import argparse

@@ -206,7 +206,7 @@ def own_names() -> set[str]:
 def test_private_names_of_others_stand_in_the_modules_for_them():
     own, found = own_names(), {}
     for path in SOURCES.rglob("*.py"):
-        if path in FOREIGN or "planning" in path.parts:  # what a plan uses of torch stands in its modules
+        if path in FOREIGN:
             continue
         used = private_names(path).items()
         found |= {f"{path.name}:{line}": name for name, line in used if name not in own | ELSEWHERE.keys()}

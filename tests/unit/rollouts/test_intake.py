@@ -63,7 +63,7 @@ class Meeting(Ranks):
 def on_ranks(count, work):
     barrier, values = threading.Barrier(count), {}
     with ThreadPoolExecutor(count) as pool:
-        return list(pool.map(work, [Meeting(index, count, barrier, values) for index in range(count)]))
+        return list(pool.map(work, [Meeting(i, count, barrier=barrier, values=values) for i in range(count)]))
 
 
 def test_long_prompts_are_dropped_whole(student, caplog):

@@ -1,5 +1,7 @@
 """What we use of torch that it keeps private."""
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -29,6 +31,9 @@ ATTENTION_KERNELS = [
     torch.ops.aten._scaled_dot_product_cudnn_attention.default,
 ]
 
+# The operation by which FSDP2 sums gradients; until c10d's operations have public names (tested with 2.13).
+SUM_AND_SHARE = torch.ops.c10d._reduce_scatter_base_.default
+
 
 def is_fake(tensor: Tensor) -> bool:
     """Whether a tensor has a shape and no values, as in a plan; asking anything of its data would fail.
@@ -44,6 +49,27 @@ def storage_id(storage: torch.UntypedStorage) -> int:
     `data_ptr()` is zero for all fake tensors. Until a storage has a hash (tested with 2.13).
     """
     return storage._cdata
+
+
+@contextmanager
+def storages_watched(resized: Callable[[torch.UntypedStorage], None]) -> Iterator[None]:
+    """Within it `resized` is told of every storage that changes its size.
+
+    FSDP2 frees the weights that it has gathered by resizing their storage to zero, which no operation shows.
+    Until it frees them as tensors (tested with 2.13).
+    """
+    resize = torch.UntypedStorage.resize_
+
+    def resize_and_tell(storage: torch.UntypedStorage, size: int) -> Any:
+        result = resize(storage, size)
+        resized(storage)
+        return result
+
+    torch.UntypedStorage.resize_ = resize_and_tell  # type: ignore[method-assign, assignment]
+    try:
+        yield
+    finally:
+        torch.UntypedStorage.resize_ = resize  # type: ignore[method-assign]
 
 
 def note_rates(schedule: Any, rates: list[Any]) -> None:

@@ -16,11 +16,13 @@ from torch.distributed.tensor import DTensor
 
 from oprd.foundation.foreign.torch import (
     BY_VALUES,
+    SUM_AND_SHARE,
     FakeTensorMode,
     TorchDispatchMode,
     active_fake_mode,
     is_fake,
     storage_id,
+    storages_watched,
     tree_leaves,
 )
 
@@ -72,21 +74,8 @@ class Footprint(TorchDispatchMode):
     def peak_of(self, program: Callable[[], Any]) -> dict[str, int]:
         """Bytes by part at the moment of `program` at which they are most."""
         self._peak = self.live.copy()
-        resize = torch.UntypedStorage.resize_
-
-        def resize_and_count(storage: torch.UntypedStorage, size: int) -> Any:
-            result = resize(storage, size)
-            if storage_id(storage) in self._held:
-                self._count(storage, GATHERED)
-            return result
-
-        # The one way in which FSDP frees unsharded layers, which no operation shows.
-        torch.UntypedStorage.resize_ = resize_and_count  # type: ignore[method-assign, assignment]
-        try:
-            with self:
-                program()
-        finally:
-            torch.UntypedStorage.resize_ = resize  # type: ignore[method-assign]
+        with storages_watched(self._gathered), self:
+            program()
         return {part: size for part, size in self._peak.items() if size > 0}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -95,7 +84,7 @@ class Footprint(TorchDispatchMode):
             return NotImplemented  # what it does with its shards is counted in turn
         if func is torch.ops.prim.device.default or active_fake_mode() is not None:
             return func(*args, **(kwargs or {}))  # a question: of a device, or of a result's shape
-        if self._gloo and func is torch.ops.c10d._reduce_scatter_base_.default:
+        if self._gloo and func is SUM_AND_SHARE:
             with self.shapes:
                 self.hold(self._part, torch.empty_like(given[1]))
         result = self._run(func, args, kwargs or {}, given)
@@ -113,6 +102,11 @@ class Footprint(TorchDispatchMode):
                 if any(x.nbytes > REAL_BYTES for x in tree_leaves(shapes) if isinstance(x, Tensor)):
                     return shapes
         return func(*args, **kwargs)
+
+    def _gathered(self, storage: torch.UntypedStorage) -> None:
+        """Count a layer that FSDP has unsharded, or freed, anew."""
+        if storage_id(storage) in self._held:
+            self._count(storage, GATHERED)
 
     def _count(self, storage: torch.UntypedStorage, part: str) -> None:
         if storage_id(storage) in self._held:

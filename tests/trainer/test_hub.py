@@ -119,7 +119,7 @@ def test_an_evaluation_of_a_revision(hub, tmp_path, student, teacher):
     assert code == 2 and said.startswith("oprd: cannot load the model org/model: ")
 
 
-@pytest.mark.slow
+@pytest.mark.drill
 def test_an_evaluation_of_a_model_with_code_of_its_own(hub, tmp_path, student):
     folder = Path(shutil.copytree(student, tmp_path / "model"))
     (folder / "tripled.py").write_text(CODE)

@@ -227,20 +227,23 @@ def test_ranks_share_a_sharded_run(recipe):
     ("changes", "room", "keys"),
     [
         ({}, 0.95, "gradient_checkpointing: true"),
-        (
+        pytest.param(
             {"gradient_checkpointing": True, "output_loss": "full_vocab"},
             0.9,
             "per_device_train_batch_size: 2, gradient_accumulation_steps: 4",
+            marks=pytest.mark.drill,
         ),
-        (
+        pytest.param(
             {"gradient_checkpointing": True, "per_device_train_batch_size": 1},
             0.8,
             "max_completion_length: 200",
+            marks=pytest.mark.drill,
         ),
-        (
+        pytest.param(
             {"max_tokens_per_micro_batch": 2000, "gradient_checkpointing": True},
             0.8,
             "max_tokens_per_micro_batch: 1000",
+            marks=pytest.mark.drill,
         ),
     ],
     ids=str,

@@ -18,7 +18,7 @@ from oprd.preflight.doctor import examine
 from oprd.training.train import parse_training_recipe
 from places import ROOT
 
-RECIPES = sorted(path for name in (".", "laptop", "paper", "tiny") for path in (ROOT / "recipes" / name).glob("*.yaml"))
+RECIPES = sorted(path for path in (ROOT / "recipes").rglob("*.yaml") if path.parent.name != "accelerate")
 REAL_PROMPTS = ROOT.parent / "shared" / "data" / "dapo-math-17k.parquet"
 
 

@@ -44,7 +44,7 @@ def test_a_response_ends_where_the_positions_do(start, student):
 
 def test_a_prompt_that_leaves_no_position_is_refused(start, tmp_path):
     with pytest.raises(
-        UserError, match=r"a prompt of accuracy_dataset_name: .*test\.jsonl leaves no position"
+        UserError, match=r"a prompt of accuracy_dataset_name: .*test\.jsonl fills the context"
     ):
         start(24, QUESTION * 4)
     assert not (tmp_path / "run").exists()

@@ -18,7 +18,7 @@ def watch(**settings):
     [
         ({"mask_truncated_completions": True}, {}, "mask_truncated_completions leaves those out"),
         ({"mask_truncated_completions": True}, {"rollout/mean_length": 0.0}, "all responses are empty"),
-        ({}, {"rollout/coverage": 0.0}, "0% of the student's rows have a partner"),
+        ({}, {"rollout/coverage": 0.0}, "0% of the student's rows are paired"),
         ({}, {}, "beyond the vocabulary"),
     ],
 )

@@ -410,7 +410,7 @@ def refused(recipe, tmp_path, capsys):
     [
         ({"layers": "2=4"}, "pairs student layer 2 with teacher layer 4, but the bridge was fitted with 2=3"),
         ({"layers": "4"}, "the student has layers 1 to 3"),
-        ({"bridge_rank": 5}, "rank 5 is asked of the bridge, but it stores 4 directions for student layer 1"),
+        ({"bridge_rank": 5}, "rank 5 is too high: the bridge stores 4 directions for student layer 1"),
         ({"bridge_rank": 0}, "bridge_rank must be 1 or more, got 0"),
         ({"bridge": None, "bridge_rank": 2}, "bridge_rank is set, but there is no bridge"),
         ({"bridge": "./nowhere"}, "there is no bridge at ./nowhere"),
@@ -591,7 +591,7 @@ def test_anchor_of_adapters_is_the_model_below_them(make_trainer, roll_out, grad
 
 
 def test_anchor_needs_a_bridge():
-    with pytest.raises(UserError, match="anchor_weight holds what a bridge leaves open"):
+    with pytest.raises(UserError, match="anchor_weight needs a bridge"):
         OPRDConfig(anchor_weight="1")
 
 

@@ -105,7 +105,7 @@ def test_rollouts_without_log_probs_cannot_be_weighed(make_trainer, roll_out):
     trainer = make_trainer(representation_weight="0", output_loss="sampled_token")
     batch = roll_out(trainer)
     trainer.args.vllm_importance_sampling_correction = True
-    with pytest.raises(UserError, match="come without the engine's log-probs"):
+    with pytest.raises(UserError, match="have no engine log-probs"):
         trainer.compute_loss(trainer.model, batch)
 
 

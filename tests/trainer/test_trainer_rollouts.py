@@ -106,7 +106,7 @@ def test_rollouts_are_of_the_policy_whatever_its_generation_config_says(
     caplog.set_level("INFO")
     trainer = make_trainer(student=str(advised), repetition_penalty=1.1)
     assert torch.equal(roll_out(trainer)["completion_ids"], plain["completion_ids"])
-    (told,) = [text for text in caplog.messages if "set aside from the student's generation config" in text]
+    (told,) = [text for text in caplog.messages if "not used from the student's generation config" in text]
     named = {part.split(" ")[0] for part in told.partition("config: ")[2].split(", ")}
     assert OPTIONS.keys() <= named and "eos_token_id" not in named
     trainer.save_model(str(tmp_path / "saved"))
@@ -261,7 +261,7 @@ def test_a_run_with_tools(tool_trainer, tmp_path):
 
 
 def test_tools_need_chats(tool_trainer):
-    with pytest.raises(UserError, match="tools are called in chats, and the prompts are text"):
+    with pytest.raises(UserError, match="tools need chat prompts, and these are text"):
         tool_trainer(dataset=Dataset.from_dict({"prompt": ["What is 3?"] * 4}))
 
 

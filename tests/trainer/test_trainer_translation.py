@@ -335,15 +335,15 @@ def test_what_a_run_logs(make, tmp_path, broken, caplog):
             for span, _ in by_hand.text_spans(completion, ids, pairs, ends(trainer))
         ]
         assert 0 < record["rollout/output_rows"] == sum(written) < rows
-    assert "have a partner" not in caplog.text
+    assert "are paired with the teacher" not in caplog.text
 
 
 def test_few_pairs_are_said_once(make, broken, tokenizer, teacher_tokenizer, caplog):
     make([broken], max_steps=3).train()
-    (said,) = [r.getMessage() for r in caplog.records if "have a partner" in r.getMessage()]
+    (said,) = [r.getMessage() for r in caplog.records if "are paired with the teacher" in r.getMessage()]
     _, rows = by_hand.translated(tokenizer, teacher_tokenizer, broken)
     assert 2 <= len(rows) < len(broken) / 2
-    assert said.startswith(f"only {100 * len(rows) / len(broken):.0f}% of the student's rows have a partner")
+    assert said.startswith(f"only {100 * len(rows) / len(broken):.0f}% of the student's rows are paired")
 
 
 def test_no_pairs_are_refused(make, unreadable):
@@ -466,7 +466,7 @@ def test_no_bridge(make, keys):
 def test_tools(make, tokenizer):
     able = copy.deepcopy(tokenizer)
     able.chat_template = (Path(trl.__file__).parent / "chat_templates" / "qwen3.jinja").read_text()
-    with pytest.raises(UserError, match="tools need a teacher of the student's tokenizer"):
+    with pytest.raises(UserError, match="tools need a teacher with the student's tokenizer"):
         make(extra={"tools": [add], "processing_class": able})
 
 

@@ -89,8 +89,8 @@ class Bridge:
         for layer, stored in self.ranks.items():
             if rank > stored:
                 raise UserError(
-                    f"rank {rank} is asked of the bridge, but it stores {stored} directions for student "
-                    f"layer {layer}: ask for less, or fit it again with a higher rank"
+                    f"rank {rank} is too high: the bridge stores {stored} directions for student "
+                    f"layer {layer}: lower bridge_rank, or fit the bridge again with a higher rank"
                 )
         cut = {s: p.first(rank) for s, p in self.projectors.items()}
         reports = dict(self.metadata.get("layers", {}))
@@ -110,7 +110,7 @@ class Bridge:
     def select(self, spec: str, num_student: int, num_teacher: int) -> LayerMap:
         """The pairs that a `layers` spec asks of this bridge; `all` is every layer it has.
 
-        Raises `UserError` for a layer without a projector and for a pair that the stored map denies.
+        Raises `UserError` for a layer without a projector and for a pair that is not the stored one.
         """
         stored = dict(self.layer_map.pairs)
         if str(spec).strip() == "all":
@@ -223,7 +223,7 @@ def _check_metadata(metadata: Any) -> None:
     if isinstance(parts[-1], dict):
         parts += parts[-1].values() if len(parts) > 1 else ()
     if not all(isinstance(part, dict) for part in parts):
-        raise ValueError("what it says of its origin is no mapping")
+        raise ValueError("its metadata is not a mapping")
 
 
 def _check(file: Path, layer: int, projector: Projector) -> None:

@@ -23,11 +23,11 @@ logger = logging.getLogger(__name__)
 
 
 class BridgeFitter:
-    """Accumulates moments of both models' rows, not the rows, and solves for a bridge as often as wanted.
+    """Accumulates second moments of both models' rows, not the rows, and fits bridges from them.
 
     Pairs are those of `layer_map`; with `all_pairs`, each of its student layers with each of its teacher
-    layers, which `best_layer_map` and `cka` between all layers need. `holdout` is the share of rollouts
-    held out to measure; projectors are fitted on all rows once rank and form are chosen. The other
+    layers, which `best_layer_map` and `cka` between all layers need. `holdout` is the share of rollouts held
+    out for validation; projectors are then fitted on all rows. The other
     options are those of `FitSettings`. Raises `UserError` (a `ValueError`) for what cannot be fitted.
     """
 
@@ -83,7 +83,7 @@ class BridgeFitter:
             raise UserError("fitters of different layers cannot be merged")
         if other.holdout != self.holdout:
             raise UserError(
-                "fitters with another share held out cannot be merged: rollouts would be on both sides"
+                "fitters with different holdout cannot be merged: a rollout could be in both splits"
             )
         self._claim_widths(other._widths)
         self._training.merge(other._training)
@@ -107,7 +107,7 @@ class BridgeFitter:
     def fit(
         self, rank: Rank = "auto", settings: FitSettings | None = None, layer_map: LayerMap | None = None
     ) -> Bridge:
-        """The bridge of `rank` directions per layer, or of the number that makes the held-out Eq. 30 least.
+        """The bridge of `rank` directions per layer, or of the number that minimises Eq. 30 (held out).
 
         With `auto` a layer may be dropped (rank 0), with a warning. `settings` and `layer_map` fit the
         same rows in another way than the fitter's own. Raises `UserError` for too few rows.
@@ -120,9 +120,9 @@ class BridgeFitter:
         fitted = {s: fit_pair(self._rows(s, t), t, rank, settings) for s, t in pairs}
         dropped = [layer for layer, (projector, _) in fitted.items() if not projector.rank]
         for layer in dropped:
-            logger.warning("student layer %d is dropped: none of its directions is worth predicting", layer)
+            logger.warning("student layer %d is dropped: it predicts none of the teacher's directions", layer)
         if len(dropped) == len(fitted):
-            raise UserError("no layer has a direction worth predicting: set a rank, or pair other layers")
+            raise UserError("no student layer predicts a direction: set a rank, or pair other layers")
         metadata = {
             "rank": rank,
             "fit": asdict(settings),

@@ -54,7 +54,7 @@ def fit_bridge(args: BridgeArguments) -> Path:
     """Fit the bridge of a recipe, or leave a finished one alone; returns its folder.
 
     Under torchrun every process takes its share of the rollouts, and the first one fits. Raises `UserError`
-    for what the user can mend, with nothing written.
+    for what the user can fix, with nothing written.
     """
     folder = Path(args.output_dir)
     prompts = _rows(args)
@@ -84,7 +84,7 @@ def _fitted(args: BridgeArguments, inputs: Inputs) -> Bridge | None:
     try:
         return Bridge.load(folder)
     except UserError as error:
-        raise UserError(f"{error}: delete {BRIDGE_FILE}, and the same command does so") from error
+        raise UserError(f"{error}: delete {BRIDGE_FILE} and run the same command") from error
 
 
 def _fit(args: BridgeArguments, prompts: Dataset, inputs: Inputs, ranks: Ranks) -> None:

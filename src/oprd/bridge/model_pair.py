@@ -62,13 +62,13 @@ class ModelPair:
         return cls(student, tokenizer, teacher, translation)
 
     def engine(self, args: BridgeArguments, ranks: Ranks) -> Engine:
-        """What draws the student's rollouts; a vLLM in this process does not share a launcher with others."""
+        """The engine that generates the student's rollouts; in-process vLLM works with one process only."""
         shared = {"trust_remote_code": args.trust_remote_code}
         located = resolve_model(args.model_name_or_path, **shared)
         chosen = args.engine, args.vllm_server_base_url
         if ranks.count > 1 and args.vllm_server_base_url is None:
             if args.engine == "vllm":
-                raise UserError("engine: vllm takes one process: name a server, or use engine: hf")
+                raise UserError("engine: vllm works in one process only: use a server or engine: hf")
             chosen = "hf", None
         share = args.vllm_gpu_memory_utilization
         return choose_engine(*chosen, self.student, self.tokenizer, located, share, shared)
@@ -86,12 +86,12 @@ class ModelPair:
         teacher_layers = range(1, depths[1] + 1)
         widths = self.student.config.get_text_config().hidden_size, self.teacher.width
         if args.chosen_rank != "auto" and args.chosen_rank > widths[1]:
-            raise UserError(f"rank {args.chosen_rank} is asked of a teacher {widths[1]} wide: lower it")
+            raise UserError(f"rank {args.chosen_rank} is above the teacher's width {widths[1]}: lower it")
         crossed = len(layer_map.pairs) * depths[1] * math.prod(widths) * 8 * 2 / GIB
         affordable = crossed <= args.all_pairs_gib
         if best and not affordable:
             raise UserError(
-                f"layers: best compares all layers, which takes {crossed:.3g} GiB of sums, and all_pairs_gib "
+                f"layers: best compares all layers, which needs {crossed:.3g} GiB, and all_pairs_gib "
                 f"is {args.all_pairs_gib:g}: raise it, or name the layers"
             )
         if not affordable:

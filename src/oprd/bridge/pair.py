@@ -163,7 +163,7 @@ def _choose(
     """The indices of the directions that are kept."""
     if isinstance(rank, int) and rank > available:
         raise UserError(
-            f"rank {rank} is asked of a bridge, but the teacher's states have {available} directions"
+            f"rank {rank} is too high for a bridge: the teacher's states have {available} directions"
         )
     if measured is None:
         if rank == "auto" or settings.directions == "predictable":

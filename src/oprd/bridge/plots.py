@@ -32,7 +32,7 @@ def print_bridge(metadata: dict[str, Any]) -> None:
     if data:
         console.print(
             f"{metadata['num_rows']:,} rows of {data['rollouts']:,} rollouts; {data['coverage']:.1%} of the "
-            f"student's rows have a counterpart; {data['truncated']:,} rollouts were cut at the limit",
+            f"student's rows are paired; {data['truncated']:,} rollouts were cut at the limit",
             soft_wrap=True,
         )
 

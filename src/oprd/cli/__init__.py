@@ -1,4 +1,4 @@
-"""The command line: `oprd train`, `eval`, `bridge`, `doctor` and `demo`. May import every room."""
+"""The command line: `oprd train`, `eval`, `bridge`, `doctor` and `demo`. May import every package."""
 
 from oprd.cli.commands import main
 

@@ -53,12 +53,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=_versions())
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    demo = commands.add_parser("demo", help="distil the bundled student, with both baselines, in minutes")
+    demo = commands.add_parser("demo", help="distil bundled models by several methods, in minutes")
     demo.add_argument(
         "--pair",
         choices=["same", "bridge", "tokenizer"],
         default="same",
-        help="teacher: of the student's architecture, deeper and wider, or of another tokenizer too",
+        help="teacher: same architecture, deeper and wider, or with another tokenizer as well",
     )
     demo.add_argument("--output", type=_folder, help="default: runs/demo, runs/demo-bridge, …")
     demo.add_argument("--steps", type=_positive, default=220, help="optimiser steps per arm")
@@ -66,7 +66,7 @@ def _parser() -> argparse.ArgumentParser:
         "--problems", type=_positive, default=128, help="held-out problems for the final evaluation"
     )
     demo.add_argument("--samples", type=_positive, default=16, help="samples per problem")
-    demo.add_argument("--seed", type=int, default=0, help="of prompts and sampling")
+    demo.add_argument("--seed", type=int, default=0, help="random seed of prompts and sampling")
 
     train = _add_recipe_command(commands, "train", "run or resume a recipe")
     train.add_argument(
@@ -75,21 +75,21 @@ def _parser() -> argparse.ArgumentParser:
         help="start accelerate's launcher: fsdp2, zero2, multi_gpu, … as TRL names them, or a file",
     )
     train.add_argument(
-        "--num_processes", type=_positive, metavar="N", help="with it; default: one for each accelerator"
+        "--num_processes", type=_positive, metavar="N", help="for --accelerate_config; default: one per GPU"
     )
-    doctor = _add_recipe_command(commands, "doctor", "will this recipe run here, and what will it hold?")
+    doctor = _add_recipe_command(commands, "doctor", "check a recipe and plan its memory, without a run")
     doctor.add_argument(
         "--ranks", type=_positive, metavar="N", help="plan for N processes; default: WORLD_SIZE, or 1"
     )
     doctor.add_argument(
-        "--gpu", metavar="SIZE", help="plan for GPUs of so much memory, such as 80GB, which need not be here"
+        "--gpu", metavar="SIZE", help="plan for GPUs with this much memory, such as 80GB, on any machine"
     )
-    doctor.add_argument("--json", action="store_true", help="for scripts")
-    _add_recipe_command(commands, "bridge", "fit a bridge between two models of another depth or width")
+    doctor.add_argument("--json", action="store_true", help="print JSON, for scripts")
+    _add_recipe_command(commands, "bridge", "fit a bridge between models that differ in depth or width")
     _add_evaluation(commands)
 
     tiny = commands.add_parser("tiny", help="rebuild the bundled models")
-    tiny.add_argument("action", choices=["build"], help="train them anew")
+    tiny.add_argument("action", choices=["build"], help="retrain them")
     tiny.add_argument("--output", type=_folder, default=Path("runs/tiny"), help="their folder")
     tiny.add_argument("--seed", type=int, default=0, help="added to the seeds of the bundled ones")
     return parser
@@ -101,8 +101,8 @@ def _add_recipe_command(commands: Any, name: str, does: str) -> argparse.Argumen
         name,
         help=does,
         usage=f"oprd {name} RECIPE.yaml [--key value …]",
-        description=f"{does[0].upper()}{does[1:]}. Keys stand in the YAML file, as key: value, or are flags, "
-        "which override the file; a recipe can be left out if the flags name all that it takes.",
+        description=f"{does[0].upper()}{does[1:]}. Set keys in the YAML file, as key: value, or as flags, "
+        "which override the file. The file can be left out if the flags set all required keys.",
         add_help=False,
         formatter_class=formatter,
     )
@@ -117,18 +117,18 @@ def _add_recipe_command(commands: Any, name: str, does: str) -> argparse.Argumen
 
 
 def _add_evaluation(commands: Any) -> None:
-    evaluation = commands.add_parser("eval", help="Avg@k and friends of a model on a set of problems")
+    evaluation = commands.add_parser("eval", help="sample and grade answers: Avg@k, Best@k and more")
     flag = evaluation.add_argument
     flag("--model", required=True, help="a Hub name, a folder, or tiny:student")
     flag("--revision", help="branch, tag or commit of a Hub model")
     flag("--trust_remote_code", action="store_true", help="run code that comes with it")
     flag("--data", required=True, help="tiny, word-problems, a parquet/jsonl/json file, or a Hub name")
     flag("--output", type=_folder, required=True, help="the folder of answers and summary")
-    flag("--split", default="test", help="of a Hub dataset, a folder, tiny or word-problems")
+    flag("--split", default="test", help="split of the dataset")
     flag("--limit", type=_positive, help="evaluate the first n problems only")
     flag("--samples", type=int, default=16, help="responses per problem: the k of Avg@k")
     flag("--temperature", type=float, default=0.7, help="of sampling; 0 is greedy")
-    flag("--top_p", type=float, default=0.95, help="nucleus of sampling")
+    flag("--top_p", type=float, default=0.95, help="top-p (nucleus) sampling")
     flag("--top_k", type=int, default=0, help="most likely tokens to sample from; 0: all")
     flag("--max_new_tokens", type=int, help="default: 16384, or what the context leaves")
     flag("--batch_size", type=int, default=64, help="responses generated at a time")
@@ -136,8 +136,8 @@ def _add_evaluation(commands: Any) -> None:
     flag("--prompt_suffix", default="", help="appended to every problem, as an instruction to box the answer")
     flag("--chat_template_kwargs", type=_json_object, help="a JSON object")
     flag("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"], help="of the model")
-    flag("--engine", default="auto", choices=["auto", "hf", "vllm"], help="auto: vLLM if there")
-    flag("--vllm_server_base_url", help="ask a server of vllm serve, e.g. http://localhost:8000")
+    flag("--engine", default="auto", choices=["auto", "hf", "vllm"], help="auto: vLLM if installed")
+    flag("--vllm_server_base_url", help="use a vllm serve server, e.g. http://localhost:8000")
 
 
 class _Formatter(argparse.HelpFormatter):

@@ -1,4 +1,4 @@
-"""The `oprd` command: thin fronts of the library. Exit codes: 0; 2 for the user's mistakes; 1 for faults."""
+"""The `oprd` command. Exit codes: 0; 1 for a failed run; 2 for user errors; 128 + n after signal n."""
 
 import argparse
 import io
@@ -73,7 +73,7 @@ def _left(args: argparse.Namespace) -> str:
         return f"with {num_kept(args.output)} problems done: the same command goes on from there"
     if args.command == "demo":
         return "between two runs: the same command keeps those that are finished"
-    unwritten = "the bridge was whole" if args.command == "bridge" else "anything was written"
+    unwritten = "the bridge was complete" if args.command == "bridge" else "anything was written"
     return f"before {unwritten}: the same command starts over"
 
 

@@ -1,4 +1,4 @@
-"""`oprd demo`: the bundled student distilled from a bundled teacher by several methods, side by side.
+"""`oprd demo`: distils a bundled teacher into the bundled student by several methods, side by side.
 
 Every arm starts from the same student with the same prompts, steps and seeds.
 """

@@ -14,7 +14,7 @@ OTHER_NAMES = {"one_gpu": "single_gpu"}
 
 
 def launch(config: str, num_processes: int | None, words: Sequence[str]) -> None:
-    """Become `accelerate launch` of `oprd train` with `words`; raises `UserError`, and returns never.
+    """Become `accelerate launch` of `oprd train` with `words`; raises `UserError`, never returns.
 
     `config` is a file of accelerate's, or the name of one of TRL's. With a name, there are as many processes
     as accelerators, unless `num_processes` says how many.
@@ -33,7 +33,7 @@ def launch(config: str, num_processes: int | None, words: Sequence[str]) -> None
 def check_unlaunched() -> None:
     """Raise `UserError` in a process that a launcher has started."""
     if "LOCAL_RANK" in os.environ:
-        raise UserError("--accelerate_config starts a launcher, and a launcher started this process: drop it")
+        raise UserError("--accelerate_config starts a launcher: leave it out under torchrun or accelerate")
 
 
 def config_file(config: str) -> Path:
@@ -46,6 +46,6 @@ def config_file(config: str) -> Path:
     name = OTHER_NAMES.get(config, config)
     if name not in known:
         raise UserError(
-            f"--accelerate_config: {config} is no file, and none of {', '.join(sorted(known))}: name one"
+            f"--accelerate_config: {config} is neither a file nor one of {', '.join(sorted(known))}"
         )
     return known[name]

@@ -62,7 +62,7 @@ def read_problems(
     problems = []
     for i, (prompt, ids, reference) in enumerate(zip(prompts, read, references, strict=True)):
         if isinstance(ids, Refusal):
-            raise UserError(f"row {i} ({excerpt(prompt)}): {ids.reason}; mend or remove the row")
+            raise UserError(f"row {i} ({excerpt(prompt)}): {ids.reason}; fix or remove the row")
         problems.append(Problem(prompt, ids, reference))
     return problems
 

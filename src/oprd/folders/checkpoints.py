@@ -94,7 +94,7 @@ def written_whole(folder: Path, *, is_writer: bool, wait: Callable[[], None]) ->
         free = shutil.disk_usage(folder.parent).free / MB
         shutil.rmtree(folder, ignore_errors=True)
         raise Fault(
-            f"{folder} could not be written, with {free:.0f} MB free on its disk ({error}): mend that, and "
+            f"{folder} could not be written, with {free:.0f} MB free on its disk ({error}): fix that, and "
             "the same command resumes"
         ) from error
 

@@ -155,6 +155,6 @@ def read_metrics(path: Path) -> list[dict[str, float]]:
             last = record["step"]
         elif number < len(lines):  # the last one has no line's end
             raise UserError(
-                f"{path}, line {number} is not of a step after those before it: mend or delete that line"
+                f"{path}, line {number} is not of a step after those before it: fix or delete that line"
             )
     return records

@@ -1,4 +1,4 @@
-"""The exceptions for what the user can mend and what happens to a run, and which others are the machine's."""
+"""The exceptions for what the user can fix and what happens to a run, and which others are the machine's."""
 
 import errno
 import os
@@ -29,7 +29,7 @@ class Fault(RuntimeError):
 
 @contextmanager
 def refusals_told() -> Iterator[None]:
-    """Inside it, what a library refuses or finds missing is a `UserError`: the user can mend it."""
+    """Inside it, what a library refuses or finds missing is a `UserError`: the user can fix it."""
     try:
         yield
     except UserError:

@@ -1,4 +1,4 @@
-"""Models: loaded, checked, frozen, sharded; one forward of a backbone with its hidden states; the LM head.
+"""Loading, checking, freezing and sharding models; one backbone forward with hidden states; the LM head.
 
 Imports `foundation`, `objective` and `text`.
 """

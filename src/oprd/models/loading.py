@@ -180,8 +180,8 @@ def load_tokenizer(name: str, **kwargs: Any) -> PreTrainedTokenizerBase:
 def load_model(name: str, **kwargs: Any) -> PreTrainedModel:
     """The causal language model of a name (a folder, a Hub name, `tiny:student`), each weight from its files.
 
-    Adapters are merged into theirs in float32, since half precision would lose small ones, and stay so
-    unless `dtype` names another. Raises `UserError` for files that cannot be read or do not fit the config.
+    Adapters are merged into their base model in float32, as half precision would lose small ones; `dtype`
+    casts the result. Raises `UserError` for files that cannot be read or do not fit the config.
     """
     name = resolve_model(name, **hub_keys(kwargs))
     if holds_adapters(name):

@@ -49,8 +49,8 @@ class CustomLoss(str):
         if not isinstance(values, Tensor) or values.shape != student.shape[:1]:
             got = list(values.shape) if isinstance(values, Tensor) else type(values).__name__
             raise UserError(
-                f"representation_loss: {self.spec} has to return one value for each of {len(student)} rows, "
-                f"[{len(student)}], and returned {got}: take no mean over rows"
+                f"representation_loss: {self.spec} must return one value for each of {len(student)} rows, "
+                f"[{len(student)}], and returned {got}: do not average over rows"
             )
         return values
 
@@ -122,7 +122,7 @@ def named_loss(spec: str | Callable[..., Tensor]) -> str:
             raise UserError(f"representation_loss: {spec}: {module_name} has no {name}{meant}")
         found = getattr(found, name)
     if not callable(found):
-        raise UserError(f"representation_loss: {spec} is no function, but of type {type(found).__name__}")
+        raise UserError(f"representation_loss: {spec} is not a function but of type {type(found).__name__}")
     return CustomLoss(spec, found)
 
 

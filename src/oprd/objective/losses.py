@@ -59,8 +59,8 @@ def checked_rows(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
     """Both in float32 or wider, the teacher's without gradient; raises `UserError` for unlike shapes."""
     if student.ndim != 2 or student.shape != teacher.shape:
         raise UserError(
-            f"student rows {tuple(student.shape)} and teacher rows {tuple(teacher.shape)} must both be "
-            "[rows, width] of one shape; models of different width need a bridge"
+            f"student rows {tuple(student.shape)} and teacher rows {tuple(teacher.shape)} must have "
+            "the same shape [rows, width]; models of different width need a bridge"
         )
     dtype = torch.promote_types(torch.promote_types(student.dtype, teacher.dtype), torch.float32)
     return student.to(dtype), teacher.detach().to(student.device, dtype)

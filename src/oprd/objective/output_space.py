@@ -47,10 +47,10 @@ def sampled_text(
     token, in order, consecutive where one follows on the other; `log_p`, `log_q` are the tokens'
     log-probabilities. The values of a span's student tokens sum to A = log p(span) − log q(span).
 
-    The gradient is Σ A · ∇ log p of the span's tokens and of the token after it, for only then is it settled
-    how the teacher cuts the text: to it, the token `12` says that no digit follows, and who ends the number
-    there has to answer for it. Where every span is one token, that last part has zero mean, and the value
-    is `sampled_token`'s.
+    The gradient is Σ A · ∇ log p over the span's tokens and the token after it. Only that token settles how
+    the teacher tokenizes the span: the teacher's token `12` implies that no digit follows, so the token that
+    ends the number shares the advantage. Where every span is one token, that part has zero mean, and the
+    value is `sampled_token`'s.
     """
     num_spans = max([*student_spans.tolist(), *teacher_spans.tolist()], default=-1) + 1
     student_spans, teacher_spans = student_spans.to(log_p.device), teacher_spans.to(log_p.device)
@@ -134,7 +134,7 @@ def top_k_authors(
     """What the authors' code trains: the value Σ_{v∈S} w(v) A(v), the gradient Σ_{v∈S} w(v) A(v) ∇ log p(v).
 
     A = log p − log q, and w is the softmax of log p over S. Neither is differentiated: the gradient goes
-    through log p over the whole vocabulary, like Eq. 19's, and is that of Eq. 5 in no other case than S = V.
+    through log p over the whole vocabulary, like Eq. 19's, and equals that of Eq. 5 only if S = V.
     At k = 1 it pushes the likeliest token alone.
     """
     _check_k(k, student_logits.shape[-1], renormalize=False)
@@ -194,7 +194,7 @@ def _wide(student_logits: Tensor, teacher_logits: Tensor) -> tuple[Tensor, Tenso
     if student_logits.ndim != 2 or student_logits.shape != teacher_logits.shape:
         raise UserError(
             f"student logits {tuple(student_logits.shape)} and teacher logits {tuple(teacher_logits.shape)} "
-            "must both be [rows, vocabulary] of one shape; output losses need one vocabulary"
+            "must have the same shape [rows, vocabulary]; output losses need one vocabulary"
         )
     dtype = torch.promote_types(
         torch.promote_types(student_logits.dtype, teacher_logits.dtype), torch.float32

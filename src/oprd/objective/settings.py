@@ -45,7 +45,7 @@ class ObjectiveSettings:
     bridge: str | None = key(
         None, "A fitted bridge (file, or folder of oprd bridge) to compare states through."
     )
-    bridge_rank: int | None = key(None, "Use this many of the bridge's directions, from the first on.")
+    bridge_rank: int | None = key(None, "Use only the first n directions of the bridge.")
     representation_loss: str | None = key(
         None,
         " | ".join(REPRESENTATION_LOSSES)
@@ -53,7 +53,7 @@ class ObjectiveSettings:
     )
     representation_weight: str = key("1.0", "μ of Eq. 7: a number, or a schedule such as 0=1.0,400=0.")
     anchor_weight: str = key(
-        "0", "Holds what a bridge leaves open at the initial student; number or schedule."
+        "0", "Weight of the loss that keeps what a bridge leaves free near the initial student."
     )
     output_loss: str = key("none", " | ".join(OUTPUT_LOSSES) + ".")
     output_weight: str = key("1.0", "Weight of the output loss: a number or a schedule.")
@@ -61,23 +61,23 @@ class ObjectiveSettings:
     output_support: Support = key("student", " | ".join(get_args(Support)) + ".")
     output_positions: str = key("all", "Response rows of the output loss: all | last=k | first=k.")
     renormalize: bool = key(True, "Renormalise both distributions on the top-k support (Eq. 5).")
-    divergence: Divergence = key("reverse_kl", "Of full_vocab: " + " | ".join(get_args(Divergence)) + ".")
+    divergence: Divergence = key("reverse_kl", "For full_vocab: " + " | ".join(get_args(Divergence)) + ".")
     student_temperature: float = key(1.0, "Divides the student's logits in output losses.")
     teacher_temperature: float = key(1.0, "Divides the teacher's logits in output losses.")
     reduction: Reduction = key("rollout", "rollout: mean of rollout means (Eq. 6); token: mean of all rows.")
     num_generations: int = key(2, "Rollouts per prompt; batch sizes count rollouts.")
-    mask_truncated_completions: bool = key(False, "Leave rollouts cut at the length limit out of the loss.")
+    mask_truncated_completions: bool = key(False, "Leave truncated rollouts out of the loss.")
     max_tokens_per_micro_batch: int | None = key(
         None, "Pack rollouts of similar length into micro-batches of at most this many padded tokens."
     )
     padding_free: bool | None = key(
         None,
-        "Read rollouts as one sequence without padding; default: where the attention is flash attention.",
+        "Pack a micro-batch into one sequence without padding; default: with flash attention only.",
     )
     keep_attention: bool = key(
         False,
-        "Let checkpointed blocks of the student keep what attention returns: no second run of it in the "
-        "backward, for as much memory again as checkpoints take.",
+        "With gradient checkpointing, keep the student's attention outputs instead of recomputing them, "
+        "for about as much memory again as the checkpoints take.",
     )
     max_prompt_length: int | None = key(None, "Drop (never cut) prompts of more tokens than this.")
     drop_unrenderable_prompts: bool = key(
@@ -96,13 +96,13 @@ class ObjectiveSettings:
     teacher_offload: bool = key(
         False, "Keep the teacher's weights in host memory; a block's come to the device when it runs."
     )
-    teacher_quantization: str = key("none", " | ".join(QUANTIZATIONS) + ": the teacher, by bitsandbytes.")
-    output_chunk_size: int = key(256, "Rows of logits that exist at a time in output losses.")
+    teacher_quantization: str = key("none", " | ".join(QUANTIZATIONS) + ": load it with bitsandbytes.")
+    output_chunk_size: int = key(256, "Rows of logits in memory at a time, in output losses.")
     vllm_importance_sampling_correction: bool = key(
-        False, "Weigh sampled tokens by min(π_trainer/π_engine, clip_max); of output_loss: sampled_token."
+        False, "Weight tokens by min(π_trainer/π_engine, clip_max); for output_loss: sampled_token only."
     )
-    vllm_importance_sampling_clip_max: float = key(3.0, "Largest of these weights.")
-    diagnostics_steps: int = key(0, "Every n steps, measure what the loss does not show; 0 = never.")
+    vllm_importance_sampling_clip_max: float = key(3.0, "Upper limit of these weights.")
+    diagnostics_steps: int = key(0, "Log entropies, overlap and cosines every n steps; 0 = never.")
 
     def check(self) -> None:
         """Normalise specs to strings, fill in defaults, and refuse contradictions."""
@@ -122,7 +122,7 @@ class ObjectiveSettings:
         if self.bridge_rank is not None and self.bridge is None:
             raise UserError("bridge_rank is set, but there is no bridge: name one, or leave bridge_rank out")
         if self.anchor_schedule.ever_active and self.bridge is None:
-            raise UserError("anchor_weight holds what a bridge leaves open, and there is no bridge: drop it")
+            raise UserError("anchor_weight needs a bridge, and there is no bridge: drop it")
         Positions.parse(self.positions)
         Positions.parse(self.output_positions, "output_positions")
         self._check_weights()

@@ -1,4 +1,4 @@
 """Checks before a run: `oprd doctor`, `--dry_run`, and the memory plan.
 
-Imports every room but `cli`.
+Imports every package but `cli`.
 """

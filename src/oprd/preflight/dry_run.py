@@ -51,7 +51,7 @@ class DryRunTrainer(OPRDTrainer):
 def try_longest(run: RunArguments, config: OPRDConfig) -> str:
     """Run the longest update of a recipe; returns one sentence with the measured and the planned memory.
 
-    Raises `UserError` for what the user can mend and, if memory runs out, `Fault` with what to turn.
+    Raises `UserError` for what the user can fix and, if memory runs out, `Fault` with what to turn.
     """
     longest, _ = longest_rollout(run, config, Ranks.launched().count)
     machine = Machine.here(config)  # beside the prompts

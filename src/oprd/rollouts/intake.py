@@ -63,7 +63,7 @@ def usable_prompts(
         said = distinct.malformed | {row: _place(prompts, row) + reason for row, reason in rows.items()}
         first = said[min(said)]
         if not drop_unrenderable:
-            raise UserError(f"{first}; mend or remove the row, or set drop_unrenderable_prompts: true")
+            raise UserError(f"{first}; fix or remove the row, or set drop_unrenderable_prompts: true")
         logger.warning("dropped %d of %d prompts, the first: %s", (~readable).sum(), len(dataset), first)
     kept = np.flatnonzero(readable)
     kept = kept[_not_too_long(lengths[0, distinct.which[kept]], max_prompt_length)]

@@ -53,7 +53,7 @@ def load_prompts(
         raise UserError(f"{name} has no rows: give a dataset with at least one prompt.")
     kept = _checked_rows(rows, drop_malformed)
     if not kept:
-        raise UserError(f"{name}: all {len(rows)} prompts are malformed: mend them.")
+        raise UserError(f"{name}: all {len(rows)} prompts are malformed: fix them.")
     for at, prompt, _ in kept:
         if type(prompt) is not type(kept[0][1]):
             raise UserError(f"{at}: text and chat prompts are mixed ({kept[0][0]}, differs): use one kind.")
@@ -111,7 +111,7 @@ def prompt_dataset(columns: dict[str, list[Any]], where: str) -> Dataset:
     try:
         return Dataset.from_dict(columns, features=Features(features))
     except UnicodeEncodeError as error:  # half an emoji, which JSON can escape and UTF-8 cannot hold
-        raise UserError(f"{where}: the text {error.object[:40]!r} is broken Unicode: mend it.") from error
+        raise UserError(f"{where}: the text {error.object[:40]!r} is broken Unicode: fix it.") from error
 
 
 def _is_plain(message: Any) -> bool:

@@ -145,7 +145,7 @@ def _file_text(path: Path) -> str:
 
 
 def _json_error(path: Path, line: int, reason: str) -> UserError:
-    return UserError(f"{path}, line {line}: malformed JSON ({reason}): mend or remove it.")
+    return UserError(f"{path}, line {line}: malformed JSON ({reason}): fix or remove it.")
 
 
 def _columns_to_read(found: Iterable[str], where: str) -> list[str]:

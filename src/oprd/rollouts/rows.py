@@ -147,9 +147,9 @@ def weigh_rows(
     """The weight of every response row in each term, for the rollouts of a whole accumulation window.
 
     Padding, tool output, what comes after an id beyond the shared `vocabulary` (None: of no concern) and, if
-    so set, truncated rollouts are not supervised, nor is in the representation term a row without a partner
-    among the teacher's: they neither weigh nor count for `last=k`. Across tokenizers the output term takes
-    whole spans of text alone.
+    so set, truncated rollouts are not supervised, nor are unpaired rows in the representation term: they have
+    weight zero and do not count for `last=k`. Across tokenizers the output term takes only complete spans of
+    text.
     """
     supervised = inputs["completion_mask"] * inputs.get("tool_mask", 1) > 0
     supervised &= readable(inputs["completion_ids"].to(supervised.device), vocabulary)

@@ -1,4 +1,4 @@
-"""What the teacher reads of the student's rollouts: prompts in a template, responses in its own tokens."""
+"""What the teacher reads of the student's rollouts: prompts in its template, responses in its tokens."""
 
 import logging
 from collections.abc import Callable, Sequence
@@ -94,7 +94,7 @@ class Translation:
 
         All but the ids is on the host. `teacher_rows[b, t]` is the teacher's row that has read what the
         student's row t has, −1 without one; `ends_together[b]`, whether both end with all read in common.
-        Of a response that is longer in the teacher's tokens than its `room`, the rows beyond have no partner.
+        Of a response that is longer in the teacher's tokens than its `room`, the rows beyond are unpaired.
         """
         if self.aligner is None:
             return {}, []
@@ -135,7 +135,7 @@ class Translation:
         if paired < FEW_PAIRS * rows and not self._warned:
             self._warned = True
             logger.warning(
-                "only %.0f%% of the student's rows have a partner among the teacher's: the tokenizers cut "
+                "only %.0f%% of the student's rows are paired with the teacher's: the tokenizers cut "
                 "the text very differently, or the student writes invalid UTF-8",
                 100 * paired / rows,
             )
@@ -153,7 +153,7 @@ class Translation:
         )
         logger.warning(
             "in %d of %d rollouts pairing stops well before the end; in the first of them %d rows come after "
-            "%r and have no partner: %s",
+            "%r and are unpaired: %s",
             len(stops),
             num_rollouts,
             first.rows,

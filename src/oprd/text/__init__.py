@@ -1,4 +1,4 @@
-"""What tokens spell, which positions of two tokenizers pair, and prompts as a chat template renders them.
+"""Token-to-byte decoding, alignment of two tokenizations, and prompts rendered by chat templates.
 
 Imports `foundation` alone.
 """

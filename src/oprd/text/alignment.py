@@ -33,8 +33,8 @@ def align_tokens(
 ) -> Pairs:
     """Pairs (i, j), 0-based: `student_ids[:i+1]` and `teacher_ids[:j+1]` spell the same bytes.
 
-    Strictly increasing and as many as there can be. Where the bytes differ, and a normaliser of either
-    tokenizer (NFC, lower case, …) makes the same text of both, pairs go on behind that. An end token in last
+    Strictly increasing and as many as possible. Where the bytes differ but a normaliser of either tokenizer
+    (NFC, lower case, …) maps both to the same text, pairing continues after it. An end token in last
     place pairs with the other's, if all before it agrees: the tokenizer's EOS, its end of turn, and what
     `student_ends` or `teacher_ends` adds, as a generation config lists them. Other special tokens spell their
     name where the other response spells it, and nothing elsewhere. Nothing pairs beyond the first difference

@@ -23,7 +23,7 @@ def checked_prompt(value: Any, at: str) -> Prompt:
     if isinstance(value, str):
         return _text(value, f"{at}: the prompt")
     if not isinstance(value, list) or not value:
-        raise UserError(f"{at}: the prompt is {shown(value)}, neither text nor a list of messages: mend it.")
+        raise UserError(f"{at}: the prompt is {shown(value)}, neither text nor a list of messages: fix it.")
     messages = [_message(message, f"message {i}", at) for i, message in enumerate(value)]
     if "tool_calls" in messages[-1]:
         raise UserError(
@@ -69,7 +69,7 @@ def _joined(parts: list[Any], what: str) -> str:
 
 def _without_nulls(value: Any, what: str, levels: int = MOST_LEVELS) -> Any:
     if not levels:
-        raise UserError(f"{what} is nested more than {MOST_LEVELS} levels deep: mend it.")
+        raise UserError(f"{what} is nested more than {MOST_LEVELS} levels deep: fix it.")
     if isinstance(value, Mapping):
         return {k: _without_nulls(item, what, levels - 1) for k, item in value.items() if item is not None}
     if isinstance(value, int) and not -(2**63) <= value < 2**64:

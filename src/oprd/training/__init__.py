@@ -1,4 +1,4 @@
 """Training: one step's loss (`step.py`), the trainer on TRL, and `oprd train`.
 
-Imports every room but `preflight` and `cli`.
+Imports every package but `preflight` and `cli`.
 """

@@ -1,7 +1,7 @@
 """Keep what a bridge does not determine close to the student's own states before training.
 
-A bridge of rank r says where r directions of a paired row belong, and nothing about the other directions or
-about rows without a partner. Left alone these drift, and the LM head gets states that it was not made for.
+A bridge of rank r constrains r directions of a paired row. It does not constrain the other directions, or
+unpaired rows. Without the anchor these drift, and the LM head gets states that it was not trained for.
 """
 
 import copy

@@ -52,7 +52,7 @@ class Comparison:
         return rows if self.bridge is None else self.bridge.student(rows, layer)
 
     def teacher(self, layer: int, rows: Float[Tensor, "N T"]) -> Float[Tensor, "N R"]:
-        """The teacher's rows as they are compared, side by side for all student layers of `layer`."""
+        """Project teacher rows; with several student layers per `layer`, their projections side by side."""
         if self.bridge is None:
             return rows
         return torch.cat([self.bridge.teacher(rows, s) for s in self._students_of(layer)], dim=-1)

@@ -44,7 +44,7 @@ class OPRDConfig(ObjectiveSettings, DistillationConfig):
     teacher_model_name_or_path: str | None = field(
         default=None, metadata={"help": "Teacher: a Hub name, a folder or tiny:teacher. (required)"}
     )
-    temperature: float = field(default=1.0, metadata={"help": "Of sampling rollouts, not of any loss."})
+    temperature: float = field(default=1.0, metadata={"help": "For sampling rollouts; losses do not use it."})
     learning_rate: float = field(default=1e-5, metadata={"help": "Peak learning rate of AdamW."})
     lr_scheduler_type: str = field(default="cosine", metadata={"help": "Learning-rate schedule."})
     warmup_steps: float = field(default=0.03, metadata={"help": "Warm-up: steps, or a share if below 1."})
@@ -53,16 +53,16 @@ class OPRDConfig(ObjectiveSettings, DistillationConfig):
         metadata={"help": f"Optimiser steps; {DEFAULT_STEPS}, or as many as num_train_epochs takes."},
     )
     num_train_epochs: float = field(
-        default=0.0, metadata={"help": "Passes over the prompts, in place of max_steps."}
+        default=0.0, metadata={"help": "Epochs over the prompts, in place of max_steps."}
     )
     per_device_train_batch_size: int = field(default=2, metadata={"help": "Rollouts per micro-batch."})
     gradient_accumulation_steps: int = field(default=8, metadata={"help": "Micro-batches per step."})
-    max_completion_length: int | None = field(default=16384, metadata={"help": "Longest rollout, in tokens."})
+    max_completion_length: int | None = field(default=16384, metadata={"help": "Longest response (tokens)."})
     logging_steps: float = field(default=1, metadata={"help": "Log to the trackers every n steps."})
     # Ours ends the run; transformers' would wait for the device at every micro-batch.
     logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Hide losses that are not finite."})
     save_steps: float = field(
-        default=50, metadata={"help": "Write a checkpoint every n steps, or every such share of the run."}
+        default=50, metadata={"help": "Write a checkpoint every n steps; below 1, a share of the run."}
     )
     save_total_limit: int | None = field(
         default=2, metadata={"help": "Keep the newest n checkpoints; 0 keeps all."}

@@ -1,4 +1,4 @@
-"""What training logs besides the loss: how alike states and next-token distributions are."""
+"""Metrics besides the loss: similarity of hidden states and of next-token distributions."""
 
 import torch
 from jaxtyping import Float, Int

@@ -9,7 +9,7 @@ from trl.trainer.utils import RepeatSampler
 class EpochSampler(RepeatSampler):
     """TRL's sampler, whose order in an epoch depends on nothing but the seed and the epoch.
 
-    TRL's own order follows from the epochs before it, which a resumed run has not been through.
+    TRL's own order depends on earlier epochs, which a resumed run has not drawn.
     """
 
     def __init__(self, epoch: Callable[[], int], seed: int, **kwargs: Any) -> None:

@@ -10,7 +10,7 @@ from oprd.foundation.errors import UserError, reason, whatever_fails_is
 
 
 def check_installed(settings: Any) -> None:
-    """Raise `UserError` for what the `TrainingArguments` of a run name and this machine has not got."""
+    """Raise `UserError` for what the `TrainingArguments` of a run need and this machine lacks."""
     for name in settings.report_to:
         try:
             for callback in get_reporting_integration_callbacks(name):

@@ -14,7 +14,7 @@ def warn_of_another_origin(step: int, values: Mapping[str, float]) -> dict[str, 
     if step == 1 and cosine is not None and cosine < ONE_ORIGIN:
         logger.warning(
             "step 1: student and teacher states have a mean cosine of %.2f, so the models do not share their "
-            "coordinates; comparing states directly suits a teacher that was trained from the student, or "
+            "coordinates; a direct comparison needs a teacher that was trained from the student, or "
             "from its start: fit a bridge (oprd bridge), or use an output loss",
             cosine,
         )

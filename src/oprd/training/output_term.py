@@ -1,4 +1,4 @@
-"""The output term of an update: both LM heads on final states, and a divergence of what they say."""
+"""The output loss: both LM heads on final states, and a divergence of their next-token distributions."""
 
 from dataclasses import dataclass
 from functools import partial
@@ -116,7 +116,7 @@ class OutputTerm:
             return (batch.engine_log_probs[mask],)
         if self.settings.vllm_importance_sampling_correction:
             raise UserError(
-                "these rollouts come without the engine's log-probs, so they cannot be weighed (with tools "
+                "these rollouts have no engine log-probs, which importance weights need (with tools "
                 "none are kept): set vllm_importance_sampling_correction: false"
             )
         return ()

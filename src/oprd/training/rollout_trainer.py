@@ -1,4 +1,4 @@
-"""A trainer's rollouts: drawn, read by the teacher's tokenizer, weighed, described, packed."""
+"""The trainer's rollouts: generation, the teacher's tokens, row weights, metrics, packing."""
 
 import logging
 import math
@@ -42,7 +42,7 @@ logger = logging.getLogger(__name__)
 
 
 class RolloutTrainer(DistillationTrainer):
-    """TRL's trainer, and what happens between its rollouts and the update."""
+    """TRL's trainer, extended between its rollouts and the update: teacher inputs, row weights, packing."""
 
     args: OPRDConfig
     model: PreTrainedModel
@@ -98,7 +98,7 @@ class RolloutTrainer(DistillationTrainer):
         found = usable.lengths.max(axis=1).tolist()
         self._longest_prompts = list(map(max, self._longest_prompts, found))
         if self.tools and isinstance(usable.dataset[0]["prompt"], str):
-            raise UserError("tools are called in chats, and the prompts are text: give them as messages")
+            raise UserError("tools need chat prompts, and these are text: give them as messages")
         return usable.dataset
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
@@ -133,7 +133,7 @@ class RolloutTrainer(DistillationTrainer):
         if aside := options_aside(self.model, self.generation_kwargs):
             options = ", ".join(f"{name} {str(value)[:40]}" for name, value in aside.items())
             logger.info(
-                "rollouts follow the recipe; set aside from the student's generation config: %s", options
+                "rollouts follow the recipe; not used from the student's generation config: %s", options
             )
 
     def _tokenize_prompts(self, prompts: list[Any]) -> Any:

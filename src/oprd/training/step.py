@@ -74,15 +74,15 @@ class Update:
         meters = Averages(), Stopwatch(device), FiniteWatch()
         if comparison.bridge is not None and output.vocabulary is None and anchor is None:
             logger.warning(
-                "across tokenizers many rows have no counterpart, and a bridge without an anchor lets the "
-                "student's states there drift until it writes nothing sensible: set anchor_weight: 1"
+                "across tokenizers many rows are not paired, and through a bridge without an anchor their "
+                "states drift until the student's text degenerates: set anchor_weight: 1"
             )
         return cls(settings, comparison, student, pair.teacher, output, anchor, *meters)
 
     def freeze_unreached(self) -> None:
         """Freeze what no term of the run reaches; raises `UserError` where nothing is left to train."""
         if frozen := freeze_unreached(self.student, self.settings, self.layer_map):
-            logger.info("frozen, since no loss reaches it: %s", ", ".join(frozen))
+            logger.info("frozen, since no loss gives it a gradient: %s", ", ".join(frozen))
         check_trainable(self.student)
 
     def place(self, device: torch.device, sharding: Sharding | None) -> None:
@@ -94,7 +94,7 @@ class Update:
     def loss(self, batch: RolloutBatch, step: int) -> Tensor:
         """μ · representation + w · output (Eq. 7) + a · anchor of one micro-batch at update `step`, 0-based.
 
-        A term of weight zero costs nothing, and a step without any changes nothing.
+        A term of weight zero is not computed; if all are zero, the loss is zero.
         """
         weights = {term: schedule(step) for term, schedule in self.settings.schedules.items()}
         rows = {term: batch.rows(term) for term in TERMS if weights[term] > 0}
@@ -109,7 +109,7 @@ class Update:
 
     @torch.no_grad()
     def observe(self, batch: RolloutBatch, step: int) -> None:
-        """Measure on `batch` what `loss` does not show at this step: cosines, entropies, top-k overlap."""
+        """Log diagnostics of the terms that are off at this step: cosines, entropies, top-k overlap."""
         off = [term for term, schedule in self.settings.schedules.items() if schedule(step) == 0]
         possible = {"representation": self._comparable, "output": self.output.vocabulary is not None}
         rows = {term: batch.rows(term) for term in off if possible.get(term)}

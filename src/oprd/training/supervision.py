@@ -12,7 +12,7 @@ REMIND_AFTER = 10  # steps in a row
 
 
 class SupervisionWatch:
-    """Follows how many rows the terms of a run are given, by what its steps recorded.
+    """Tracks how many rows each loss term supervised, from the recorded metrics.
 
     `rollout/<term>_rows` is summed over ranks, so every rank comes to the same end.
     """
@@ -74,11 +74,11 @@ class SupervisionWatch:
         if self._settings.mask_truncated_completions and values.get("rollout/truncated_share") == 1:
             return (
                 "all rollouts reached max_completion_length, and mask_truncated_completions leaves those "
-                "out: raise the one or drop the other"
+                "out: raise the length limit, or unset mask_truncated_completions"
             )
         if "rollout/coverage" in values:
             return (
-                f"{values['rollout/coverage']:.0%} of the student's rows have a partner among the teacher's, "
-                "and output losses take whole spans of text alone"
+                f"{values['rollout/coverage']:.0%} of the student's rows are paired with the teacher's, "
+                "and output losses use only complete spans of text"
             )
         return "all tokens are tool output or beyond the vocabulary that both models share"

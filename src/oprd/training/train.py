@@ -65,7 +65,7 @@ class RunArguments(AdapterArguments):
     dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a Hub dataset."})
     dataset_train_split: str = field(default="train", metadata={"help": "Split of the dataset."})
     dataset_streaming: bool = field(
-        default=False, metadata={"help": "Fetch only the rows of a Hub dataset that max_steps steps take."}
+        default=False, metadata={"help": "Fetch only the rows of a Hub dataset that max_steps steps use."}
     )
     accuracy_dataset_name: str | None = field(
         default=None, metadata={"help": "Problems with answers, to follow accuracy during the run."}
@@ -74,10 +74,10 @@ class RunArguments(AdapterArguments):
     accuracy_steps: int = field(
         default=50, metadata={"help": "Measure accuracy every n steps, and at the first and last."}
     )
-    accuracy_problems: int = field(default=64, metadata={"help": "How many problems, from the first on."})
+    accuracy_problems: int = field(default=64, metadata={"help": "Evaluate the first n problems."})
     accuracy_samples: int = field(default=4, metadata={"help": "Samples per problem."})
     dry_run: bool = field(
-        default=False, metadata={"help": "Try an update of the longest rollouts, report its memory and stop."}
+        default=False, metadata={"help": "Run two steps on the longest rollouts, report the memory and stop."}
     )
 
 
@@ -103,7 +103,7 @@ def parse_training_recipe(
     check_ranges(vars(run))
     if config.resume_from_checkpoint is not None:
         raise UserError(
-            f"{told}: resume_from_checkpoint: a run goes on by itself from the last whole checkpoint in its "
+            f"{told}: resume_from_checkpoint: the same command resumes from the last complete checkpoint in "
             "output_dir: leave it out"
         )
     return run, config
@@ -116,7 +116,7 @@ def train(
 ) -> Path:
     """Start, resume or leave alone the run in `config.output_dir`; returns the folder.
 
-    Raises `UserError` for what the user can mend, before anything is written, and `Stopped` if a signal ended
+    Raises `UserError` for what the user can fix, before anything is written, and `Stopped` if a signal ended
     the run before its last step.
     """
     folder = output_folder(config)
@@ -260,7 +260,7 @@ def _accuracy_observer(
     )
     room = response_room(trainer.model, trainer.processing_class, rows, settings)
     if room is not None and room < 1:
-        raise UserError(f"a prompt of accuracy_dataset_name: {run.accuracy_dataset_name} leaves no position")
+        raise UserError(f"a prompt of accuracy_dataset_name: {run.accuracy_dataset_name} fills the context")
     longest = min(config.max_completion_length or 512, math.inf if room is None else room)
     settings = replace(settings, sampling=Sampling(max_new_tokens=int(longest)))
 

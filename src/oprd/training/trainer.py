@@ -1,6 +1,6 @@
 """OPRD on TRL: rollouts, buffering, checkpoints and distribution are TRL's, the update is ours.
 
-No other room than this one imports trl.
+Only this package imports trl.
 """
 
 import logging
@@ -69,9 +69,9 @@ class OPRDTrainer(ResumableTrainer, UpdateTrainer):
     """On-policy distillation in representation space, output space, or both (Eq. 6–7).
 
     `model` and `teacher_model` are names (`tiny:student`, a folder, a Hub name) or model objects;
-    other arguments are those of `trl.DistillationTrainer`. Of a stream (`IterableDataset`) the prompts of
-    `max_steps` steps are read into memory. Raises `UserError` for anything the user can mend, before the
-    first rollout: every prompt is rendered in every template that will read it.
+    other arguments are those of `trl.DistillationTrainer`. Of an `IterableDataset`, the prompts for
+    `max_steps` steps are read into memory. Before the first rollout every prompt is rendered in every chat
+    template that will be used, and `UserError` is raised for anything that the user can fix.
     """
 
     # Both stand on the Hub; until TRL takes them from a trainer's caller.
@@ -100,7 +100,7 @@ class OPRDTrainer(ResumableTrainer, UpdateTrainer):
         if not isinstance(train_dataset, Dataset):
             raise UserError(f"train_dataset must be a datasets.Dataset, got {type(train_dataset).__name__}")
         if args.eval_on_start and kwargs.get("eval_dataset") is None:
-            raise UserError("eval_on_start takes an eval_dataset: leave it out, or set accuracy_dataset_name")
+            raise UserError("eval_on_start needs an eval_dataset: leave it out, or set accuracy_dataset_name")
         check_installed(args)
         if not isinstance(teacher_model, str):
             check_loaded_teacher(args)
@@ -134,7 +134,7 @@ class OPRDTrainer(ResumableTrainer, UpdateTrainer):
             options = mapping("gradient_checkpointing_kwargs", args.gradient_checkpointing_kwargs)
             check_attention_kept(self.model, args.gradient_checkpointing, options)
         if not args.disable_dropout and has_dropout(self.model):
-            logger.warning("the student learns with dropout, and its teacher has none: disable_dropout: true")
+            logger.warning("the student learns with dropout, the teacher has none: set disable_dropout: true")
         if is_deepspeed_zero3_enabled():
             check_zero3(self.model, args)
         self.sharding = Sharding.of(self.accelerator)
@@ -210,7 +210,7 @@ class OPRDTrainer(ResumableTrainer, UpdateTrainer):
         if translation.feeds_foreign_ids:
             self.teacher.check_ids(self.model)
         if translation.aligner is not None and self.tools:
-            raise UserError("tools need a teacher of the student's tokenizer: its turns cannot be translated")
+            raise UserError("tools need a teacher with the student's tokenizer: turns cannot be aligned")
         return translation
 
     def _take_over_engine(self) -> StudentEngine | None:

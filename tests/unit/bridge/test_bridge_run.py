@@ -304,7 +304,7 @@ def test_a_bridge_that_was_changed_is_not_written_over_until_it_is_deleted(
     assert run(folder) == 2
     (line,) = capsys.readouterr().err.strip().splitlines()
     assert f"{folder}/bridge.safetensors is damaged" in line
-    assert line.endswith("fit the bridge again: delete bridge.safetensors, and the same command does so")
+    assert line.endswith("fit the bridge again: delete bridge.safetensors and run the same command")
     assert snapshot(folder) == before
     (folder / "bridge.safetensors").unlink()
     assert run(folder) == 0
@@ -434,14 +434,14 @@ def refused(run, tmp_path, capsys):
         ({"rank": -3}, "rank: '-3' is neither"),
         ({"rank": "many"}, "rank: 'many' is neither"),
         ({"rank": 2.5}, "rank: '2.5' is neither"),
-        ({"rank": 161}, "rank 161 is asked of a teacher 160 wide"),
+        ({"rank": 161}, "rank 161 is above the teacher's width 160"),
         ({"max_rank": 0}, "max_rank must be 1 or more"),
         ({"affine": "perhaps"}, "affine: 'perhaps' is not one of auto, true, false"),
         ({"method": "lda"}, "lda"),
         ({"directions": "best"}, "directions"),
         ({"layers": "5"}, "the student has layers 1 to 4, and layer 5 is not one of them"),
         ({"layers": "1=7"}, "the teacher has layers 1 to 6"),
-        ({"layers": "best", "all_pairs_gib": 0.001}, "layers: best compares all layers, which takes 0.00"),
+        ({"layers": "best", "all_pairs_gib": 0.001}, "layers: best compares all layers, which needs 0.00"),
         ({"holdout": 1.0}, "holdout must be 0 or more and below 1, got 1.0"),
         ({"holdout": 0, "rank": "auto"}, "no rollouts to choose by"),
         ({"holdout": 0, "layers": "best"}, "no rollouts to choose by"),
@@ -611,5 +611,5 @@ def same_numbers(one, two, where="report"):
 def test_an_engine_in_the_process_is_refused_among_ranks():
     args = parse_bridge_recipe(TINY_RECIPES / "bridge.yaml", ["--engine", "vllm"])
     pair = ModelPair.load(args, torch.device("cpu"))
-    with pytest.raises(UserError, match="engine: vllm takes one process"):
+    with pytest.raises(UserError, match="engine: vllm works in one process only"):
         pair.engine(args, Ranks(0, 2))

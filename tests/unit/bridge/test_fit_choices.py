@@ -153,7 +153,7 @@ def test_a_layer_without_a_predictable_direction_is_dropped(caplog):
 @pytest.mark.parametrize("directions", ["leading", "predictable"])
 def test_a_bridge_without_a_layer_is_refused(directions):
     fitter = deep_fitter(directions=directions)
-    with pytest.raises(UserError, match="no layer"):
+    with pytest.raises(UserError, match="no student layer"):
         fitter.fit("auto", layer_map=ONE)
     assert fitter.fit(2, layer_map=ONE).ranks == {1: 2}  # a rank of one's own is kept
 
@@ -473,7 +473,7 @@ def test_pairs_that_were_not_accumulated_are_refused(ready):
 def test_a_layer_that_never_varies_gives_a_plain_report(fit):
     student, _ = reference.make_rows(200, 6, 5)
     teacher = np.ones((200, 3))
-    with pytest.raises(UserError, match="no layer"):
+    with pytest.raises(UserError, match="no student layer"):
         fit(student, teacher, "auto")
     report = fit(student, teacher, 2).metadata["layers"]["1"]
     assert np.isfinite(report["explained"]).all() and np.isfinite(report["mse"]).all()

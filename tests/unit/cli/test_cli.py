@@ -92,8 +92,8 @@ def refused(capsys, argv):
         ({"max_completion_length": 0}, "max_completion_length must be 1 or more, got 0"),
         ({"max_completion_length": -3}, "max_completion_length must be 1 or more, got -3"),
         ({"ignore_data_skip": True}, "a resumed run would draw the first prompts again: leave it out"),
-        ({"resume_from_checkpoint": "checkpoint-3"}, "goes on by itself from the last whole checkpoint"),
-        ({"eval_on_start": True}, "eval_on_start takes an eval_dataset"),
+        ({"resume_from_checkpoint": "checkpoint-3"}, "resumes from the last complete checkpoint"),
+        ({"eval_on_start": True}, "eval_on_start needs an eval_dataset"),
         ({"optim_args": "a"}, "optim_args: a: not enough values"),
     ],
     ids=str,
@@ -421,7 +421,7 @@ def test_a_stopped_bridge_starts_over(capsys, tmp_path, monkeypatch):
     stop_at_call(monkeypatch, HFEngine, "generate", 2)
     assert cli.run([*argv, "--batch_size", "8", "--max_completion_length", "8"]) == 143
     last = capsys.readouterr().err.strip().splitlines()[-1]
-    assert last == "oprd: stopped before the bridge was whole: the same command starts over"
+    assert last == "oprd: stopped before the bridge was complete: the same command starts over"
     assert not output.exists()
 
 

@@ -50,7 +50,7 @@ def test_names_are_those_of_trl(name, kind, count):
 @pytest.mark.parametrize(
     ("flags", "says"),
     [
-        (["--accelerate_config", "fsdp9"], "fsdp9 is no file, and none of fsdp1, fsdp2"),
+        (["--accelerate_config", "fsdp9"], "fsdp9 is neither a file nor one of fsdp1, fsdp2"),
         (["--num_processes", "2"], "--num_processes goes with --accelerate_config"),
         (["--accelerate_config", "fsdp2", "--learning_rate", "-1"], "learning_rate"),
     ],
@@ -65,4 +65,4 @@ def test_mistakes_are_told_before_a_launcher_starts(flags, says, tmp_path, capsy
 def test_a_launcher_within_a_launcher_is_refused(tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("LOCAL_RANK", "0")
     assert run(["train", str(VANILLA), "--accelerate_config", "fsdp2"]) == 2
-    assert "a launcher started this process" in capsys.readouterr().err
+    assert "--accelerate_config starts a launcher" in capsys.readouterr().err

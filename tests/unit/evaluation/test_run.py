@@ -359,7 +359,7 @@ def test_prompts_that_the_model_cannot_read_are_named(model, tokenizer):
     strict.chat_template = refusal + "{{ messages[0].content }}"
     question = {"role": "user", "content": "1+1"}
     refused = {"prompt": [{"role": "system", "content": "Be brief."}, question], "solution": "2"}
-    said = r"^row 1 \('1\+1'\): the model's chat template refuses it \(no system\); mend or remove the row$"
+    said = r"^row 1 \('1\+1'\): the model's chat template refuses it \(no system\); fix or remove the row$"
     with pytest.raises(UserError, match=said):
         evaluate(model, strict, [{"prompt": [question], "solution": "2"}, refused], SETTINGS, progress=False)
     with pytest.raises(UserError, match=r"row 0 .* the model has \d+ embeddings"):

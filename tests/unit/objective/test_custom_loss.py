@@ -112,7 +112,7 @@ def test_a_changed_source_is_another_loss(module):
         ("nowhere:huber", "there is no module nowhere, neither installed nor in "),
         ("my_losses:distanze", "my_losses has no distanze; did you mean distance?"),
         ("my_losses:Powers.quartic", "my_losses has no quartic"),
-        ("my_losses:one_number", "is no function, but of type int"),
+        ("my_losses:one_number", "is not a function but of type int"),
         ("lambda s, t: s - t", "is not module:function, such as my_losses:huber"),
         ("my_losses.py:distance", "there is no module my_losses.py"),
         ("my_losses:", "is not module:function"),

@@ -13,7 +13,7 @@ import pytest
 from places import ROOT
 
 SOURCES = ROOT / "src" / "oprd"
-ROOMS = {  # what each room may import, in the order in which data flows
+PACKAGES = {  # what each package may import, in the order in which data flows
     "foundation": "",
     "objective": "foundation",
     "text": "foundation",
@@ -62,27 +62,27 @@ def own_imports(name: str) -> set[str]:
     return {n for n in found if not any(other.startswith(n + ".") for other in found)}
 
 
-def room(name: str) -> str:
+def package(name: str) -> str:
     return name.split(".")[1]
 
 
 def test_the_sources_are_found():
-    assert {room(name) for name in MODULES if name != "oprd"} == ROOMS.keys()
+    assert {package(name) for name in MODULES if name != "oprd"} == PACKAGES.keys()
     assert "oprd.foundation.errors.UserError" in imported_names("oprd.objective.losses")
 
 
-def test_the_top_of_the_package_is_its_rooms():
+def test_the_top_of_the_package_is_its_packages():
     entries = {path.name for path in SOURCES.iterdir() if path.name != "__pycache__"}
-    assert entries == {"__init__.py", *ROOMS}
+    assert entries == {"__init__.py", *PACKAGES}
 
 
 @pytest.mark.parametrize("name", [name for name in MODULES if name != "oprd"])
-def test_a_room_imports_those_before_it(name):
-    assert {room(imported) for imported in own_imports(name)} <= {room(name), *ROOMS[room(name)].split()}
+def test_a_package_imports_those_before_it(name):
+    assert {package(imported) for imported in own_imports(name)} <= {package(name), *PACKAGES[package(name)].split()}
 
 
-@pytest.mark.parametrize("name", ROOMS)
-def test_each_room_says_what_it_holds(name):
+@pytest.mark.parametrize("name", PACKAGES)
+def test_each_package_says_what_it_holds(name):
     docstring = ast.get_docstring(ast.parse(MODULES[f"oprd.{name}"].read_text(encoding="utf-8")))
     assert docstring is not None and "mport" in docstring
 
@@ -93,9 +93,9 @@ def test_leaves_import_only_the_errors_and_foreign_names(name):
     assert own_imports(f"oprd.{name}") <= {"oprd.foundation.errors"} | foreign
 
 
-def test_only_the_training_room_imports_trl():
+def test_only_the_training_package_imports_trl():
     importers = {name for name in MODULES if any(is_within(n, "trl") for n in imported_names(name))}
-    assert {room(name) for name in importers} == {"training"}
+    assert {package(name) for name in importers} == {"training"}
 
 
 def test_imports_have_no_cycle():

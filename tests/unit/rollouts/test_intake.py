@@ -89,7 +89,7 @@ def test_a_row_that_the_teachers_template_refuses_is_named(student, teacher):
     said = (
         r"^row 2 \('Why is that so\?'\): the teacher's chat template refuses it "
         r"\(System role not supported\); "
-        "mend or remove the row, or set drop_unrenderable_prompts: true$"
+        "fix or remove the row, or set drop_unrenderable_prompts: true$"
     )
     with pytest.raises(UserError, match=said):
         usable_prompts(data, [student, teacher])

@@ -159,7 +159,7 @@ def test_invalid_utf8(ours, theirs, caplog):
     assert tensors["teacher_completion_mask"].tolist() == [[1, 1, 1], [0, 0, 0]]
     assert tensors["teacher_rows"].tolist() == [[0, 1, 2, -1, -1, -1], [-1] * 6]
     assert [response.invalid_utf8 for response in aligned] == [True, True]
-    assert "only 33% of the student's rows have a partner" in caplog.text
+    assert "only 33% of the student's rows are paired" in caplog.text
 
 
 def test_one_vocabulary_has_nothing_to_translate(ours, theirs):
@@ -184,7 +184,7 @@ def test_few_pairs_are_said_once(ours, theirs, caplog):
     for _ in range(3):
         translation.responses(*pad([broken(ours, "1+2", 3), broken(ours, "1+2", 2)]))  # 6 of 13
     (said,) = [record.getMessage() for record in caplog.records]
-    assert said.startswith("only 46% of the student's rows have a partner among the teacher's")
+    assert said.startswith("only 46% of the student's rows are paired with the teacher's")
 
 
 def test_pairing_that_stops_within_rollouts_is_said_once(ours, theirs, caplog):
@@ -201,7 +201,7 @@ def test_pairing_that_stops_within_rollouts_is_said_once(ours, theirs, caplog):
     assert said.startswith(
         "in 1 of 4 rollouts pairing stops well before the end; in the first of them 20 rows"
     )
-    assert said.endswith("78=13023' and have no partner: the student's next bytes are no valid UTF-8")
+    assert said.endswith("78=13023' and are unpaired: the student's next bytes are no valid UTF-8")
 
 
 def test_what_the_teacher_reads_instead_is_said(ours, caplog):

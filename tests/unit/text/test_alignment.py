@@ -414,7 +414,7 @@ def ids_of(side: Kit):
 
 @st.composite
 def responses(draw):
-    """Two kits, with texts under both tokenizers, torn up and mended, or ids at random."""
+    """Two kits, with texts under both tokenizers, torn up and fixed, or ids at random."""
     names = draw(PAIRS_OF_KITS)
     student, teacher = KITS[names[0]], KITS[names[1]]
     if draw(st.booleans()):

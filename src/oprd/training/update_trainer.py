@@ -43,11 +43,14 @@ class UpdateTrainer(RolloutTrainer):
                 inputs = on_host(inputs)
                 inputs |= self._row_weights(inputs)
             inputs = [RolloutBatch.of(inputs)]
-        loss = self._losses(model, inputs)
+        loss = self._backward_all_but_last(model, inputs)
         return (loss, None) if return_outputs else loss
 
-    def _losses(self, model: torch.nn.Module, parts: list[RolloutBatch]) -> Tensor:
-        """The loss of the last micro-batch, plus those of the others, whose gradients are taken here."""
+    def _backward_all_but_last(self, model: torch.nn.Module, parts: list[RolloutBatch]) -> Tensor:
+        """The loss of the last micro-batch, plus those of the others, whose gradients are taken here.
+
+        Or their graphs would all be kept until the backward of the caller, which runs one for all of them.
+        """
         total = torch.zeros((), device=self.accelerator.device, requires_grad=True)
         for part in parts[:-1]:
             with self._more_to_come(model) as keys:

@@ -39,11 +39,12 @@ from oprd.models.forward import StateRequest, read_states
 from oprd.models.lengths import fitting_length, run_readers
 from oprd.models.trial import try_states
 from oprd.objective.selection import Positions
+from oprd.objective.terms import TERMS
 from oprd.rollouts.generation import Engine, Rollout, Sampling, left_pad
 from oprd.rollouts.intake import usable_prompts
 from oprd.rollouts.progress import tokens_shown
 from oprd.rollouts.prompts import load_prompts
-from oprd.rollouts.rows import TERMS, RolloutBatch, readable
+from oprd.rollouts.rows import RolloutBatch, readable
 
 logger = logging.getLogger(__name__)
 

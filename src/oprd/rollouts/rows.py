@@ -13,10 +13,9 @@ from oprd.models.forward import ModelInput
 from oprd.objective.composite import num_units, row_weights
 from oprd.objective.selection import Positions
 from oprd.objective.settings import ObjectiveSettings
+from oprd.objective.terms import OUTPUT, REPRESENTATION, TERMS
 
 Inputs = dict[str, Any]
-
-TERMS = ("representation", "output", "anchor")
 
 
 @dataclass(frozen=True)
@@ -155,11 +154,11 @@ def weigh_rows(
     supervised &= readable(inputs["completion_ids"].to(supervised.device), vocabulary)
     if settings.mask_truncated_completions:
         supervised = supervised & ~truncated[:, None]
-    paired = {"representation": inputs["teacher_rows"] >= 0} if "teacher_rows" in inputs else {}
+    paired = {REPRESENTATION: inputs["teacher_rows"] >= 0} if "teacher_rows" in inputs else {}
     weights = {}
     for term, spec in zip(TERMS, (settings.positions, settings.output_positions, "all"), strict=True):
         mask = Positions.parse(spec).mask(supervised & paired.get(term, True))
-        if term == "output" and "teacher_rows" in inputs:
+        if term == OUTPUT and "teacher_rows" in inputs:
             mask = whole_spans(mask, inputs)
         total = sum_over_ranks(num_units(mask, settings.reduction))
         weights[f"{term}_weights"] = row_weights(mask, settings.reduction, total)

@@ -30,13 +30,13 @@ from oprd.rollouts.engines.student import StudentEngine
 from oprd.rollouts.intake import prompts_per_step, usable_prompts
 from oprd.rollouts.packing import repack
 from oprd.rollouts.progress import tokens_shown
-from oprd.rollouts.rows import TERMS, RolloutBatch, on_host, truncated_rollouts, weigh_rows
+from oprd.rollouts.rows import RolloutBatch, on_host, truncated_rollouts, weigh_rows
 from oprd.rollouts.translation import Translation
 from oprd.text.alignment import AlignedResponse
 from oprd.text.rendering import Renderer
 from oprd.training.config import OPRDConfig
 from oprd.training.step import Update
-from oprd.training.supervision import SupervisionWatch
+from oprd.training.supervision import COUNTED_TERMS, SupervisionWatch
 
 logger = logging.getLogger(__name__)
 
@@ -244,7 +244,7 @@ class RolloutTrainer(DistillationTrainer):
             averages.add("rollout/coverage", paired, rows)
             averages.add("rollout/invalid_utf8", sum(a.invalid_utf8 for a in aligned))
             averages.add("rollout/collapsed_alignment", sum(a.collapsed for a in aligned), len(aligned))
-        for term in TERMS[:2]:
+        for term in COUNTED_TERMS:
             if self.args.schedules[term].ever_active:
                 averages.add(f"rollout/{term}_rows", (batch[f"{term}_weights"] > 0).sum())
 

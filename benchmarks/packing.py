@@ -21,7 +21,7 @@ from torch import Tensor
 from oprd.models.teacher import Teacher
 from oprd.objective.settings import ObjectiveSettings
 from oprd.rollouts.packing import repack
-from oprd.rollouts.rows import Inputs, RolloutBatch, weigh_rows
+from oprd.rollouts.rows import RolloutBatch, RolloutInputs, weigh_rows
 from oprd.training.step import Update
 from oprd.training.training_pair import TrainingPair
 
@@ -29,7 +29,7 @@ SHAPE = Shape(6, 256, 768, 4, 2, 4096, 2048, 2048)
 ROLLOUTS, SIZE, PROMPT, MEDIAN = 32, 4, 64, 256
 
 
-def make_window(seed: int) -> list[Inputs]:
+def make_window(seed: int) -> list[RolloutInputs]:
     """Rollouts with the weights of their rows, in micro-batches of `SIZE`."""
     generator = torch.Generator().manual_seed(seed)
     lengths = (MEDIAN * (0.8 * torch.randn(ROLLOUTS, generator=generator)).exp()).int().clamp(1, SHAPE.tokens)
@@ -45,7 +45,7 @@ def make_window(seed: int) -> list[Inputs]:
     return [{k: v[i : i + SIZE] for k, v in inputs.items()} for i in range(0, ROLLOUTS, SIZE)]
 
 
-def run(update: Update, parts: Sequence[Inputs]) -> dict[str, float]:
+def run(update: Update, parts: Sequence[RolloutInputs]) -> dict[str, float]:
     """Seconds, padded tokens and the gradient's norm of one window's update."""
     update.student.zero_grad()
     start, tokens = time.perf_counter(), 0

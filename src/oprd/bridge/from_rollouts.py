@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from datasets import Dataset
@@ -39,11 +39,12 @@ from oprd.models.forward import StateRequest, read_states
 from oprd.models.lengths import fitting_length, run_readers
 from oprd.models.trial import try_states
 from oprd.objective.selection import Positions
+from oprd.objective.terms import TERMS
 from oprd.rollouts.generation import Engine, Rollout, Sampling, left_pad
 from oprd.rollouts.intake import usable_prompts
 from oprd.rollouts.progress import tokens_shown
 from oprd.rollouts.prompts import load_prompts
-from oprd.rollouts.rows import TERMS, RolloutBatch, readable
+from oprd.rollouts.rows import RolloutBatch, RolloutInputs, each, readable
 
 logger = logging.getLogger(__name__)
 
@@ -235,7 +236,8 @@ def _update(
     else:
         supervised &= readable(inputs["completion_ids"], pair.teacher.vocabulary)
     mask = Positions.parse(args.positions).mask(supervised)
-    batch = RolloutBatch.of(inputs | {f"{term}_weights": mask.float() for term in TERMS})
+    weights = cast(RolloutInputs, {f"{term}_weights": mask.float() for term in TERMS})
+    batch = RolloutBatch.of(inputs | weights)
     requests = [
         StateRequest(fitter.student_layers, mask, args.final_norm),
         StateRequest(fitter.teacher_layers, batch.on_teacher(mask), args.final_norm),
@@ -248,12 +250,12 @@ def _update(
 
 def _inputs(
     pair: ModelPair, prompts: list[Any], rollouts: list[Rollout]
-) -> tuple[dict[str, torch.Tensor], dict[str, int]]:
+) -> tuple[RolloutInputs, dict[str, int]]:
     """The padded tensors that a batch is read from, as TRL's trainer would give them, and counts."""
     device, pad = pair.student.device, pair.tokenizer.pad_token_id or 0
     responses = [torch.tensor(rollout.response_ids) for rollout in rollouts]
     prompt_ids, prompt_mask = left_pad([rollout.prompt_ids for rollout in rollouts], pad)
-    inputs = {
+    inputs: RolloutInputs = {
         "prompt_ids": prompt_ids,
         "prompt_mask": prompt_mask,
         "completion_ids": pad_sequence(responses, batch_first=True, padding_value=pad),
@@ -271,7 +273,7 @@ def _inputs(
         counts["paired_rows"] = sum(len(response.rows) for response in aligned)
         counts["invalid_utf8"] = sum(response.invalid_utf8 for response in aligned)
         counts["collapsed_alignment"] = sum(response.collapsed for response in aligned)
-    return {name: tensor.to(device) for name, tensor in inputs.items()}, counts
+    return each(inputs, lambda _, tensor: tensor.to(device)), counts
 
 
 def _origin(

@@ -98,13 +98,16 @@ def read_states(
     model_input: ModelInput,
     requests: Sequence[StateRequest],
     padding_free: bool | None = None,
+    *,
+    backward_follows: bool = False,
 ) -> list[dict[int, Tensor]]:
     """Run the backbone once, no deeper than needed and without its LM head.
 
     Returns, for every request, `{layer: [N, D]}`, transformed, with N the rows of its mask, row-major. With
     `padding_free` all rollouts are read as one sequence of their tokens, in which none sees another; None:
     where the model's attention takes sequences of any lengths. A model that ignores padding (`heeds_padding`)
-    is run once for every length of prompt.
+    is run once for every length of prompt. `backward_follows` says that transforms make all losses: the
+    deepest block read is then the first in the backward, and is not checkpointed.
     """
     if not padding_free and model_input.is_padded and not heeds_padding(model, model_input.input_ids.device):
         return _read_by_padding(model, model_input, requests)
@@ -112,9 +115,7 @@ def read_states(
     deepest = max(range(len(requests)), key=lambda i: (max(requests[i].layers), i))
     inputs, real = _inputs(model, model_input, padding_free)
     with ExitStack() as captures:
-        if all(
-            request.transform is not None for request in requests
-        ):  # losses are there: the backward is next
+        if backward_follows:
             captures.enter_context(uncheckpointed(model, max(requests[deepest].layers)))
         states = []
         for i, request in enumerate(requests):

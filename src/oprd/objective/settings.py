@@ -14,6 +14,7 @@ from oprd.objective.custom_loss import named_loss
 from oprd.objective.losses import REPRESENTATION_LOSSES
 from oprd.objective.output_space import Divergence, Support
 from oprd.objective.selection import Positions
+from oprd.objective.terms import ANCHOR, OUTPUT, REPRESENTATION
 
 OUTPUT_LOSSES = ("none", "sampled_token", "sampled_text", "top_k", "top_k_authors", "full_vocab")
 TEACHER_TEMPLATES = ("student", "own")
@@ -132,9 +133,9 @@ class ObjectiveSettings:
     def schedules(self) -> dict[str, Schedule]:
         """The weight of every term over steps."""
         return {
-            "representation": self.representation_schedule,
-            "output": self.output_schedule,
-            "anchor": self.anchor_schedule,
+            REPRESENTATION: self.representation_schedule,
+            OUTPUT: self.output_schedule,
+            ANCHOR: self.anchor_schedule,
         }
 
     @property

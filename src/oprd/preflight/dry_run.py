@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from torch import Tensor
 
 from oprd.foundation.errors import Fault, memory_may_run_out, refusals_told
 from oprd.foundation.meters import MB, resident_mb
@@ -21,6 +20,7 @@ from oprd.preflight.planning.knobs import advice, first_knob
 from oprd.preflight.planning.machine import Machine
 from oprd.preflight.planning.memory_plan import MemoryPlan, Unplannable, fullest_step, plan_memory
 from oprd.rollouts.engines.student import StudentEngine
+from oprd.rollouts.rows import RolloutInputs
 from oprd.training.config import OPRDConfig
 from oprd.training.train import RunArguments
 from oprd.training.trainer import OPRDTrainer
@@ -44,7 +44,7 @@ class DryRunTrainer(OPRDTrainer):
                 sample_last_token(self.accelerator.unwrap_model(self.model_wrapped), rollouts, self.args)
         return [list(self.longest.response_ids) for _ in prompt_ids]
 
-    def _read_engine(self, engine: StudentEngine, batch: dict[str, Any]) -> dict[str, Tensor]:
+    def _read_engine(self, engine: StudentEngine, batch: RolloutInputs) -> RolloutInputs:
         return {"engine_log_probs": torch.zeros(batch["completion_ids"].shape, device=self.args.device)}
 
 

@@ -10,7 +10,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from oprd.rollouts.generation import warpers
 from oprd.rollouts.intake import UsablePrompts
-from oprd.rollouts.rows import Inputs
+from oprd.rollouts.rows import RolloutInputs
 from oprd.rollouts.translation import Translation
 from oprd.text.messages import Prompt
 from oprd.text.rendering import Renderer
@@ -48,15 +48,19 @@ class Longest:
         """Tokens of prompt and response."""
         return len(self.prompt_ids) + len(self.response_ids)
 
-    def rollouts(self, count: int, device: torch.device) -> Inputs:
+    def rollouts(self, count: int, device: torch.device) -> RolloutInputs:
         """A batch of `count` such rollouts; all but the first miss a token, so that there is padding."""
         prompt_ids = torch.tensor(self.prompt_ids).repeat(count, 1)
         prompt_mask = torch.ones_like(prompt_ids)
         if len(self.prompt_ids) > 1:
             prompt_ids[1:, 0] = prompt_mask[1:, 0] = 0
         ids = torch.tensor(self.response_ids).expand(count, -1).contiguous()
-        prompt = {"prompt_ids": prompt_ids.to(device), "prompt_mask": prompt_mask}
-        return prompt | {"completion_ids": ids.to(device), "completion_mask": torch.ones_like(ids)}
+        return {
+            "prompt_ids": prompt_ids.to(device),
+            "prompt_mask": prompt_mask,
+            "completion_ids": ids.to(device),
+            "completion_mask": torch.ones_like(ids),
+        }
 
 
 def rollouts_at_once(settings: Any, longest: Longest) -> tuple[int, int]:
@@ -70,7 +74,7 @@ def rollouts_at_once(settings: Any, longest: Longest) -> tuple[int, int]:
 
 
 @torch.no_grad()
-def sample_last_token(model: PreTrainedModel, rollouts: Inputs, settings: Any) -> Tensor:
+def sample_last_token(model: PreTrainedModel, rollouts: RolloutInputs, settings: Any) -> Tensor:
     """Sample the last token of `rollouts` as `generate` would, after a prompt that is read and a full cache.
 
     The tokens between have left zeros in the cache. `settings` names temperature, top_k, top_p and min_p.
@@ -95,5 +99,5 @@ def sample_last_token(model: PreTrainedModel, rollouts: Inputs, settings: Any) -
     output = model(input_ids=last, attention_mask=mask, position_ids=positions, **reading)
     model.train(was_training)
     scores = output.logits[:, -1].to(torch.float32, copy=True)
-    cut = warpers(settings.temperature, settings.top_k, settings.top_p, settings.min_p)
+    cut: Any = warpers(settings.temperature, settings.top_k, settings.top_p, settings.min_p)
     return torch.multinomial(cut(ids, scores).softmax(-1), num_samples=1)

@@ -4,10 +4,12 @@ Every row's weight is fixed before (`rows.weigh_rows`), so how rollouts are grou
 """
 
 from collections.abc import Callable, Sequence
+from typing import cast
 
 import torch
+from torch import Tensor
 
-from oprd.rollouts.rows import Inputs
+from oprd.rollouts.rows import RolloutInputs
 
 GROUP_COST = 1 / 32  # of the budget: what starting one more micro-batch is worth in padded tokens
 
@@ -41,16 +43,17 @@ def micro_batches(prompts: Sequence[int], responses: Sequence[int], budget: int)
 
 
 def repack(
-    window: Sequence[Inputs], budget: int, most: Callable[[int], int] = lambda count: count
-) -> list[list[Inputs]]:
+    window: Sequence[RolloutInputs], budget: int, most: Callable[[int], int] = lambda count: count
+) -> list[list[RolloutInputs]]:
     """The micro-batches of an accumulation window as many lists of new ones, which hold the same rollouts.
 
     `most` is the largest of the counts of all ranks, which run equally many, if need be on rows of weight
     zero. The last list is never empty: its backward is the one that ranks wait for.
     """
+    tensors = cast(Sequence[dict[str, Tensor]], window)
     whole = {
-        name: torch.cat([inputs[name] for inputs in window]) if value.ndim else value
-        for name, value in window[0].items()
+        name: torch.cat([inputs[name] for inputs in tensors]) if value.ndim else value
+        for name, value in tensors[0].items()
         if value is not None
     }
     prompts, responses = (whole[f"{part}_mask"].sum(-1).tolist() for part in ("prompt", "completion"))
@@ -61,4 +64,5 @@ def repack(
     idle = {name: value[-1:] if value.ndim else value for name, value in parts[-1].items()}
     idle |= {name: torch.zeros_like(value) for name, value in idle.items() if name.endswith("_weights")}
     parts += [idle] * (most(len(parts)) - len(parts))
-    return [parts[i :: len(window)] for i in reversed(range(len(window)))]
+    packed = cast(list[RolloutInputs], parts)
+    return [packed[i :: len(window)] for i in reversed(range(len(window)))]

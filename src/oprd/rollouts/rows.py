@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TypedDict, cast
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -13,10 +13,31 @@ from oprd.models.forward import ModelInput
 from oprd.objective.composite import num_units, row_weights
 from oprd.objective.selection import Positions
 from oprd.objective.settings import ObjectiveSettings
+from oprd.objective.terms import OUTPUT, REPRESENTATION, TERMS
 
-Inputs = dict[str, Any]
 
-TERMS = ("representation", "output", "anchor")
+class RolloutInputs(TypedDict, total=False):
+    """B rollouts on their way from TRL, or a bridge's fit, by translation and weights to a `RolloutBatch`.
+
+    From `on_host` on masks are on the host, and so is what translation adds but for ids.
+    """
+
+    prompt_ids: Int[Tensor, "B P"]  # left-padded
+    prompt_mask: Int[Tensor, "B P"]  # 1 at a token, 0 at padding
+    completion_ids: Int[Tensor, "B T"]  # the response, right-padded
+    completion_mask: Int[Tensor, "B T"]  # 1 at a token, 0 at padding
+    tool_mask: Int[Tensor, "B T"]  # 0 at what a tool wrote; there with tools alone
+    num_items_in_batch: Int[Tensor, ""]  # TRL's count of tokens, which nothing here reads
+    engine_log_probs: Float[Tensor, "B T"]  # of the sampled tokens, as the engine that drew them has them
+    teacher_prompt_ids: Int[Tensor, "B P2"]  # left-padded; without it the teacher reads the student's prompt
+    teacher_prompt_mask: Int[Tensor, "B P2"]  # 1 at a token, 0 at padding
+    teacher_completion_ids: Int[Tensor, "B T2"]  # the response in the teacher's own tokens, right-padded
+    teacher_completion_mask: Int[Tensor, "B T2"]  # 1 at a token, 0 at padding
+    teacher_rows: Int[Tensor, "B T"]  # the teacher's row that has read what this row has; -1 without one
+    ends_together: Bool[Tensor, " B"]  # whether both tokenizations end with all text read in common
+    representation_weights: Float[Tensor, "B T"]  # of every row in its term; 0 is not supervised
+    output_weights: Float[Tensor, "B T"]  # likewise
+    anchor_weights: Float[Tensor, "B T"]  # likewise
 
 
 @dataclass(frozen=True)
@@ -38,16 +59,16 @@ class RolloutBatch:
     engine_log_probs: Float[Tensor, "B T"] | None = None
 
     @classmethod
-    def of(cls, inputs: Inputs) -> "RolloutBatch":
+    def of(cls, inputs: RolloutInputs) -> "RolloutBatch":
         """Read `prompt_*`, `completion_*`, all `*_weights`; if given, `teacher_*` and `engine_log_probs`."""
         completion = inputs["completion_ids"], inputs["completion_mask"]
         student = ModelInput.of(inputs["prompt_ids"], inputs["prompt_mask"], *completion)
-        teacher, read = student, (None, None)
+        teacher, read = student, None
         if "teacher_completion_ids" in inputs:
             read = inputs["teacher_completion_ids"], inputs["teacher_completion_mask"] > 0
         if "teacher_prompt_ids" in inputs:
             prompt = inputs["teacher_prompt_ids"], inputs["teacher_prompt_mask"]
-            teacher = ModelInput.of(*prompt, *(completion if read[0] is None else read))
+            teacher = ModelInput.of(*prompt, *(read or completion))
         return cls(
             student,
             teacher,
@@ -56,7 +77,8 @@ class RolloutBatch:
             inputs["output_weights"],
             inputs.get("anchor_weights"),
             inputs.get("teacher_rows"),
-            *read,
+            teacher_tokens=None if read is None else read[0],
+            teacher_written=None if read is None else read[1],
             engine_log_probs=inputs.get("engine_log_probs"),
         )
 
@@ -110,7 +132,7 @@ def _spans(starts: Bool[Tensor, "B T"]) -> Int[Tensor, "B T"]:
     return (starts.cumsum(-1) - 1).clamp(min=0)
 
 
-def whole_spans(mask: Bool[Tensor, "B T"], inputs: Inputs) -> Bool[Tensor, "B T"]:
+def whole_spans(mask: Bool[Tensor, "B T"], inputs: RolloutInputs) -> Bool[Tensor, "B T"]:
     """The rows of `mask` whose span lies within it and ends where the teacher's does."""
     written = inputs["completion_mask"] > 0
     span = _spans(inputs["teacher_rows"] >= 0)
@@ -120,12 +142,18 @@ def whole_spans(mask: Bool[Tensor, "B T"], inputs: Inputs) -> Bool[Tensor, "B T"
     return mask & (missing == 0) & ~open_ended
 
 
-def on_host(inputs: Inputs) -> Inputs:
+def each(inputs: RolloutInputs, change: Callable[[str, Tensor], Tensor]) -> RolloutInputs:
+    """`change(name, tensor)` of all tensors."""
+    tensors = cast(dict[str, Tensor], inputs)
+    return cast(RolloutInputs, {name: change(name, value) for name, value in tensors.items()})
+
+
+def on_host(inputs: RolloutInputs) -> RolloutInputs:
     """`inputs` with the masks on the host, where rows are chosen: an update then never waits for a device."""
-    return inputs | {name: value.cpu() for name, value in inputs.items() if name.endswith("_mask")}
+    return each(inputs, lambda name, value: value.cpu() if name.endswith("_mask") else value)
 
 
-def truncated_rollouts(inputs: Inputs, eos_token_ids: Sequence[int]) -> Bool[Tensor, " B"]:
+def truncated_rollouts(inputs: RolloutInputs, eos_token_ids: Sequence[int]) -> Bool[Tensor, " B"]:
     """Which rollouts reached the length limit without an EOS (which the padding token may equal)."""
     last = inputs["completion_mask"].sum(-1, keepdim=True).clamp(min=1) - 1
     token = inputs["completion_ids"].gather(-1, last.to(inputs["completion_ids"].device)).squeeze(-1)
@@ -138,12 +166,12 @@ def readable(ids: Int[Tensor, "B T"], vocabulary: int | None) -> Bool[Tensor, "B
 
 
 def weigh_rows(
-    inputs: Inputs,
+    inputs: RolloutInputs,
     truncated: Bool[Tensor, " B"],
     settings: ObjectiveSettings,
     sum_over_ranks: Callable[[Tensor], Tensor],
     vocabulary: int | None = None,
-) -> dict[str, Float[Tensor, "B T"]]:
+) -> RolloutInputs:
     """The weight of every response row in each term, for the rollouts of a whole accumulation window.
 
     Padding, tool output, what comes after an id beyond the shared `vocabulary` (None: of no concern) and, if
@@ -155,12 +183,12 @@ def weigh_rows(
     supervised &= readable(inputs["completion_ids"].to(supervised.device), vocabulary)
     if settings.mask_truncated_completions:
         supervised = supervised & ~truncated[:, None]
-    paired = {"representation": inputs["teacher_rows"] >= 0} if "teacher_rows" in inputs else {}
+    paired = {REPRESENTATION: inputs["teacher_rows"] >= 0} if "teacher_rows" in inputs else {}
     weights = {}
     for term, spec in zip(TERMS, (settings.positions, settings.output_positions, "all"), strict=True):
         mask = Positions.parse(spec).mask(supervised & paired.get(term, True))
-        if term == "output" and "teacher_rows" in inputs:
+        if term == OUTPUT and "teacher_rows" in inputs:
             mask = whole_spans(mask, inputs)
         total = sum_over_ranks(num_units(mask, settings.reduction))
         weights[f"{term}_weights"] = row_weights(mask, settings.reduction, total)
-    return weights
+    return cast(RolloutInputs, weights)

@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from oprd.foundation.errors import UserError
 from oprd.rollouts.generation import left_pad
+from oprd.rollouts.rows import RolloutInputs
 from oprd.text.alignment import AlignedResponse, Aligner, Stop, same_vocabulary
 from oprd.text.messages import Prompt
 from oprd.text.rendering import Renderer
@@ -69,7 +70,7 @@ class Translation:
         mask: Int[Tensor, "B T"],
         room: Callable[[Int[Tensor, "B P"]], Sequence[int] | None] = lambda _: None,
         **template_kwargs: Any,
-    ) -> tuple[dict[str, Tensor], list[AlignedResponse]]:
+    ) -> tuple[RolloutInputs, list[AlignedResponse]]:
         """What the teacher reads of rollouts: `prompts`, and `responses` in the room that these leave.
 
         Nothing where it reads what the student reads. Masks are on the host, ids where the student's are.
@@ -80,16 +81,14 @@ class Translation:
         responses, aligned = self.responses(ids, mask, room(read["teacher_prompt_mask"]))
         return read | {"teacher_prompt_ids": read["teacher_prompt_ids"].to(ids.device)} | responses, aligned
 
-    def prompts(self, prompts: Sequence[Prompt], **template_kwargs: Any) -> dict[str, Tensor]:
+    def prompts(self, prompts: Sequence[Prompt], **template_kwargs: Any) -> RolloutInputs:
         """`teacher_prompt_ids` and `teacher_prompt_mask`, left-padded."""
-        ids = self.renderer(**template_kwargs)(prompts)
-        return dict(
-            zip(("teacher_prompt_ids", "teacher_prompt_mask"), left_pad(ids, self._pad_id), strict=True)
-        )
+        ids, mask = left_pad(self.renderer(**template_kwargs)(prompts), self._pad_id)
+        return {"teacher_prompt_ids": ids, "teacher_prompt_mask": mask}
 
     def responses(
         self, ids: Int[Tensor, "B T"], mask: Int[Tensor, "B T"], room: Sequence[int] | None = None
-    ) -> tuple[dict[str, Tensor], list[AlignedResponse]]:
+    ) -> tuple[RolloutInputs, list[AlignedResponse]]:
         """`teacher_completion_ids`, mask, `teacher_rows`, `ends_together`; nothing if they are the student's.
 
         All but the ids is on the host. `teacher_rows[b, t]` is the teacher's row that has read what the

@@ -1,7 +1,7 @@
 """What the student's forward computes at a layer: the representation loss (Eq. 6 or 14) and the anchor's.
 
 Each is an object that `capture` calls with a layer and the student's rows there. It returns the loss of that
-layer, so no states are kept, and drops the rows that it compared them with.
+layer, so no states are kept, and takes the rows that it compared them with out of `remaining_targets`.
 """
 
 from dataclasses import dataclass
@@ -24,7 +24,7 @@ class RepresentationLoss:
 
     loss: RowLoss
     comparison: Comparison
-    teacher: States  # by student layer, as they are compared
+    remaining_targets: States  # the teacher's rows as they are compared, by student layer
     rows: SupervisedRows
     input_ids: Int[Tensor, "B S"]
     averages: Averages
@@ -32,12 +32,12 @@ class RepresentationLoss:
 
     def __call__(self, layer: int, states: Float[Tensor, "N D"]) -> Float[Tensor, ""]:
         """The loss of a layer, from the student's states of `rows`."""
-        student, teacher = self.comparison.student(layer, states), self.teacher.pop(layer)
-        value, values = weighted_loss(self.loss, student, teacher, self.rows.weights)
-        self.watch.add("the representation loss", layer, values, self.rows.mask, self.input_ids)
-        self.averages.add(f"loss/representation_layer_{layer}", value)
+        student, teacher = self.comparison.student(layer, states), self.remaining_targets.pop(layer)
+        loss, row_losses = weighted_loss(self.loss, student, teacher, self.rows.weights)
+        self.watch.add("the representation loss", layer, row_losses, self.rows.mask, self.input_ids)
+        self.averages.add(f"loss/representation_layer_{layer}", loss)
         add_representation_cosine(self.averages, layer, student, teacher, self.rows.weights)
-        return value
+        return loss
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class AnchorLoss:
     """Σ_rows weight · ‖d‖² / ‖h_ref‖² at one layer, as `Anchor.rows` defines d."""
 
     anchor: Anchor
-    reference: States  # by layer, the student's own before training
+    remaining_targets: States  # the student's own rows before training, by layer
     rows: SupervisedRows
     paired: Bool[Tensor, " N"]
     input_ids: Int[Tensor, "B S"]
@@ -55,9 +55,10 @@ class AnchorLoss:
         """The loss of a layer, from the student's states of `rows`."""
         paired = self.paired.to(states.device)
 
-        def loss(student: Tensor, reference: Tensor) -> Tensor:
+        def row_loss(student: Tensor, reference: Tensor) -> Tensor:
             return self.anchor.rows(layer, student, reference, paired=paired)
 
-        value, values = weighted_loss(loss, states, self.reference.pop(layer), self.rows.weights)
-        self.watch.add("the anchor", layer, values, self.rows.mask, self.input_ids)
-        return value
+        reference = self.remaining_targets.pop(layer)
+        loss, row_losses = weighted_loss(row_loss, states, reference, self.rows.weights)
+        self.watch.add("the anchor", layer, row_losses, self.rows.mask, self.input_ids)
+        return loss

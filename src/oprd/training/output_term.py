@@ -1,7 +1,7 @@
 """The output loss: both LM heads on final states, and a divergence of their next-token distributions."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from oprd.foundation.errors import UserError
 from oprd.foundation.meters import Averages
-from oprd.models.lm_head import Head, ToLogits
+from oprd.models.lm_head import Head
 from oprd.models.teacher import Teacher, shared_vocabulary
 from oprd.objective import output_space
 from oprd.objective.settings import ObjectiveSettings
@@ -62,7 +62,12 @@ class OutputTerm:
         return mask if self.vocabulary else batch.spans(mask).teacher_mask
 
     def loss(
-        self, batch: RolloutBatch, here: SupervisedRows, student: Rows, teacher: Rows, averages: Averages
+        self,
+        batch: RolloutBatch,
+        supervised: SupervisedRows,
+        student: Rows,
+        teacher: Rows,
+        averages: Averages,
     ) -> tuple[Float[Tensor, ""], Float[Tensor, " N"]]:
         """Σ_rows weight · value (Eq. 2–5) and the values, from the final states of the supervised rows.
 
@@ -70,27 +75,59 @@ class OutputTerm:
         """
         ours, theirs = self._heads
         with ours.gathered(), theirs.gathered():
-            return self._loss(batch, here, student, teacher, averages)
+            if self.vocabulary:
+                return self._token_loss(batch, supervised, student, teacher, averages)
+            return self._span_loss(batch, supervised, student, teacher)
 
-    def _loss(
-        self, batch: RolloutBatch, here: SupervisedRows, student: Rows, teacher: Rows, averages: Averages
+    def _token_loss(
+        self,
+        batch: RolloutBatch,
+        supervised: SupervisedRows,
+        student: Rows,
+        teacher: Rows,
+        averages: Averages,
     ) -> tuple[Float[Tensor, ""], Float[Tensor, " N"]]:
-        mask, weights, size = here.mask, here.weights, self.settings.output_chunk_size
-        tokens = batch.tokens[mask]
+        """`loss` over one vocabulary: every row by itself, in chunks."""
         ours, theirs = self._heads
-        if self.vocabulary:
-            teacher, teacher_logits = theirs.prepared(teacher)
-            per_row = partial(self._row_values, averages, _stride(len(tokens)), teacher_logits)
-            others = (teacher, tokens, *self._engine_log_probs(batch, mask))
-            return ours.weighted_loss(per_row, student, others, weights, size)
-        spans = batch.spans(mask)
+        tokens = batch.tokens[supervised.mask]
+        teacher, to_teacher_logits = theirs.prepared(teacher)
+        stride, row_loss = _stride(len(tokens)), ROW_LOSSES[self.settings.output_loss]
+
+        def row_values(
+            logits: Logits,
+            teacher: Rows,
+            tokens: Int[Tensor, " n"],
+            engine: Float[Tensor, " n"] | None = None,
+        ) -> Float[Tensor, " n"]:
+            with torch.no_grad():
+                teacher_logits = to_teacher_logits(teacher).to(logits.device)
+                add_output_statistics(averages, logits[::stride], teacher_logits[::stride])
+                if engine is not None:
+                    add_log_prob_gap(averages, logits[::stride], tokens[::stride], engine[::stride])
+            student_logits = _cooled(logits, self.settings.student_temperature)
+            teacher_logits = _cooled(teacher_logits, self.settings.teacher_temperature)
+            return row_loss(Chunk(student_logits, teacher_logits, tokens, logits, engine), self.settings)
+
+        others = (teacher, tokens, *self._engine_log_probs(batch, supervised.mask))
+        size = self.settings.output_chunk_size
+        return ours.weighted_loss(row_values, student, others, supervised.weights, size)
+
+    def _span_loss(
+        self, batch: RolloutBatch, supervised: SupervisedRows, student: Rows, teacher: Rows
+    ) -> tuple[Float[Tensor, ""], Float[Tensor, " N"]]:
+        """`loss` across vocabularies: log-probs of all rows first, for a row's value is that of its span."""
+        ours, theirs = self._heads
+        tokens, size = batch.tokens[supervised.mask], self.settings.output_chunk_size
+        spans = batch.spans(supervised.mask)
         assert batch.teacher_tokens is not None
         written = batch.teacher_tokens[spans.teacher_mask].to(teacher.device)
         log_p = ours.in_chunks(self._student_log_probs, student, (tokens,), size).requires_grad_()
         log_q = theirs.in_chunks(self._teacher_log_probs, teacher, (written,), size)
         with torch.enable_grad():
             values = output_space.sampled_text(log_p, log_q, spans.student, spans.teacher)
-            total = (values * weights.to(values)).sum()
+            total = (values * supervised.weights.to(values)).sum()
+        # Slopes are constants, so `carrier` = Σ slopes · log p has the gradient of `total` in the student.
+        # Less itself it adds nothing to the value: what is returned has total's value, carrier's gradient.
         (slopes,) = torch.autograd.grad(total, log_p)
         carrier, _ = ours.weighted_loss(self._student_log_probs, student, (tokens,), slopes, size)
         return total.detach() + carrier - carrier.detach(), values.detach()
@@ -121,36 +158,48 @@ class OutputTerm:
             )
         return ()
 
-    def _row_values(
-        self,
-        averages: Averages,
-        stride: int,
-        to_teacher_logits: ToLogits,
-        logits: Logits,
-        teacher: Rows,
-        tokens: Int[Tensor, " N"],
-        engine: Float[Tensor, " N"] | None = None,
-    ) -> Float[Tensor, " N"]:
-        settings = self.settings
-        with torch.no_grad():
-            teacher_logits = to_teacher_logits(teacher).to(logits.device)
-            add_output_statistics(averages, logits[::stride], teacher_logits[::stride])
-            if engine is not None:
-                add_log_prob_gap(averages, logits[::stride], tokens[::stride], engine[::stride])
-        student_logits = _cooled(logits, settings.student_temperature)
-        teacher_logits = _cooled(teacher_logits, settings.teacher_temperature)
-        if settings.output_loss in ("sampled_token", "sampled_text"):  # every token is a span of text
-            values = output_space.sampled_token(student_logits, teacher_logits, tokens)
-            if engine is None or not settings.vllm_importance_sampling_correction:
-                return values
-            cap = settings.vllm_importance_sampling_clip_max
-            return values * importance_weights(output_space.log_probs(logits, tokens), engine, cap)
-        if settings.output_loss == "full_vocab":
-            return output_space.full_vocab(student_logits, teacher_logits, settings.divergence)
-        k, support = settings.output_top_k, settings.output_support
-        if settings.output_loss == "top_k_authors":
-            return output_space.top_k_authors(student_logits, teacher_logits, k, support)
-        return output_space.top_k(student_logits, teacher_logits, k, support, settings.renormalize)
+
+@dataclass(frozen=True)
+class Chunk:
+    """Logits of both models over one vocabulary, divided by their temperatures, and what was sampled."""
+
+    student: Logits
+    teacher: Logits
+    tokens: Int[Tensor, " N"]
+    untempered: Logits  # the student's, not divided
+    engine: Float[Tensor, " N"] | None  # the engine's log-probs of `tokens`
+
+
+def _sampled_token(chunk: Chunk, settings: ObjectiveSettings) -> Float[Tensor, " N"]:
+    values = output_space.sampled_token(chunk.student, chunk.teacher, chunk.tokens)
+    if chunk.engine is None or not settings.vllm_importance_sampling_correction:
+        return values
+    log_probs = output_space.log_probs(chunk.untempered, chunk.tokens)
+    cap = settings.vllm_importance_sampling_clip_max
+    return values * importance_weights(log_probs, chunk.engine, cap)
+
+
+def _top_k(chunk: Chunk, settings: ObjectiveSettings) -> Float[Tensor, " N"]:
+    k, support = settings.output_top_k, settings.output_support
+    return output_space.top_k(chunk.student, chunk.teacher, k, support, settings.renormalize)
+
+
+def _top_k_authors(chunk: Chunk, settings: ObjectiveSettings) -> Float[Tensor, " N"]:
+    k, support = settings.output_top_k, settings.output_support
+    return output_space.top_k_authors(chunk.student, chunk.teacher, k, support)
+
+
+def _full_vocab(chunk: Chunk, settings: ObjectiveSettings) -> Float[Tensor, " N"]:
+    return output_space.full_vocab(chunk.student, chunk.teacher, settings.divergence)
+
+
+ROW_LOSSES: dict[str, Callable[[Chunk, ObjectiveSettings], Float[Tensor, " N"]]] = {
+    "sampled_token": _sampled_token,
+    "sampled_text": _sampled_token,  # every token is a span of text
+    "top_k": _top_k,
+    "top_k_authors": _top_k_authors,
+    "full_vocab": _full_vocab,
+}
 
 
 def _cooled(logits: Logits, temperature: float) -> Logits:

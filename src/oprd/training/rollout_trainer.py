@@ -4,7 +4,7 @@ import logging
 import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, cast
 
 import torch
 from datasets import Dataset
@@ -30,13 +30,13 @@ from oprd.rollouts.engines.student import StudentEngine
 from oprd.rollouts.intake import prompts_per_step, usable_prompts
 from oprd.rollouts.packing import repack
 from oprd.rollouts.progress import tokens_shown
-from oprd.rollouts.rows import TERMS, RolloutBatch, on_host, truncated_rollouts, weigh_rows
+from oprd.rollouts.rows import RolloutBatch, RolloutInputs, each, on_host, truncated_rollouts, weigh_rows
 from oprd.rollouts.translation import Translation
 from oprd.text.alignment import AlignedResponse
 from oprd.text.rendering import Renderer
 from oprd.training.config import OPRDConfig
 from oprd.training.step import Update
-from oprd.training.supervision import SupervisionWatch
+from oprd.training.supervision import COUNTED_TERMS, SupervisionWatch
 
 logger = logging.getLogger(__name__)
 
@@ -166,13 +166,13 @@ class RolloutTrainer(DistillationTrainer):
         """Within it the student is unsharded, so that every rank generates at its own pace."""
         return nullcontext() if self.sharding is None else self.sharding.whole(self.model)
 
-    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> Any:
         """TRL's rollouts, with the weight of every row, counted over ranks and the whole window.
 
         Until TRL has a hook for what is made of rollouts before they are split into micro-batches.
         """
         with self.update.stopwatch.part("rollout"), self.memory.rollout():
-            batch = on_host(super()._generate_and_score_completions(inputs))
+            batch = on_host(cast(RolloutInputs, super()._generate_and_score_completions(inputs)))
         if self.engine is not None:
             batch |= self._read_engine(self.engine, batch)
         prompts, completions = (
@@ -188,7 +188,7 @@ class RolloutTrainer(DistillationTrainer):
             self._observe(batch)
         return batch
 
-    def _read_engine(self, engine: StudentEngine, batch: dict[str, Any]) -> dict[str, Tensor]:
+    def _read_engine(self, engine: StudentEngine, batch: RolloutInputs) -> RolloutInputs:
         """The engine's log-probs of the sampled tokens, after a check that it holds the student's weights."""
         drawn, device = engine.take(), self.accelerator.device
         if engine.unchecked:
@@ -227,12 +227,12 @@ class RolloutTrainer(DistillationTrainer):
         counts = torch.tensor([count], device=self.accelerator.device)
         return int(self.accelerator.gather(counts).max())
 
-    def _row_weights(self, batch: dict[str, Any]) -> dict[str, Tensor]:
+    def _row_weights(self, batch: RolloutInputs) -> RolloutInputs:
         truncated = truncated_rollouts(batch, self.eos_token_ids)
         vocabulary = self.update.output.vocabulary
         return weigh_rows(batch, truncated, self.args, self._sum_over_ranks, vocabulary)
 
-    def _describe(self, batch: dict[str, Any], aligned: list[AlignedResponse]) -> None:
+    def _describe(self, batch: RolloutInputs, aligned: list[AlignedResponse]) -> None:
         averages, lengths = self.update.averages, batch["completion_mask"].sum(-1).float()
         truncated = truncated_rollouts(batch, self.eos_token_ids)
         left_out = truncated.sum() * self.args.mask_truncated_completions
@@ -244,15 +244,15 @@ class RolloutTrainer(DistillationTrainer):
             averages.add("rollout/coverage", paired, rows)
             averages.add("rollout/invalid_utf8", sum(a.invalid_utf8 for a in aligned))
             averages.add("rollout/collapsed_alignment", sum(a.collapsed for a in aligned), len(aligned))
-        for term in TERMS[:2]:
+        for term in COUNTED_TERMS:
             if self.args.schedules[term].ever_active:
-                averages.add(f"rollout/{term}_rows", (batch[f"{term}_weights"] > 0).sum())
+                averages.add(f"rollout/{term}_rows", (batch[f"{term}_weights"] > 0).sum())  # type: ignore[literal-required]
 
-    def _observe(self, batch: dict[str, Any]) -> None:
+    def _observe(self, batch: RolloutInputs) -> None:
         every = self.args.diagnostics_steps
         if every and (self.state.global_step + 1) % every == 0:
             size = self.args.per_device_train_batch_size
-            first = RolloutBatch.of({key: value[:size] for key, value in batch.items() if value.ndim})
+            first = RolloutBatch.of(each(batch, lambda _, value: value[:size] if value.ndim else value))
             with self.update.stopwatch.part("diagnostics"), torch.no_grad():
                 self._through(self.model_wrapped, self.update.observe, first)
 

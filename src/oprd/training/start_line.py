@@ -4,6 +4,7 @@ from typing import Any
 
 from oprd.objective.selection import LayerMap
 from oprd.objective.settings import Schedule
+from oprd.objective.terms import ANCHOR, OUTPUT, REPRESENTATION
 
 
 def start_line(args: Any, layer_map: LayerMap, num_processes: int, first_step: int, last_step: int) -> str:
@@ -29,9 +30,9 @@ def _objective(args: Any, layer_map: LayerMap) -> str:
     bridge = " through a bridge" if args.bridge else ""
     where = f"{layers} layer{'s' * (layers > 1)}, rows {args.positions}{bridge}"
     words = {
-        "representation": f"{args.representation_loss.partition('#')[0]} ({where})",
-        "output": f"{args.output_loss} (rows {args.output_positions})",
-        "anchor": "anchor",
+        REPRESENTATION: f"{args.representation_loss.partition('#')[0]} ({where})",
+        OUTPUT: f"{args.output_loss} (rows {args.output_positions})",
+        ANCHOR: "anchor",
     }
     active = {term: schedule for term, schedule in args.schedules.items() if schedule.ever_active}
     return " + ".join(

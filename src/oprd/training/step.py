@@ -26,7 +26,8 @@ from oprd.models.teacher import Teacher
 from oprd.objective.custom_loss import CustomLoss, row_loss
 from oprd.objective.selection import LayerMap
 from oprd.objective.settings import ObjectiveSettings
-from oprd.rollouts.rows import TERMS, RolloutBatch, SupervisedRows
+from oprd.objective.terms import ANCHOR, OUTPUT, REPRESENTATION, TERMS
+from oprd.rollouts.rows import RolloutBatch, SupervisedRows
 from oprd.training.anchor import Anchor
 from oprd.training.comparison import Comparison, States
 from oprd.training.diagnostics import add_representation_cosine
@@ -36,7 +37,7 @@ from oprd.training.training_pair import TrainingPair
 
 logger = logging.getLogger(__name__)
 
-Rows = dict[str, SupervisedRows]  # by term
+RowsByTerm = dict[str, SupervisedRows]
 Targets = dict[str, States]  # by term and layer, what the student's states are compared with
 AtLayer = Callable[[int, Tensor], Tensor]  # what the forward turns a layer's states into
 
@@ -101,9 +102,9 @@ class Update:
         targets = self._targets(batch, rows)
         losses = self._losses(batch, rows, targets)
         total = torch.zeros((), device=batch.tokens.device, requires_grad=True)
-        for term, value in losses.items():
-            self.averages.add(f"loss/{term}", value)
-            total = total + weights[term] * value
+        for term, loss in losses.items():
+            self.averages.add(f"loss/{term}", loss)
+            total = total + weights[term] * loss
         self.averages.add("loss/total", total)
         return total
 
@@ -111,29 +112,29 @@ class Update:
     def observe(self, batch: RolloutBatch, step: int) -> None:
         """Log diagnostics of the terms that are off at this step: cosines, entropies, top-k overlap."""
         off = [term for term, schedule in self.settings.schedules.items() if schedule(step) == 0]
-        possible = {"representation": self._comparable, "output": self.output.vocabulary is not None}
+        possible = {REPRESENTATION: self._comparable, OUTPUT: self.output.vocabulary is not None}
         rows = {term: batch.rows(term) for term in off if possible.get(term)}
         targets = self._targets(batch, rows)
-        student = self._student_forward(batch, rows, {"representation": self.comparison.student})
-        for layer, states in student.get("representation", {}).items():
-            target, weights = targets["representation"][layer], rows["representation"].weights
+        student = self._student_forward(batch, rows, {REPRESENTATION: self.comparison.student})
+        for layer, states in student.get(REPRESENTATION, {}).items():
+            target, weights = targets[REPRESENTATION][layer], rows[REPRESENTATION].weights
             add_representation_cosine(self.averages, layer, states, target, weights)
-        if "output" in student:
-            self.output.observe(self.averages, _last(student["output"]), _last(targets["output"]))
+        if OUTPUT in student:
+            self.output.observe(self.averages, _last(student[OUTPUT]), _last(targets[OUTPUT]))
 
     @property
     def layers_read(self) -> tuple[list[int], list[int]]:
         """The student's layers, and the teacher's, that any step of the run reads."""
-        ours: set[int] = set()
-        theirs: set[int] = set()
+        student_layers: set[int] = set()
+        teacher_layers: set[int] = set()
         compared = self.settings.representation_schedule, self.settings.anchor_schedule
         if self.settings.diagnostics_steps or any(schedule.ever_active for schedule in compared):
-            ours.update(self.layer_map.student_layers)
-            theirs.update(self.layer_map.teacher_layers)
+            student_layers.update(self.layer_map.student_layers)
+            teacher_layers.update(self.layer_map.teacher_layers)
         if self.settings.output_schedule.ever_active:
-            ours.add(num_layers(self.student))
-            theirs.add(self.teacher.num_layers)
-        return sorted(ours), sorted(theirs)
+            student_layers.add(num_layers(self.student))
+            teacher_layers.add(self.teacher.num_layers)
+        return sorted(student_layers), sorted(teacher_layers)
 
     @property
     def layer_map(self) -> LayerMap:
@@ -145,90 +146,99 @@ class Update:
         width = backbone(self.student).config.get_text_config().hidden_size
         return self.comparison.bridge is not None or width == self.teacher.width
 
-    def _targets(self, batch: RolloutBatch, rows: Rows) -> Targets:
+    def _targets(self, batch: RolloutBatch, rows: RowsByTerm) -> Targets:
         """The teacher's states on its rows of the same text; for the anchor, the student's former ones."""
-        here, norm = self.comparison, self.settings.final_norm
+        comparison, norm = self.comparison, self.settings.final_norm
         requests = {}
-        if "representation" in rows:
-            mask = batch.on_teacher(rows["representation"].mask)
-            layers = here.layer_map.teacher_layers
-            requests["representation"] = StateRequest(layers, mask, norm, here.teacher)
-        if "output" in rows:
-            mask = self.output.teacher_mask(batch, rows["output"].mask)
-            requests["output"] = StateRequest((self.teacher.num_layers,), mask)
+        if REPRESENTATION in rows:
+            mask = batch.on_teacher(rows[REPRESENTATION].mask)
+            layers = comparison.layer_map.teacher_layers
+            requests[REPRESENTATION] = StateRequest(layers, mask, norm, comparison.teacher)
+        if OUTPUT in rows:
+            mask = self.output.teacher_mask(batch, rows[OUTPUT].mask)
+            requests[OUTPUT] = StateRequest((self.teacher.num_layers,), mask)
         targets: Targets = {}
         if requests:
             with self.stopwatch.part("teacher"):
                 states = self.teacher.read(batch.teacher, list(requests.values()), self.settings.padding_free)
             targets = dict(zip(requests, states, strict=True))
-        if "representation" in targets:
-            targets["representation"] = here.by_student_layer(targets["representation"])
-        if self.anchor is not None and "anchor" in rows:
-            request = StateRequest(here.layer_map.student_layers, rows["anchor"].mask, norm)
-            targets["anchor"] = self.anchor.read(batch.student, request)
+        if REPRESENTATION in targets:
+            targets[REPRESENTATION] = comparison.by_student_layer(targets[REPRESENTATION])
+        if self.anchor is not None and ANCHOR in rows:
+            request = StateRequest(comparison.layer_map.student_layers, rows[ANCHOR].mask, norm)
+            targets[ANCHOR] = self.anchor.read(batch.student, request)
         return targets
 
-    def _losses(self, batch: RolloutBatch, rows: Rows, targets: Targets) -> dict[str, Tensor]:
+    def _losses(self, batch: RolloutBatch, rows: RowsByTerm, targets: Targets) -> dict[str, Tensor]:
         """The loss of each term: of states, the mean over layers; of the output, from final states."""
         device = batch.tokens.device
-        student = self._student_forward(batch, rows, self._layer_losses(batch, rows, targets))
+        at_layer = self._layer_losses(batch, rows, targets)
+        made = self._student_forward(batch, rows, at_layer, backward_follows=OUTPUT not in rows)
         losses = {}
-        for term, at_layers in student.items():
-            if term == "output":
-                losses[term] = self._output_loss(batch, rows[term], _last(at_layers), _last(targets[term]))
-            else:
-                losses[term] = torch.stack([loss.to(device) for loss in at_layers.values()]).mean()
+        for term in made:
+            if term in at_layer:  # the forward has made a loss at every layer
+                losses[term] = torch.stack([loss.to(device) for loss in made[term].values()]).mean()
+            else:  # it has kept the final states, of which the output loss is made now
+                student, teacher = _last(made[term]), _last(targets[term])
+                losses[term] = self._output_loss(batch, rows[term], student, teacher)
         return losses
 
-    def _layer_losses(self, batch: RolloutBatch, rows: Rows, targets: Targets) -> dict[str, AtLayer]:
+    def _layer_losses(self, batch: RolloutBatch, rows: RowsByTerm, targets: Targets) -> dict[str, AtLayer]:
         """By term, the loss that the student's forward computes at each of its layers."""
         ids = batch.student.input_ids
         losses: dict[str, AtLayer] = {}
-        if "representation" in rows:
+        if REPRESENTATION in rows:
             assert self.settings.representation_loss is not None
-            losses["representation"] = RepresentationLoss(
+            losses[REPRESENTATION] = RepresentationLoss(
                 row_loss(self.settings.representation_loss),
                 self.comparison,
-                targets["representation"],
-                rows["representation"],
+                targets[REPRESENTATION],
+                rows[REPRESENTATION],
                 ids,
                 self.averages,
                 self.watch,
             )
-        if "anchor" in rows:
+        if ANCHOR in rows:
             assert self.anchor is not None
-            paired = (batch.representation_weights > 0)[rows["anchor"].mask]
-            losses["anchor"] = AnchorLoss(
-                self.anchor, targets["anchor"], rows["anchor"], paired, ids, self.watch
-            )
+            paired = (batch.representation_weights > 0)[rows[ANCHOR].mask]
+            losses[ANCHOR] = AnchorLoss(self.anchor, targets[ANCHOR], rows[ANCHOR], paired, ids, self.watch)
         return losses
 
     def _student_forward(
-        self, batch: RolloutBatch, rows: Rows, at_layer: dict[str, AtLayer]
+        self,
+        batch: RolloutBatch,
+        rows: RowsByTerm,
+        at_layer: dict[str, AtLayer],
+        *,
+        backward_follows: bool = False,
     ) -> dict[str, dict[int, Tensor]]:
         """One forward of the student: by term and layer its states, or what `at_layer` makes of them."""
         layers, norm = self.layer_map.student_layers, self.settings.final_norm
         requests = {
-            term: StateRequest((num_layers(self.student),), here.mask)
-            if term == "output"
-            else StateRequest(layers, here.mask, norm, at_layer.get(term))
-            for term, here in rows.items()
+            term: StateRequest((num_layers(self.student),), supervised.mask)
+            if term == OUTPUT
+            else StateRequest(layers, supervised.mask, norm, at_layer.get(term))
+            for term, supervised in rows.items()
         }
         if not requests:
             return {}
         with attention_kept(self.student) if self.settings.keep_attention else nullcontext():
             states = read_states(
-                self.student, batch.student, list(requests.values()), self.settings.padding_free
+                self.student,
+                batch.student,
+                list(requests.values()),
+                self.settings.padding_free,
+                backward_follows=backward_follows,
             )
         return dict(zip(requests, states, strict=True))
 
     def _output_loss(
-        self, batch: RolloutBatch, here: SupervisedRows, student: Tensor, teacher: Tensor
+        self, batch: RolloutBatch, supervised: SupervisedRows, student: Tensor, teacher: Tensor
     ) -> Tensor:
         """Eq. 2-5 from final states."""
-        value, values = self.output.loss(batch, here, student, teacher, self.averages)
-        self.watch.add("the output loss", None, values, here.mask, batch.student.input_ids)
-        return value.to(batch.tokens.device)
+        loss, row_losses = self.output.loss(batch, supervised, student, teacher, self.averages)
+        self.watch.add("the output loss", None, row_losses, supervised.mask, batch.student.input_ids)
+        return loss.to(batch.tokens.device)
 
 
 def _last(states: States) -> Tensor:

@@ -5,9 +5,11 @@ from collections.abc import Mapping, Sequence
 
 from oprd.foundation.errors import Fault
 from oprd.objective.settings import ObjectiveSettings
+from oprd.objective.terms import OUTPUT, REPRESENTATION
 
 logger = logging.getLogger(__name__)
 
+COUNTED_TERMS = (REPRESENTATION, OUTPUT)  # whose rows a step records
 REMIND_AFTER = 10  # steps in a row
 
 
@@ -19,7 +21,7 @@ class SupervisionWatch:
 
     def __init__(self, settings: ObjectiveSettings) -> None:
         self._settings = settings
-        self._in_a_row = dict.fromkeys(("representation", "output"), 0)
+        self._in_a_row = dict.fromkeys(COUNTED_TERMS, 0)
         self._warned: set[str] = set()
         self._steps = self._empty = 0
 

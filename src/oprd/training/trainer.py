@@ -31,30 +31,26 @@ from oprd.folders.stopping import Stopping
 from oprd.folders.whole import write_whole
 from oprd.foundation.errors import UserError, whatever_fails_is
 from oprd.foundation.meters import MemoryMeter
-from oprd.models.activation_checkpointing import check_attention_kept
 from oprd.models.capture import blocks
-from oprd.models.checks import check_tokenizer
 from oprd.models.eos import eos_token_ids
 from oprd.models.freezing import apart_from
-from oprd.models.init_kwargs import check_loaded_teacher, teacher_kwargs
+from oprd.models.init_kwargs import teacher_kwargs
 from oprd.models.padding import heeds_padding
 from oprd.models.precision import Precision
 from oprd.models.sharding.fsdp import Sharding
-from oprd.models.sharding.zero import check_zero3
-from oprd.models.student import has_dropout, load_student, name_of
+from oprd.models.student import load_student, name_of
 from oprd.models.teacher import Teacher, quantization
 from oprd.models.trial import told_of_architecture, try_states
-from oprd.objective.settings import mapping
 from oprd.rollouts.engines.staleness import FixedText
 from oprd.rollouts.engines.student import StudentEngine
-from oprd.rollouts.engines.vllm import check_server, check_training
+from oprd.rollouts.engines.vllm import check_server
 from oprd.rollouts.intake import look_ahead, settle_steps, stream_length
 from oprd.rollouts.translation import Translation
 from oprd.rollouts.trial import try_rollout
+from oprd.training.checks import check_arguments, check_student
 from oprd.training.config import OPRDConfig
 from oprd.training.epoch_sampler import EpochSampler
 from oprd.training.foreign_trl import taken_as_loaded, training_engines
-from oprd.training.installed import check_installed
 from oprd.training.origin import warn_of_another_origin
 from oprd.training.start_line import start_line
 from oprd.training.step import Update
@@ -89,21 +85,11 @@ class OPRDTrainer(ResumableTrainer, UpdateTrainer):
         **kwargs: Any,
     ) -> None:
         args = args or OPRDConfig()
-        if args.use_vllm:
-            check_training(args.vllm_mode, args.vllm_enable_sleep_mode)
         teacher_model = teacher_model or args.teacher_model_name_or_path
         self._names = {"student": name_of(model), "teacher": name_of(teacher_model)}
-        if teacher_model is None:
-            raise UserError("no teacher: set teacher_model_name_or_path to a name, a folder or tiny:teacher")
+        teacher_model = check_arguments(args, teacher_model, train_dataset, kwargs.get("eval_dataset"))
         if isinstance(train_dataset, IterableDataset):
             train_dataset = look_ahead(train_dataset, stream_length(args, args.world_size))
-        if not isinstance(train_dataset, Dataset):
-            raise UserError(f"train_dataset must be a datasets.Dataset, got {type(train_dataset).__name__}")
-        if args.eval_on_start and kwargs.get("eval_dataset") is None:
-            raise UserError("eval_on_start needs an eval_dataset: leave it out, or set accuracy_dataset_name")
-        check_installed(args)
-        if not isinstance(teacher_model, str):
-            check_loaded_teacher(args)
         teacher_model = apart_from(model, teacher_model)
         if any(term.ever_active and not term.always_active for term in args.schedules.values()):
             # What only one term reaches goes unused while that term is off, and DDP has to look for it.
@@ -122,49 +108,20 @@ class OPRDTrainer(ResumableTrainer, UpdateTrainer):
                 callbacks=callbacks,
                 **kwargs,
             )
+        # In this order: each step reads what those before it have set or found to hold.
         self._end_turns()
-        if self._tokenizer.eos_token_id is None:
-            raise UserError(
-                "the student's tokenizer has no EOS token, so no rollout would end: set eos_token"
-            )
-        check_tokenizer(self._names["student"] or "the student", self.model, self._tokenizer)
-        if self._is_vlm:
-            raise UserError("the student is a vision-language model; oprd distils text-only models so far")
-        if args.keep_attention:
-            options = mapping("gradient_checkpointing_kwargs", args.gradient_checkpointing_kwargs)
-            check_attention_kept(self.model, args.gradient_checkpointing, options)
-        if not args.disable_dropout and has_dropout(self.model):
-            logger.warning("the student learns with dropout, the teacher has none: set disable_dropout: true")
-        if is_deepspeed_zero3_enabled():
-            check_zero3(self.model, args)
-        self.sharding = Sharding.of(self.accelerator)
-        if self.sharding is not None:  # gradients of a window would be summed whole, on every rank
-            self.accelerator.gradient_state.plugin_kwargs["sync_each_batch"] = True
+        check_student(self.model, self._tokenizer, self._names["student"], self._is_vlm, args)
+        self.sharding = self._find_sharding()
         self.teacher = self._load_teacher(teacher_model, args)
         self._check_models()
         self.translation = self._translate(args)
         self._check_prompts()
         settle_steps(args, len(self.train_dataset), self.accelerator.num_processes)
-        with whatever_fails_is(
-            lambda error: f"optim: {OptimizerNames(args.optim).value}, optim_args: {args.optim_args}: {error}"
-        ):
-            chosen = self.get_optimizer_cls_and_kwargs(args, self.model)
-        check_optimizer(args, *chosen)
+        self._check_optimizer()
         self._prepare_rollouts()
-        for role, read in (("student", self.model), ("teacher", self.teacher.model)):
-            with told_of_architecture(role, read):
-                blocks(read)
-        with told_of_architecture("student", self.model):
-            pair = TrainingPair(self.model, self._tokenizer, self.teacher, self.accelerator.device)
-            self.update = Update.bind(args, pair)
-            self.update.freeze_unreached()
-        if is_deepspeed_zero3_enabled():
-            self.teacher.reader = prepare_deepspeed(self.teacher.reader, self.accelerator)
-        else:
-            self.update.place(self.accelerator.device, self.sharding)
-            self._try_models()
-        heeds_padding(self.model)  # tried here, so that no step's meters count it
-        heeds_padding(self.teacher.model, self.accelerator.device)
+        self.update = self._bind_update()
+        self._place_models()
+        self._try_padding()
         self.engine, self.fixed_text = self._take_over_engine(), FixedText()
         self._add_recorder()
 
@@ -175,16 +132,54 @@ class OPRDTrainer(ResumableTrainer, UpdateTrainer):
         self.eos_token_ids = eos_token_ids(self.model, self._tokenizer, self.generation_config)
         self.generation_config.eos_token_id = self.generation_kwargs["eos_token_id"] = self.eos_token_ids
 
+    def _find_sharding(self) -> Sharding | None:
+        sharding = Sharding.of(self.accelerator)
+        if sharding is not None:  # gradients of a window would be summed whole, on every rank
+            self.accelerator.gradient_state.plugin_kwargs["sync_each_batch"] = True
+        return sharding
+
+    def _check_optimizer(self) -> None:
+        args = self.args
+        with whatever_fails_is(
+            lambda error: f"optim: {OptimizerNames(args.optim).value}, optim_args: {args.optim_args}: {error}"
+        ):
+            chosen = self.get_optimizer_cls_and_kwargs(args, self.model)
+        check_optimizer(args, *chosen)
+
+    def _bind_update(self) -> Update:
+        """The objective, bound to both models; what no term of it reaches is frozen."""
+        for role, read in (("student", self.model), ("teacher", self.teacher.model)):
+            with told_of_architecture(role, read):
+                blocks(read)
+        with told_of_architecture("student", self.model):
+            pair = TrainingPair(self.model, self._tokenizer, self.teacher, self.accelerator.device)
+            update = Update.bind(self.args, pair)
+            update.freeze_unreached()
+        return update
+
+    def _place_models(self) -> None:
+        """Put the teacher, and a copy of the student, where they are read; try what can be tried there."""
+        if is_deepspeed_zero3_enabled():
+            self.teacher.reader = prepare_deepspeed(self.teacher.reader, self.accelerator)
+        else:
+            self.update.place(self.accelerator.device, self.sharding)
+            self._try_models()
+
     def _try_models(self) -> None:
         """Read a few tokens as updates will; sharded models are skipped."""
         if self.sharding is not None:
             return
-        ours, theirs = self.update.layers_read
+        student_layers, teacher_layers = self.update.layers_read
         with self.accelerator.autocast():
-            try_states("student", self.model, ours, self.args.final_norm)
+            try_states("student", self.model, student_layers, self.args.final_norm)
             if not self.use_vllm:
                 try_rollout(self.model, self._tokenizer)
-            self.teacher.try_states(theirs, self.args.final_norm, self.accelerator.device)
+            self.teacher.try_states(teacher_layers, self.args.final_norm, self.accelerator.device)
+
+    def _try_padding(self) -> None:
+        """Find out what models make of padding: here, so that no step's meters count it."""
+        heeds_padding(self.model)
+        heeds_padding(self.teacher.model, self.accelerator.device)
 
     def _load_teacher(self, teacher: str | PreTrainedModel, args: OPRDConfig) -> Teacher:
         init_kwargs = teacher_kwargs(args)

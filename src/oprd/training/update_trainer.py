@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate.utils import DistributedType
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from oprd.foundation.errors import Fault
 from oprd.models.finite import NonFiniteLoss
-from oprd.rollouts.rows import RolloutBatch, on_host
+from oprd.rollouts.rows import RolloutBatch, RolloutInputs, on_host
 from oprd.training.rollout_trainer import RolloutTrainer
 
 
@@ -39,15 +39,19 @@ class UpdateTrainer(RolloutTrainer):
             self.memory.start()
             self.update.watch.clear()
         if isinstance(inputs, dict):
-            if "representation_weights" not in inputs:
-                inputs = on_host(inputs)
-                inputs |= self._row_weights(inputs)
-            inputs = [RolloutBatch.of(inputs)]
-        loss = self._losses(model, inputs)
+            rollouts = cast(RolloutInputs, inputs)
+            if "representation_weights" not in rollouts:
+                rollouts = on_host(rollouts)
+                rollouts |= self._row_weights(rollouts)
+            inputs = [RolloutBatch.of(rollouts)]
+        loss = self._backward_all_but_last(model, inputs)
         return (loss, None) if return_outputs else loss
 
-    def _losses(self, model: torch.nn.Module, parts: list[RolloutBatch]) -> Tensor:
-        """The loss of the last micro-batch, plus those of the others, whose gradients are taken here."""
+    def _backward_all_but_last(self, model: torch.nn.Module, parts: list[RolloutBatch]) -> Tensor:
+        """The loss of the last micro-batch, plus those of the others, whose gradients are taken here.
+
+        Or their graphs would all be kept until the backward of the caller, which runs one for all of them.
+        """
         total = torch.zeros((), device=self.accelerator.device, requires_grad=True)
         for part in parts[:-1]:
             with self._more_to_come(model) as keys:

@@ -340,7 +340,8 @@ def test_a_backward_that_follows_at_once_does_not_run_the_last_block_again(
     reading, mask = ModelInput(ids, torch.ones_like(ids), 0, 8), torch.ones(1, 8, dtype=torch.bool)
     for transform in (None, lambda _, states: states):
         counts = count_runs(model)
-        (states,) = read_states(model, reading, [StateRequest((layer,), mask, transform=transform)])
+        request = StateRequest((layer,), mask, transform=transform)
+        (states,) = read_states(model, reading, [request], backward_follows=transform is not None)
         found.append(gradients(model, weighted_sum(states)))
         assert counts == (runs if transform else [2 * (i < layer) for i in range(3)])
         assert all(block.gradient_checkpointing for block in blocks(model))

@@ -78,7 +78,10 @@ def test_the_top_of_the_package_is_its_packages():
 
 @pytest.mark.parametrize("name", [name for name in MODULES if name != "oprd"])
 def test_a_package_imports_those_before_it(name):
-    assert {package(imported) for imported in own_imports(name)} <= {package(name), *PACKAGES[package(name)].split()}
+    assert {package(imported) for imported in own_imports(name)} <= {
+        package(name),
+        *PACKAGES[package(name)].split(),
+    }
 
 
 @pytest.mark.parametrize("name", PACKAGES)

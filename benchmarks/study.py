@@ -15,7 +15,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +50,6 @@ class Pair:
 
     recipe: str
     arms: Mapping[str, Mapping[str, str]]
-    fixed: Mapping[str, str] = field(default_factory=dict)  # learning rates that need no tuning
 
 
 STATES = {
@@ -97,8 +96,8 @@ class Run:
         """Train to the end, or from the last checkpoint to the end."""
         pair = PAIRS[self.pair]
         keys = dict(pair.arms[self.arm]) | names | {"learning_rate": self.rate, "seed": str(self.seed)}
-        keys |= {"max_steps": str(self.steps)} if self.steps else {}
-        keys |= {"accuracy_steps": str(self.steps)} if self.steps else {}
+        if self.steps:
+            keys |= dict.fromkeys(("max_steps", "accuracy_steps"), str(self.steps))
         flags = [word for key, value in keys.items() for word in (f"--{key}", value)]
         command = [sys.executable, "-m", "oprd.cli", "train", str(ROOT / pair.recipe)]
         subprocess.run([*command, "--output_dir", str(self.folder), *flags], check=True)
@@ -134,22 +133,20 @@ def held_out(folder: Path | str) -> dict[str, dict[str, Any]]:
     return {name: {key: summary[key] for key in kept} for name, summary in summaries.items()}
 
 
-def best_rate(pair: str, arm: str) -> str | None:
-    """The learning rate with most right answers at the end of tuning; None before all were tried."""
+def best_rate(pair: str, arm: str) -> str:
+    """The learning rate with most right answers at the end of tuning, once all have a result."""
     results = [Run(pair, arm, rate, 0, TUNING_STEPS).result for rate in RATES]
-    if not all(path.exists() for path in results):
-        return None
     ends = [json.loads(path.read_text())["curve"][-1]["accuracy"] for path in results]
     return RATES[max(range(len(RATES)), key=ends.__getitem__)]
 
 
-def missing(pair: str, arms: list[str], seeds: list[int]) -> Iterator[Run]:
-    """The runs that have no result yet: an arm's rates first."""
+def runs(pair: str, arms: list[str], seeds: list[int]) -> Iterator[Run]:
+    """The runs of these arms. An arm's rates come first: their results decide the rate of what follows."""
     for arm in arms:
         for rate in RATES:
             yield Run(pair, arm, rate, 0, TUNING_STEPS)
         for seed in seeds:
-            yield Run(pair, arm, best_rate(pair, arm) or RATES[0], seed)
+            yield Run(pair, arm, best_rate(pair, arm), seed)
 
 
 def table(pair: str) -> str:
@@ -183,7 +180,7 @@ def main() -> None:
     given = parser.parse_args()
     if not given.table:
         names = {"model_name_or_path": given.student, "teacher_model_name_or_path": given.teacher}
-        for run in missing(given.pair, given.arms or list(PAIRS[given.pair].arms), given.seeds):
+        for run in runs(given.pair, given.arms or list(PAIRS[given.pair].arms), given.seeds):
             if not run.result.exists():
                 run.train({key: name for key, name in names.items() if name})
                 run.record()

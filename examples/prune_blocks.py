@@ -20,7 +20,7 @@ from oprd import capture, load_model, load_prompts, load_tokenizer
 
 
 @torch.no_grad()
-def mean_states(model: PreTrainedModel, batch: dict[str, Tensor], layers: int) -> dict[int, Tensor]:
+def token_states(model: PreTrainedModel, batch: dict[str, Tensor], layers: int) -> dict[int, Tensor]:
     """States of all layers but the last, which is behind the norm, at the tokens of a batch."""
     rows = batch["attention_mask"].bool()
     with capture(model, range(layers), rows, stop_early=True) as states:
@@ -74,7 +74,7 @@ def main() -> None:
     batch = tokenizer.apply_chat_template(
         prompts, add_generation_prompt=True, padding=True, return_dict=True, return_tensors="pt"
     )
-    first = most_alike(mean_states(model, batch, depth), given.blocks)
+    first = most_alike(token_states(model, batch, depth), given.blocks)
     without_blocks(model, first, given.blocks).save_pretrained(given.output)
     tokenizer.save_pretrained(given.output)
     pairs = layer_pairs(depth, first, given.blocks)

@@ -7,7 +7,6 @@ from dataclasses import asdict
 
 import pytest
 import torch
-from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from oprd.cli import commands as cli
 from oprd.evaluation import evaluate as evaluation
@@ -21,6 +20,7 @@ from oprd.models.tiny import task
 from oprd.models.tiny.tokenizer import train_tokenizer
 from oprd.rollouts import generation as rollouts
 from oprd.rollouts.generation import Rollout, Sampling
+from tiny_qwen import tiny_qwen
 
 torch.set_num_threads(1)
 DRAWN = Sampling(max_new_tokens=6, temperature=1.0, top_p=1.0)
@@ -36,20 +36,7 @@ def tokenizer():
 
 @pytest.fixture(scope="module")
 def model(tokenizer):
-    torch.manual_seed(0)
-    config = Qwen3Config(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=16,
-        max_position_embeddings=64,
-        eos_token_id=tokenizer.eos_token_id,
-        bos_token_id=None,
-    )
-    return Qwen3ForCausalLM(config)
+    return tiny_qwen(tokenizer, max_position_embeddings=64)
 
 
 @pytest.fixture(scope="module")

@@ -1,12 +1,13 @@
 import pytest
 import torch
-from transformers import GenerationConfig, Qwen3Config, Qwen3ForCausalLM
+from transformers import GenerationConfig
 
 from oprd.foundation.errors import UserError
 from oprd.models.eos import eos_token_ids, listed_eos_ids
 from oprd.models.tiny.tokenizer import train_tokenizer
 from oprd.rollouts.generation import Rollout, Sampling, generate
 from oprd.text.rendering import Renderer
+from tiny_qwen import tiny_qwen
 
 torch.set_num_threads(1)
 QUESTION = [{"role": "user", "content": "Compute 1+2."}]
@@ -20,19 +21,7 @@ def tokenizer():
 
 @pytest.fixture
 def model(tokenizer):
-    torch.manual_seed(0)
-    config = Qwen3Config(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=16,
-        eos_token_id=tokenizer.eos_token_id,
-        bos_token_id=None,
-    )
-    return Qwen3ForCausalLM(config)
+    return tiny_qwen(tokenizer)
 
 
 def prompts(tokenizer, count=6):

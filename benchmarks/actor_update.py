@@ -4,6 +4,7 @@
     python benchmarks/actor_update.py --preset cpu --rows all         # every loss on all rows, or the last k
     python benchmarks/actor_update.py --preset cpu --sweep length     # over T; --sweep vocabulary: over |V|
     python benchmarks/actor_update.py --preset qwen2.5-1.5b --shapes  # memory alone, on fake tensors
+    python benchmarks/actor_update.py --model google/gemma-3-270m     # a real model, its own teacher
 
 An update is teacher forward, student forward and backward on one batch of rollouts, the same random weights
 and tokens for all arms (arms.py has them), gradient checkpointing on; the optimiser, the same
@@ -23,7 +24,7 @@ from pathlib import Path
 
 import psutil
 import torch
-from arms import ARMS, LARGE, LONG, PRESETS, ROWS, Arm, Shape, counted_mb
+from arms import ARMS, LARGE, LONG, PRESETS, ROWS, Arm, Shape, counted_mb, shape_of
 from harness import Row, hardware, of_arm, paired_ratio, run_in_turn, serve, write
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
@@ -67,28 +68,28 @@ def fits(arm: str, shape: Shape) -> bool:
     return counted_mb(arm, shape) * MB < 0.6 * room
 
 
-def measure(preset: str, shape: Shape, arms: Sequence[str], repeats: int) -> list[Row]:
+def measure(name: str, shape: Shape, arms: Sequence[str], repeats: int) -> list[Row]:
     """Rounds of the arms that have room; of the others what they would hold."""
     kept = [arm for arm in arms if fits(arm, shape)]
-    arguments = ["--preset", preset]
-    for name in (*SIZES, "rows"):
-        arguments += [f"--{name}", str(getattr(shape, name))]
+    arguments = ["--model", shape.model] if shape.model else ["--preset", name]
+    for size in (*SIZES, "rows"):
+        arguments += [f"--{size}", str(getattr(shape, size))]
     on_cuda = torch.cuda.is_available()
     repeats = 1 if shape.tokens >= LONG and not on_cuda else repeats
     with tempfile.TemporaryDirectory() as shared:
         arguments += ["--shared", shared]
         rows = run_in_turn(__file__, kept, arguments, repeats, warm_up=on_cuda)
-    return _about(preset, shape, rows) + count(preset, shape, [arm for arm in arms if arm not in kept])
+    return _about(name, shape, rows) + count(name, shape, [arm for arm in arms if arm not in kept])
 
 
-def count(preset: str, shape: Shape, arms: Sequence[str]) -> list[Row]:
+def count(name: str, shape: Shape, arms: Sequence[str]) -> list[Row]:
     """What arms hold, on fake tensors."""
     rows = [{"arm": arm, "repeat": 0, "transient_mb": counted_mb(arm, shape)} for arm in arms]
-    return _about(preset, shape, rows)
+    return _about(name, shape, rows)
 
 
-def _about(preset: str, shape: Shape, rows: Sequence[Row]) -> list[Row]:
-    about = {"preset": preset} | {name: getattr(shape, name) for name in (*SIZES, "rows")}
+def _about(name: str, shape: Shape, rows: Sequence[Row]) -> list[Row]:
+    about = {"preset": name} | {size: getattr(shape, size) for size in (*SIZES, "rows")}
     return [about | row | hardware() for row in rows]
 
 
@@ -151,6 +152,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--preset", choices=PRESETS, default="cpu")
+    parser.add_argument("--model", help="a folder or a Hub name, in place of a preset")
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=ARMS)
     parser.add_argument("--rows", choices=ROWS, default="paper", help="which rows the losses supervise")
     parser.add_argument("--repeats", type=int, default=5)
@@ -165,18 +167,20 @@ def main() -> None:
         parser.add_argument(f"--{name}", type=int)
     given = parser.parse_args()
     sizes = {name: getattr(given, name) for name in SIZES if getattr(given, name)}
-    shape = replace(PRESETS[given.preset], rows=given.rows, **sizes)
+    shape = shape_of(given.model) if given.model else PRESETS[given.preset]
+    shape = replace(shape, rows=given.rows, **sizes)
+    name = Path(given.model).name.lower() if given.model else given.preset
     if given.worker:
         serve(Arm(given.worker, shape, given.shared).measure)
         return
     rows = None if given.rows == "paper" else f"rows-{given.rows}"
-    words = [given.preset, *filter(None, (given.sweep, rows, "shapes" if given.shapes else None))]
+    words = [name, *filter(None, (given.sweep, rows, "shapes" if given.shapes else None))]
     output = given.output or HERE / "results" / f"actor_update-{'-'.join(words)}.csv"
 
     def found(shape: Shape) -> list[Row]:
         if given.shapes:
-            return count(given.preset, shape, given.arms)
-        return measure(given.preset, shape, given.arms, given.repeats)
+            return count(name, shape, given.arms)
+        return measure(name, shape, given.arms, given.repeats)
 
     if not given.sweep:
         rows = found(shape)

@@ -24,11 +24,12 @@ from typing import Any
 import torch
 from harness import peak_mb, watched_memory
 from torch import Tensor
-from transformers import PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, Qwen2Config
 
 from oprd.bridge.artifact import Bridge, Projector
 from oprd.foundation.meters import MB, MemoryMeter
 from oprd.models.capture import backbone
+from oprd.models.loading import load_model
 from oprd.models.teacher import Teacher
 from oprd.objective.settings import ObjectiveSettings
 from oprd.preflight.planning.footprint import Footprint
@@ -58,6 +59,7 @@ class Shape:
     rollouts: int = 1
     dtype: torch.dtype = torch.float32  # on a CPU; on CUDA it is bfloat16
     rows: str = "paper"
+    model: str = ""  # a folder or a Hub name: its weights in place of random ones, for student and teacher
 
     @property
     def representation_rows(self) -> int:
@@ -68,6 +70,23 @@ class Shape:
     def output_rows(self) -> int:
         """Response rows of an output loss, from the last one back."""
         return self.last if self.rows == "last" else self.tokens
+
+
+def shape_of(model: str) -> Shape:
+    """The shape of a real model; 4 rollouts of 256 tokens, the last 64 of them for states."""
+    config = AutoConfig.from_pretrained(model)
+    return Shape(
+        layers=config.num_hidden_layers,
+        width=config.hidden_size,
+        intermediate=config.intermediate_size,
+        heads=config.num_attention_heads,
+        kv_heads=config.num_key_value_heads,
+        vocabulary=config.vocab_size,
+        tokens=256,
+        last=64,
+        rollouts=4,
+        model=model,
+    )
 
 
 ROWS = ("paper", "all", "last")
@@ -118,9 +137,27 @@ ARMS = ("bare", *OURS, *WHOLE, "authors", "trl")
 
 
 def make_model(shape: Shape, seed: int, device: torch.device, shared: Path | None = None) -> PreTrainedModel:
-    """Random weights; those of one seed are mapped from a file in `shared`, so that arms hold them once."""
-    torch.manual_seed(seed)
-    config = Qwen2Config(
+    """Random weights, or those of the shape's model; of one seed they are mapped from a file in `shared`, so
+    that arms hold them once."""
+    dtype = torch.bfloat16 if device.type == "cuda" else shape.dtype
+    file = shared / f"{'model' if shape.model else seed}.pt" if shared else None
+    if shape.model and not (file and file.exists()) and device.type != "meta":
+        model = load_model(shape.model, dtype=dtype)
+    else:
+        torch.manual_seed(seed)
+        model = AutoModelForCausalLM.from_config(_config(shape)).to(dtype)
+    if file is not None:
+        if not file.exists():
+            torch.save(model.state_dict(), file)
+        model.load_state_dict(torch.load(file, mmap=True), assign=True)
+        model.tie_weights()
+    return model.to(device)
+
+
+def _config(shape: Shape) -> PreTrainedConfig:
+    if shape.model:
+        return AutoConfig.from_pretrained(shape.model)
+    return Qwen2Config(
         vocab_size=shape.vocabulary,
         hidden_size=shape.width,
         intermediate_size=shape.intermediate,
@@ -129,13 +166,6 @@ def make_model(shape: Shape, seed: int, device: torch.device, shared: Path | Non
         num_key_value_heads=shape.kv_heads,
         max_position_embeddings=PROMPT + shape.tokens,
     )
-    model = Qwen2ForCausalLM(config).to(torch.bfloat16 if device.type == "cuda" else shape.dtype)
-    if shared is not None:
-        file = shared / f"{seed}.pt"
-        if not file.exists():
-            torch.save(model.state_dict(), file)
-        model.load_state_dict(torch.load(file, mmap=True), assign=True)
-    return model.to(device)
 
 
 def make_shapes(shape: Shape, footprint: Footprint) -> PreTrainedModel:

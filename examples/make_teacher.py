@@ -7,7 +7,9 @@ weaker the earlier.
 """
 
 import argparse
+import json
 import time
+from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
@@ -44,9 +46,30 @@ class Budget(TrainerCallback):
         control.should_training_stop |= self.spent(state.global_step) >= 1
 
 
-def worked_solutions(tokenizer: PreTrainedTokenizerBase) -> Dataset:
-    """Training problems as prompts and completions: chats or, for a model without a template, text."""
+def own_solutions() -> Dataset:
+    """The bundled training problems with their worked solutions."""
     rows = load_prompts("word-problems", "train")
+    return rows.select_columns(["prompt", "worked_solution"])
+
+
+def sampled_solutions(file: str) -> Dataset:
+    """Problems with a model's answers, right or wrong, from the samples.jsonl of `oprd eval`.
+
+    Answers that were cut have no end and are left out.
+    """
+    records = [json.loads(line) for line in Path(file).read_text().splitlines()]
+    return Dataset.from_list(
+        [
+            {"prompt": record["prompt"], "worked_solution": sample["text"]}
+            for record in records
+            for sample in record["samples"]
+            if not sample["truncated"]
+        ]
+    )
+
+
+def as_completions(rows: Dataset, tokenizer: PreTrainedTokenizerBase) -> Dataset:
+    """Prompts and completions: chats or, for a model without a template, text."""
 
     def chat(row: dict[str, Any]) -> dict[str, Any]:
         return {"completion": [{"role": "assistant", "content": row["worked_solution"]}]}
@@ -55,8 +78,7 @@ def worked_solutions(tokenizer: PreTrainedTokenizerBase) -> Dataset:
         (question,) = row["prompt"]
         return {"prompt": plain_text(question["content"]), "completion": row["worked_solution"]}
 
-    unused = [name for name in rows.column_names if name != "prompt"]
-    return rows.map(chat if tokenizer.chat_template else text, remove_columns=unused)
+    return rows.map(chat if tokenizer.chat_template else text, remove_columns=["worked_solution"])
 
 
 def accuracy(model: Any, tokenizer: PreTrainedTokenizerBase, problems: int) -> float:
@@ -71,23 +93,29 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--model", required=True, help="a Hub name or a folder")
     parser.add_argument("--output", required=True, help="the teacher's folder")
+    parser.add_argument(
+        "--solutions", help="train on the samples.jsonl of oprd eval, not on worked solutions"
+    )
     parser.add_argument("--minutes", type=float, default=60, help="how long to train (default: 60)")
     parser.add_argument("--steps", type=int, help="train so many steps instead")
     parser.add_argument("--batch_size", type=int, default=16, help="solutions per step (default: 16)")
     parser.add_argument("--learning_rate", type=float, default=1e-4, help="its peak (default: 1e-4)")
     parser.add_argument("--save_steps", type=int, default=50, help="steps between checkpoints (default: 50)")
+    parser.add_argument("--seed", type=int, default=0, help="of the order of the problems (default: 0)")
     parser.add_argument("--problems", type=int, default=64, help="held-out ones to measure on (default: 64)")
     args = parser.parse_args()
 
     model, tokenizer = load_model(args.model, dtype="float32"), load_tokenizer(args.model)
     budget = Budget(args.minutes, args.steps)
     optimizer = AdamW(model.parameters(), args.learning_rate, weight_decay=0)
+    rows = sampled_solutions(args.solutions) if args.solutions else own_solutions()
     config = SFTConfig(
         output_dir=args.output,
+        seed=args.seed,
         max_steps=args.steps or 10**6,
         per_device_train_batch_size=args.batch_size,
         gradient_checkpointing=False,
-        bf16=False,  # under autocast on a CPU SmolLM2's loss fell less in the same few steps; why is open
+        bf16=False,  # no faster on a CPU: half of a step is the loss over the vocabulary, in float32 anyway
         logging_steps=10,
         save_steps=args.save_steps,
         save_only_model=True,
@@ -96,14 +124,17 @@ def main() -> None:
     trainer = SFTTrainer(
         model=model,
         args=config,
-        train_dataset=worked_solutions(tokenizer),
+        train_dataset=as_completions(rows, tokenizer),
         processing_class=tokenizer,
         optimizers=(optimizer, LambdaLR(optimizer, budget.rate)),
         callbacks=[budget],
     )
     result = trainer.train()
     trainer.save_model()
-    print(f"{result.global_step} steps in {result.metrics['train_runtime'] / 60:.1f} minutes: {args.output}")
+    seconds = result.metrics["train_runtime"]
+    trained = {"step": result.global_step, "seconds": round(seconds, 1)}
+    Path(args.output, "trained.json").write_text(json.dumps(trained) + "\n")
+    print(f"{result.global_step} steps in {seconds / 60:.1f} minutes: {args.output}")
     share = accuracy(trainer.model, tokenizer, args.problems)
     print(f"{share:.1%} of {args.problems} held-out problems answered right")
 

@@ -1,11 +1,14 @@
-"""Curves over steps from the `metrics.jsonl` of runs."""
+"""Curves and heatmaps over steps from the `metrics.jsonl` of runs."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import matplotlib
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.image import AxesImage
+from matplotlib.ticker import MaxNLocator
 
 from oprd.folders.recorder import METRICS_FILE, read_metrics
 from oprd.foundation.errors import writing
@@ -27,10 +30,11 @@ CURVES = {
 
 
 def plot_runs(runs: Mapping[str, Sequence[Path]], output: Path, levels: Mapping[str, float]) -> list[Path]:
-    """Write accuracy.png, cosine.png and length.png to `output`, one curve per run.
+    """Write accuracy.png, cosine.png and length.png to `output`, one curve per run, and layers.png.
 
     A run may lie in several folders, each going on where the last ended. `levels` are accuracies drawn as
-    horizontal lines. Lengths are running means over ten steps.
+    horizontal lines. Lengths are running means over ten steps. layers.png has one heatmap for each run that
+    logs the cosine of its layers.
     """
     written = []
     for file, (key, label, window) in CURVES.items():
@@ -45,14 +49,61 @@ def plot_runs(runs: Mapping[str, Sequence[Path]], output: Path, levels: Mapping[
         with writing(path):
             figure.savefig(path, dpi=150)
         written.append(path)
+    by_layer = {name: cosines_by_layer(folders) for name, folders in runs.items()}
+    logged = {name: found for name, found in by_layer.items() if found}
+    if logged:
+        path = output / "layers.png"
+        with writing(path):
+            layers_figure(logged).savefig(path, dpi=150)
+        written.append(path)
     return written
 
 
-def _curve(axes: Axes, folders: Sequence[Path], key: str, window: int, name: str, colour: str) -> None:
-    points, before = [], 0.0
+def cosines_by_layer(folders: Sequence[Path]) -> dict[float, dict[int, float]]:
+    """By step, then by student layer: the cosine of student and teacher states."""
+    name = "representation/cosine_layer_"
+    found: dict[float, dict[int, float]] = {}
+    for step, record in _steps(folders):
+        cosines = {int(k.removeprefix(name)): value for k, value in record.items() if k.startswith(name)}
+        if cosines:
+            found[step] = cosines
+    return found
+
+
+def layers_figure(runs: Mapping[str, Mapping[float, Mapping[int, float]]]) -> Figure:
+    """One heatmap for each run, on one colour scale: steps to the right, student layers upwards."""
+    figure = Figure(figsize=(0.8 + 3.2 * len(runs), 3.8), layout="constrained")
+    panels = figure.subplots(1, len(runs), squeeze=False)[0]
+    least = min(value for run in runs.values() for step in run.values() for value in step.values())
+    for axes, (name, run) in zip(panels, runs.items(), strict=True):
+        image = _heatmap(axes, run, least)
+        axes.set(title=name, xlabel="optimiser step")
+    panels[0].set_ylabel("student layer")
+    figure.colorbar(image, ax=list(panels), label="cosine of student and teacher states")
+    return figure
+
+
+def _heatmap(axes: Axes, run: Mapping[float, Mapping[int, float]], least: float) -> AxesImage:
+    steps, layers = sorted(run), sorted({layer for step in run.values() for layer in step})
+    grid = np.array([[run[step].get(layer, np.nan) for step in steps] for layer in layers])
+    axes.grid(False)
+    image = axes.imshow(grid, vmin=least, vmax=1, origin="lower", aspect="auto", interpolation="nearest")
+    for axis, names in ((axes.xaxis, [f"{step:g}" for step in steps]), (axes.yaxis, list(map(str, layers)))):
+        locator = MaxNLocator(8, integer=True)
+        ticks = [int(tick) for tick in locator.tick_values(0, len(names) - 1) if 0 <= tick < len(names)]
+        axis.set_ticks(ticks, [names[tick] for tick in ticks])
+    return image
+
+
+def _steps(folders: Sequence[Path]) -> Iterator[tuple[float, dict[str, float]]]:
+    before = 0.0
     for records in (read_metrics(folder / METRICS_FILE) for folder in folders):
-        points += [(before + r["step"], r[key]) for r in records if key in r]
+        yield from ((before + record["step"], record) for record in records)
         before += records[-1]["step"] if records else 0
+
+
+def _curve(axes: Axes, folders: Sequence[Path], key: str, window: int, name: str, colour: str) -> None:
+    points = [(step, record[key]) for step, record in _steps(folders) if key in record]
     if not points:
         return
     steps, values = zip(*points, strict=True)

@@ -64,7 +64,7 @@ def test_runs_and_plots(demo):
         assert [record["step"] for record in records] == [1, 2]
         assert "eval/avg_at_k" in records[-1]
         assert (output / arm / "model.safetensors").exists()
-    for plot in ("accuracy", "cosine", "length"):
+    for plot in ("accuracy", "cosine", "length", "layers"):
         assert (output / f"{plot}.png").stat().st_size > 5000
 
 

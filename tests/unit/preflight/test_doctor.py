@@ -86,10 +86,14 @@ def test_gpus_that_are_not_here(capsys, recipe):
     assert cli.run(["doctor", recipe(), "--gpu", "80GB", "--ranks", "8", "--use_vllm", "true"]) == 0
     out = capsys.readouterr().out
     assert "such a GPU has 80,000 MB: it fits" in out and "24,000.0" in out and "engine" not in out
-    assert cli.run(["doctor", recipe(), "--gpu", "0.6GB"]) == 2
-    assert "such a GPU has 600 MB: it does not fit" in capsys.readouterr().err
     assert cli.run(["doctor", recipe(), "--gpu", "large"]) == 2
     assert "'large' is no size of memory: write it as 80GB or 24GiB" in capsys.readouterr().err
+
+
+@pytest.mark.drill
+def test_a_gpu_that_is_not_here_and_too_small(capsys, recipe):
+    assert cli.run(["doctor", recipe(), "--gpu", "0.6GB"]) == 2
+    assert "such a GPU has 600 MB: it does not fit" in capsys.readouterr().err
 
 
 def test_findings_are_told_as_they_are_made_and_nothing_is_turned_where_there_is_room(recipe, monkeypatch):
@@ -339,6 +343,7 @@ def test_an_optimiser_that_is_not_installed(capsys, recipe, tmp_path, command):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.drill
 @pytest.mark.skipif(sys.platform != "linux", reason="reads what a container may take")
 def test_what_cannot_fit_is_not_tried(capsys, recipe, container, far):
     container(100_000_000)

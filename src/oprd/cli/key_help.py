@@ -31,7 +31,7 @@ TRAINING_GROUPS = (
         (
             *("model_name_or_path", "teacher_model_name_or_path", "model_init_kwargs"),
             *("teacher_model_init_kwargs", "teacher_model_revision", "trust_remote_code"),
-            *("teacher_offload", "teacher_quantization"),
+            *("teacher_offload", "teacher_quantization", "reference_model_name_or_path"),
         ),
     ),
     Group(
@@ -48,7 +48,8 @@ TRAINING_GROUPS = (
         "objective",
         (
             *("layers", "positions", "bridge", "bridge_rank", "final_norm", "representation_loss"),
-            *("representation_weight", "anchor_weight", "output_loss", "output_weight", "output_positions"),
+            *("representation_weight", "teacher_extrapolation", "anchor_weight"),
+            *("output_loss", "output_weight", "output_positions"),
             *("output_top_k", "output_support", "renormalize", "divergence", "student_temperature"),
             *("teacher_temperature", "reduction", "mask_truncated_completions"),
         ),

@@ -3,6 +3,7 @@
 MODELS_AND_DATA = (
     *("model_name_or_path", "teacher_model_name_or_path", "teacher_model_revision"),
     *("model_init_kwargs", "teacher_model_init_kwargs", "teacher_quantization"),
+    "reference_model_name_or_path",
     *(
         "dataset_name",
         "dataset_config",
@@ -19,6 +20,7 @@ ADAPTERS = (
 )
 OBJECTIVE = (
     *("layers", "positions", "bridge", "bridge_rank", "final_norm", "representation_loss"),
+    "teacher_extrapolation",
     *("representation_weight", "anchor_weight", "output_loss", "output_weight", "output_top_k"),
     *("output_support", "output_positions", "renormalize", "divergence", "student_temperature"),
     *("teacher_temperature", "reduction", "mask_truncated_completions"),

@@ -101,6 +101,7 @@ RANGES = {
     "vllm_tensor_parallel_size": COUNT,
     # Objective
     "bridge_rank": COUNT,
+    "teacher_extrapolation": POSITIVE,
     "output_top_k": COUNT,
     "student_temperature": POSITIVE,
     "teacher_temperature": POSITIVE,

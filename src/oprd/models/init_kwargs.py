@@ -25,6 +25,11 @@ def teacher_kwargs(settings: Any) -> dict[str, Any]:
     return given
 
 
+def reference_kwargs(settings: Any) -> dict[str, Any]:
+    """Arguments of the reference's: the teacher's, but for the revision, which is of another repository."""
+    return {name: value for name, value in teacher_kwargs(settings).items() if name != "revision"}
+
+
 def check_loaded_teacher(settings: Any) -> None:
     """Raise `UserError` for keys that say how to load a teacher, where it is given as a model object."""
     for key, default in OF_LOADING.items():

@@ -30,7 +30,12 @@ def sampled_token(student_logits: Logits, teacher_logits: Logits, tokens: Int[Te
             f"sampled_token wants one token per row: tokens has shape {tuple(tokens.shape)}, and there are "
             f"{len(student_logits)} rows of logits"
         )
-    log_p, log_q = log_probs(student_logits, tokens), log_probs(teacher_logits, tokens)
+    return sampled_reward(student_logits, log_probs(teacher_logits, tokens), tokens)
+
+
+def sampled_reward(student_logits: Logits, log_q: Rows, tokens: Int[Tensor, " N"]) -> Rows:
+    """`sampled_token` of a reward log q(ŷ) that is given, and need not be that of a distribution."""
+    log_p = log_probs(student_logits, tokens)
     advantage = (log_p - log_q).detach()
     return _with_gradient(advantage, advantage, log_p)
 

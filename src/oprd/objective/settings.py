@@ -17,6 +17,7 @@ from oprd.objective.selection import Positions
 from oprd.objective.terms import ANCHOR, OUTPUT, REPRESENTATION
 
 OUTPUT_LOSSES = ("none", "sampled_token", "sampled_text", "top_k", "top_k_authors", "full_vocab")
+EXTRAPOLATED_OUTPUTS = ("sampled_token", "full_vocab")
 TEACHER_TEMPLATES = ("student", "own")
 QUANTIZATIONS = ("none", "8bit", "4bit")
 TEACHER_TOKENIZATIONS = ("own", "student")
@@ -53,6 +54,12 @@ class ObjectiveSettings:
         + " | module:function (yours, a value per row); default mse, with a bridge normalized_mse.",
     )
     representation_weight: str = key("1.0", "μ of Eq. 7: a number, or a schedule such as 0=1.0,400=0.")
+    teacher_extrapolation: float = key(
+        1.0, "λ: targets h_T + (λ − 1)(h_T − h_B) beyond the teacher (RIDE), 1.15 to 1.35; 1 is the teacher."
+    )
+    reference_model_name_or_path: str | None = key(
+        None, "Whose states h_B are: what the teacher was trained from; default: the student as it starts."
+    )
     anchor_weight: str = key(
         "0", "Weight of the loss that keeps what a bridge leaves free near the initial student."
     )
@@ -124,6 +131,7 @@ class ObjectiveSettings:
             raise UserError("bridge_rank is set, but there is no bridge: name one, or leave bridge_rank out")
         if self.anchor_schedule.ever_active and self.bridge is None:
             raise UserError("anchor_weight needs a bridge, and there is no bridge: drop it")
+        self._check_extrapolation()
         Positions.parse(self.positions)
         Positions.parse(self.output_positions, "output_positions")
         self._check_weights()
@@ -160,6 +168,25 @@ class ObjectiveSettings:
             raise UserError(
                 "all weights are zero, so nothing would be trained: raise representation_weight, or set "
                 "output_loss with an output_weight above 0"
+            )
+
+    def _check_extrapolation(self) -> None:
+        if self.teacher_extrapolation == 1:
+            if self.reference_model_name_or_path is not None:
+                raise UserError(
+                    "reference_model_name_or_path is read by teacher_extrapolation, which is 1: set "
+                    "teacher_extrapolation: 1.25, or leave the reference out"
+                )
+            return
+        if self.bridge is not None:
+            raise UserError(
+                "teacher_extrapolation needs models of one origin, and a bridge joins two of different "
+                "origin: leave one of them out"
+            )
+        if self.output_schedule.ever_active and self.output_loss not in EXTRAPOLATED_OUTPUTS:
+            raise UserError(
+                f"teacher_extrapolation is defined for output_loss: {' and '.join(EXTRAPOLATED_OUTPUTS)}, "
+                f"and output_loss is {self.output_loss}: change it, or leave teacher_extrapolation out"
             )
 
     def _check_output(self) -> None:

@@ -1,6 +1,7 @@
 """The output loss: both LM heads on final states, and a divergence of their next-token distributions."""
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -13,11 +14,13 @@ from oprd.foundation.meters import Averages
 from oprd.models.lm_head import Head
 from oprd.models.teacher import Teacher, shared_vocabulary
 from oprd.objective import output_space
+from oprd.objective.extrapolation import extrapolate
 from oprd.objective.settings import ObjectiveSettings
 from oprd.rollouts.engines.importance import importance_weights
 from oprd.rollouts.rows import RolloutBatch, SupervisedRows
 from oprd.text.alignment import same_vocabulary
 from oprd.training.diagnostics import add_log_prob_gap, add_output_statistics
+from oprd.training.extrapolation import Extrapolation
 from oprd.training.training_pair import TrainingPair
 
 DESCRIBED_ROWS = 32
@@ -34,23 +37,29 @@ class OutputTerm:
     teacher: Teacher
     vocabulary: int | None
     heads: tuple[Head, Head] | None  # the student's and the teacher's, if the run makes logits
+    reference: Head | None = None  # that of the model which rewards are extrapolated from
 
     @classmethod
-    def bind(cls, settings: ObjectiveSettings, pair: TrainingPair) -> "OutputTerm":
+    def bind(
+        cls, settings: ObjectiveSettings, pair: TrainingPair, extrapolation: Extrapolation | None = None
+    ) -> "OutputTerm":
         """Compare vocabularies, and make the heads if the run uses them; raises `UserError`."""
         student, teacher = pair.student, pair.teacher
         vocabulary = _vocabulary(settings, pair)
         if vocabulary and settings.output_loss.startswith("top_k") and settings.output_top_k > vocabulary:
             k = settings.output_top_k
             raise UserError(f"output_top_k is {k}, but the vocabulary has {vocabulary} tokens: lower it")
-        heads = None
+        heads, reference = None, None
         if settings.output_schedule.ever_active or (vocabulary and settings.diagnostics_steps):
             ours, theirs = (
                 Head.of(model, vocabulary or model.config.get_text_config().vocab_size)
                 for model in (student, teacher.model)
             )  # while no weights are sharded
             heads = ours, theirs
-        return cls(settings, student, teacher, vocabulary, heads)
+        if extrapolation is not None and settings.output_schedule.ever_active:
+            assert vocabulary is not None
+            reference = extrapolation.head(vocabulary)
+        return cls(settings, student, teacher, vocabulary, heads, reference)
 
     @property
     def _heads(self) -> tuple[Head, Head]:
@@ -68,15 +77,17 @@ class OutputTerm:
         student: Rows,
         teacher: Rows,
         averages: Averages,
+        reference: Rows | None = None,
     ) -> tuple[Float[Tensor, ""], Float[Tensor, " N"]]:
         """Σ_rows weight · value (Eq. 2–5) and the values, from the final states of the supervised rows.
 
         No gradient passes through the values. Entropies and overlap of some rows go to `averages`.
         """
         ours, theirs = self._heads
-        with ours.gathered(), theirs.gathered():
+        base = nullcontext() if self.reference is None else self.reference.gathered()
+        with ours.gathered(), theirs.gathered(), base:
             if self.vocabulary:
-                return self._token_loss(batch, supervised, student, teacher, averages)
+                return self._token_loss(batch, supervised, student, teacher, averages, reference)
             return self._span_loss(batch, supervised, student, teacher)
 
     def _token_loss(
@@ -86,31 +97,38 @@ class OutputTerm:
         student: Rows,
         teacher: Rows,
         averages: Averages,
+        reference: Rows | None,
     ) -> tuple[Float[Tensor, ""], Float[Tensor, " N"]]:
         """`loss` over one vocabulary: every row by itself, in chunks."""
         ours, theirs = self._heads
         tokens = batch.tokens[supervised.mask]
         teacher, to_teacher_logits = theirs.prepared(teacher)
         stride, row_loss = _stride(len(tokens)), ROW_LOSSES[self.settings.output_loss]
+        others = {"teacher": teacher, "tokens": tokens}
+        if (engine := self._engine_log_probs(batch, supervised.mask)) is not None:
+            others["engine"] = engine
+        if reference is not None:
+            assert self.reference is not None
+            others["reference"], to_reference_logits = self.reference.prepared(reference)
 
-        def row_values(
-            logits: Logits,
-            teacher: Rows,
-            tokens: Int[Tensor, " n"],
-            engine: Float[Tensor, " n"] | None = None,
-        ) -> Float[Tensor, " n"]:
+        def row_values(logits: Logits, *parts: Tensor) -> Float[Tensor, " n"]:
+            given = dict(zip(others, parts, strict=True))
+            tokens, engine, base = given["tokens"], given.get("engine"), None
             with torch.no_grad():
-                teacher_logits = to_teacher_logits(teacher).to(logits.device)
+                teacher_logits = to_teacher_logits(given["teacher"]).to(logits.device)
                 add_output_statistics(averages, logits[::stride], teacher_logits[::stride])
                 if engine is not None:
                     add_log_prob_gap(averages, logits[::stride], tokens[::stride], engine[::stride])
+                if "reference" in given:
+                    base = to_reference_logits(given["reference"]).to(logits.device)
+                    base = _cooled(base, self.settings.teacher_temperature)
             student_logits = _cooled(logits, self.settings.student_temperature)
             teacher_logits = _cooled(teacher_logits, self.settings.teacher_temperature)
-            return row_loss(Chunk(student_logits, teacher_logits, tokens, logits, engine), self.settings)
+            chunk = Chunk(student_logits, teacher_logits, tokens, logits, engine, base)
+            return row_loss(chunk, self.settings)
 
-        others = (teacher, tokens, *self._engine_log_probs(batch, supervised.mask))
         size = self.settings.output_chunk_size
-        return ours.weighted_loss(row_values, student, others, supervised.weights, size)
+        return ours.weighted_loss(row_values, student, list(others.values()), supervised.weights, size)
 
     def _span_loss(
         self, batch: RolloutBatch, supervised: SupervisedRows, student: Rows, teacher: Rows
@@ -145,18 +163,16 @@ class OutputTerm:
     def _teacher_log_probs(self, logits: Logits, tokens: Int[Tensor, " N"]) -> Float[Tensor, " N"]:
         return output_space.log_probs(_cooled(logits, self.settings.teacher_temperature), tokens)
 
-    def _engine_log_probs(
-        self, batch: RolloutBatch, mask: Bool[Tensor, "B T"]
-    ) -> tuple[Float[Tensor, " N"], ...]:
+    def _engine_log_probs(self, batch: RolloutBatch, mask: Bool[Tensor, "B T"]) -> Float[Tensor, " N"] | None:
         """The engine's log-probs of the sampled tokens, if it gave any."""
         if batch.engine_log_probs is not None:
-            return (batch.engine_log_probs[mask],)
+            return batch.engine_log_probs[mask]
         if self.settings.vllm_importance_sampling_correction:
             raise UserError(
                 "these rollouts have no engine log-probs, which importance weights need (with tools "
                 "none are kept): set vllm_importance_sampling_correction: false"
             )
-        return ()
+        return None
 
 
 @dataclass(frozen=True)
@@ -168,10 +184,15 @@ class Chunk:
     tokens: Int[Tensor, " N"]
     untempered: Logits  # the student's, not divided
     engine: Float[Tensor, " N"] | None  # the engine's log-probs of `tokens`
+    reference: Logits | None  # of the model that the teacher is extrapolated from
 
 
 def _sampled_token(chunk: Chunk, settings: ObjectiveSettings) -> Float[Tensor, " N"]:
-    values = output_space.sampled_token(chunk.student, chunk.teacher, chunk.tokens)
+    log_q = output_space.log_probs(chunk.teacher, chunk.tokens)
+    if chunk.reference is not None:
+        base = output_space.log_probs(chunk.reference, chunk.tokens)
+        log_q = extrapolate(log_q, base, settings.teacher_extrapolation)
+    values = output_space.sampled_reward(chunk.student, log_q, chunk.tokens)
     if chunk.engine is None or not settings.vllm_importance_sampling_correction:
         return values
     log_probs = output_space.log_probs(chunk.untempered, chunk.tokens)
@@ -190,7 +211,11 @@ def _top_k_authors(chunk: Chunk, settings: ObjectiveSettings) -> Float[Tensor, "
 
 
 def _full_vocab(chunk: Chunk, settings: ObjectiveSettings) -> Float[Tensor, " N"]:
-    return output_space.full_vocab(chunk.student, chunk.teacher, settings.divergence)
+    teacher = chunk.teacher
+    if chunk.reference is not None:  # both reverse KLs have one gradient: normalised, and with this reward
+        log_q, base = teacher.log_softmax(-1), chunk.reference.log_softmax(-1)
+        teacher = extrapolate(log_q, base, settings.teacher_extrapolation)
+    return output_space.full_vocab(chunk.student, teacher, settings.divergence)
 
 
 ROW_LOSSES: dict[str, Callable[[Chunk, ObjectiveSettings], Float[Tensor, " N"]]] = {

@@ -27,8 +27,10 @@ def start_line(args: Any, layer_map: LayerMap, num_processes: int, first_step: i
 def _objective(args: Any, layer_map: LayerMap) -> str:
     """The terms that are ever on, with their weights."""
     layers = len(layer_map.pairs)
-    bridge = " through a bridge" if args.bridge else ""
-    where = f"{layers} layer{'s' * (layers > 1)}, rows {args.positions}{bridge}"
+    how = " through a bridge" if args.bridge else ""
+    if args.teacher_extrapolation != 1:
+        how = f", λ = {args.teacher_extrapolation:g}"
+    where = f"{layers} layer{'s' * (layers > 1)}, rows {args.positions}{how}"
     words = {
         REPRESENTATION: f"{args.representation_loss.partition('#')[0]} ({where})",
         OUTPUT: f"{args.output_loss} (rows {args.output_positions})",

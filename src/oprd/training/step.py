@@ -31,6 +31,7 @@ from oprd.rollouts.rows import RolloutBatch, SupervisedRows
 from oprd.training.anchor import Anchor
 from oprd.training.comparison import Comparison, States
 from oprd.training.diagnostics import add_representation_cosine
+from oprd.training.extrapolation import Extrapolation
 from oprd.training.layer_losses import AnchorLoss, RepresentationLoss
 from oprd.training.output_term import OutputTerm
 from oprd.training.training_pair import TrainingPair
@@ -39,6 +40,7 @@ logger = logging.getLogger(__name__)
 
 RowsByTerm = dict[str, SupervisedRows]
 Targets = dict[str, States]  # by term and layer, what the student's states are compared with
+REFERENCE = "reference"  # among targets: the final states of what the teacher is extrapolated from
 AtLayer = Callable[[int, Tensor], Tensor]  # what the forward turns a layer's states into
 
 
@@ -52,6 +54,7 @@ class Update:
     teacher: Teacher
     output: OutputTerm
     anchor: Anchor | None
+    extrapolation: Extrapolation | None
     averages: Averages
     stopwatch: Stopwatch
     watch: FiniteWatch
@@ -68,7 +71,8 @@ class Update:
         if isinstance(settings.representation_loss, CustomLoss):
             for width in comparison.widths(student):
                 settings.representation_loss.check(width, device)
-        output = OutputTerm.bind(settings, pair)
+        extrapolation = Extrapolation.of(settings, pair)
+        output = OutputTerm.bind(settings, pair, extrapolation)
         anchor = None
         if settings.anchor_schedule.ever_active and comparison.bridge is not None:
             anchor = Anchor.of(student, comparison.bridge, comparison.layer_map.student_layers)
@@ -78,7 +82,7 @@ class Update:
                 "across tokenizers many rows are not paired, and through a bridge without an anchor their "
                 "states drift until the student's text degenerates: set anchor_weight: 1"
             )
-        return cls(settings, comparison, student, pair.teacher, output, anchor, *meters)
+        return cls(settings, comparison, student, pair.teacher, output, anchor, extrapolation, *meters)
 
     def freeze_unreached(self) -> None:
         """Freeze what no term of the run reaches; raises `UserError` where nothing is left to train."""
@@ -91,6 +95,8 @@ class Update:
         self.teacher.place(device, sharding, self.settings.teacher_offload)
         if self.anchor is not None:
             self.anchor.place(device, sharding)
+        if self.extrapolation is not None:
+            self.extrapolation.reference.place(device, sharding, self.settings.teacher_offload)
 
     def loss(self, batch: RolloutBatch, step: int) -> Tensor:
         """μ · representation + w · output (Eq. 7) + a · anchor of one micro-batch at update `step`, 0-based.
@@ -147,7 +153,11 @@ class Update:
         return self.comparison.bridge is not None or width == self.teacher.width
 
     def _targets(self, batch: RolloutBatch, rows: RowsByTerm) -> Targets:
-        """The teacher's states on its rows of the same text; for the anchor, the student's former ones."""
+        """The teacher's states on its rows of the same text; for the anchor, the student's former ones.
+
+        With an extrapolation the states of the representation term lie beyond the teacher's, and `REFERENCE`
+        has the reference's final states.
+        """
         comparison, norm = self.comparison, self.settings.final_norm
         requests = {}
         if REPRESENTATION in rows:
@@ -160,14 +170,25 @@ class Update:
         targets: Targets = {}
         if requests:
             with self.stopwatch.part("teacher"):
+                if self.extrapolation is not None:
+                    targets = self._reference_states(batch, requests)
                 states = self.teacher.read(batch.teacher, list(requests.values()), self.settings.padding_free)
-            targets = dict(zip(requests, states, strict=True))
+            targets |= dict(zip(requests, states, strict=True))
         if REPRESENTATION in targets:
             targets[REPRESENTATION] = comparison.by_student_layer(targets[REPRESENTATION])
         if self.anchor is not None and ANCHOR in rows:
             request = StateRequest(comparison.layer_map.student_layers, rows[ANCHOR].mask, norm)
             targets[ANCHOR] = self.anchor.read(batch.student, request)
         return targets
+
+    def _reference_states(self, batch: RolloutBatch, requests: dict[str, StateRequest]) -> Targets:
+        """Turn `requests` to what lies beyond the teacher; returns the reference's final states, if read."""
+        assert self.extrapolation is not None
+        reference = self.extrapolation.read(batch.teacher, requests, self.settings.padding_free)
+        if REPRESENTATION in requests:
+            request = requests[REPRESENTATION]
+            requests[REPRESENTATION] = self.extrapolation.onto(request, reference[REPRESENTATION])
+        return {REFERENCE: reference[OUTPUT]} if OUTPUT in reference else {}
 
     def _losses(self, batch: RolloutBatch, rows: RowsByTerm, targets: Targets) -> dict[str, Tensor]:
         """The loss of each term: of states, the mean over layers; of the output, from final states."""
@@ -179,8 +200,7 @@ class Update:
             if term in at_layer:  # the forward has made a loss at every layer
                 losses[term] = torch.stack([loss.to(device) for loss in made[term].values()]).mean()
             else:  # it has kept the final states, of which the output loss is made now
-                student, teacher = _last(made[term]), _last(targets[term])
-                losses[term] = self._output_loss(batch, rows[term], student, teacher)
+                losses[term] = self._output_loss(batch, rows[term], _last(made[term]), targets)
         return losses
 
     def _layer_losses(self, batch: RolloutBatch, rows: RowsByTerm, targets: Targets) -> dict[str, AtLayer]:
@@ -189,8 +209,9 @@ class Update:
         losses: dict[str, AtLayer] = {}
         if REPRESENTATION in rows:
             assert self.settings.representation_loss is not None
+            loss = row_loss(self.settings.representation_loss)
             losses[REPRESENTATION] = RepresentationLoss(
-                row_loss(self.settings.representation_loss),
+                loss if self.extrapolation is None else self.extrapolation.scaled(loss),
                 self.comparison,
                 targets[REPRESENTATION],
                 rows[REPRESENTATION],
@@ -233,10 +254,12 @@ class Update:
         return dict(zip(requests, states, strict=True))
 
     def _output_loss(
-        self, batch: RolloutBatch, supervised: SupervisedRows, student: Tensor, teacher: Tensor
+        self, batch: RolloutBatch, supervised: SupervisedRows, student: Tensor, targets: Targets
     ) -> Tensor:
         """Eq. 2-5 from final states."""
-        loss, row_losses = self.output.loss(batch, supervised, student, teacher, self.averages)
+        teacher = _last(targets[OUTPUT])
+        reference = _last(targets[REFERENCE]) if REFERENCE in targets else None
+        loss, row_losses = self.output.loss(batch, supervised, student, teacher, self.averages, reference)
         self.watch.add("the output loss", None, row_losses, supervised.mask, batch.student.input_ids)
         return loss.to(batch.tokens.device)
 

@@ -36,7 +36,7 @@ from oprd.foundation.ranges import check_ranges
 from oprd.foundation.recipe import parse_recipe
 from oprd.foundation.signals import Stopped, signals_handled
 from oprd.models.adapters import MERGED_FOLDER, AdapterArguments, note_commit, save_merged
-from oprd.models.init_kwargs import hub_kwargs, student_kwargs, teacher_kwargs
+from oprd.models.init_kwargs import hub_kwargs, reference_kwargs, student_kwargs, teacher_kwargs
 from oprd.models.loading import holds_adapters
 from oprd.objective.settings import mapping
 from oprd.rollouts.generation import Sampling
@@ -197,6 +197,11 @@ def run_inputs(run: RunArguments, config: OPRDConfig, prompts: Dataset) -> Input
     if config.teacher_model_name_or_path:
         name = config.teacher_model_name_or_path
         inputs["teacher_model_name_or_path"] = model_fingerprints(name, **hub_kwargs(teacher))
+    if config.reference_model_name_or_path:
+        name = config.reference_model_name_or_path
+        inputs["reference_model_name_or_path"] = model_fingerprints(
+            name, **hub_kwargs(reference_kwargs(config))
+        )
     if config.bridge and bridge_file(config.bridge).is_file():
         inputs["bridge"] = {"file": file_fingerprint(bridge_file(config.bridge))}
     return inputs

@@ -34,7 +34,7 @@ from oprd.foundation.meters import MemoryMeter
 from oprd.models.capture import blocks
 from oprd.models.eos import eos_token_ids
 from oprd.models.freezing import apart_from
-from oprd.models.init_kwargs import teacher_kwargs
+from oprd.models.init_kwargs import reference_kwargs, teacher_kwargs
 from oprd.models.padding import heeds_padding
 from oprd.models.precision import Precision
 from oprd.models.sharding.fsdp import Sharding
@@ -152,7 +152,8 @@ class OPRDTrainer(ResumableTrainer, UpdateTrainer):
             with told_of_architecture(role, read):
                 blocks(read)
         with told_of_architecture("student", self.model):
-            pair = TrainingPair(self.model, self._tokenizer, self.teacher, self.accelerator.device)
+            device, reference = self.accelerator.device, self._load_reference()
+            pair = TrainingPair(self.model, self._tokenizer, self.teacher, device, reference)
             update = Update.bind(self.args, pair)
             update.freeze_unreached()
         return update
@@ -192,6 +193,14 @@ class OPRDTrainer(ResumableTrainer, UpdateTrainer):
         if args.teacher_quantization == "none":
             precision.warn_of_rounding(made.model)
         return made
+
+    def _load_reference(self) -> Teacher | None:
+        """The model that targets are extrapolated from, loaded as the teacher is, where one is named."""
+        name = self.args.reference_model_name_or_path
+        if name is None:
+            return None
+        precision = Precision.of(self.model, self.args, self.accelerator.distributed_type)
+        return Teacher.load(name, reference_kwargs(self.args), precision)
 
     def _translate(self, args: OPRDConfig) -> Translation:
         translation = Translation(

@@ -10,9 +10,13 @@ from oprd.models.teacher import Teacher
 
 @dataclass(frozen=True)
 class TrainingPair:
-    """The student that is trained, its tokenizer and its teacher, and the device of the losses."""
+    """The student that is trained, its tokenizer and its teacher, and the device of the losses.
+
+    `reference` is the model that targets are extrapolated from, where a recipe names one.
+    """
 
     student: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     teacher: Teacher
     device: torch.device
+    reference: Teacher | None = None

@@ -26,6 +26,7 @@ from oprd.preflight.planning.footprint import (
     GRADIENTS,
     OPTIMISER,
     PROCESS,
+    REFERENCE,
     SAMPLING,
     STUDENT,
     TEACHER,
@@ -136,6 +137,16 @@ def test_weights_are_counted_in_the_dtype_that_the_run_loads_them_in(plan):
     assert student.update[STUDENT] == pytest.approx(full[STUDENT] / 2, abs=1024)
     assert student.rollout[STUDENT] == student.update[STUDENT]
     assert student.update[OPTIMISER] == pytest.approx(full[OPTIMISER] / 2, rel=1e-3)
+
+
+def test_what_targets_are_extrapolated_from_is_counted(plan):
+    alone, copied = plan(), plan(teacher_extrapolation=1.25)
+    assert copied.update[REFERENCE] == copied.rollout[REFERENCE] == alone.update[STUDENT]
+    assert REFERENCE not in alone.update
+    named = plan(teacher_extrapolation=1.25, reference_model_name_or_path="tiny:teacher")
+    assert named.update[REFERENCE] == alone.update[TEACHER]
+    below = plan(teacher_extrapolation=1.25, peft_config=LoraConfig(r=8, target_modules=["q_proj", "v_proj"]))
+    assert REFERENCE not in below.update
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])

@@ -26,5 +26,9 @@ def check_zero3(student: nn.Module, settings: ObjectiveSettings) -> None:
             "output losses and diagnostics_steps use the LM heads outside the models, where ZeRO-3 has no "
             "weights: use FSDP2 (recipes/accelerate), ZeRO-2, or output_loss: none with diagnostics_steps: 0"
         )
+    if settings.teacher_extrapolation != 1:
+        raise UserError(
+            "teacher_extrapolation reads a third model, which ZeRO-3 does not: use FSDP2 or ZeRO-2"
+        )
     if settings.anchor_schedule.ever_active and not hasattr(causal, "disable_adapter"):
         raise UserError("anchor_weight copies the student, which ZeRO-3 partitions: use FSDP2 or ZeRO-2")

@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, Trainer
 from oprd.foundation.errors import UserError
 from oprd.models.activation_checkpointing import checkpoint_blocks
 from oprd.models.files import CONFIGS, told_of
-from oprd.models.init_kwargs import hub_kwargs, student_kwargs, teacher_kwargs
+from oprd.models.init_kwargs import hub_kwargs, reference_kwargs, student_kwargs, teacher_kwargs
 from oprd.models.loading import base_model, resolve_model
 from oprd.models.precision import Precision, store_products_in
 from oprd.models.sharding.fsdp import Sharding
@@ -63,8 +63,17 @@ def make_student(name: str, settings: Any, peft_config: Any = None) -> Any:
 
 def make_teacher(settings: Any, precision: Precision) -> Any:
     """The teacher of a run, in the dtype that the run would load it in."""
-    given = teacher_kwargs(settings)
-    located = base_model(resolve_model(settings.teacher_model_name_or_path, **hub_kwargs(given)))
+    return _make_frozen(settings.teacher_model_name_or_path, teacher_kwargs(settings), settings, precision)
+
+
+def make_reference(settings: Any, precision: Precision) -> Any:
+    """The model that targets are extrapolated from, if the recipe names one."""
+    name = settings.reference_model_name_or_path
+    return None if name is None else _make_frozen(name, reference_kwargs(settings), settings, precision)
+
+
+def _make_frozen(name: str, given: dict[str, Any], settings: Any, precision: Precision) -> Any:
+    located = base_model(resolve_model(name, **hub_kwargs(given)))
     config = AutoConfig.from_pretrained(located, **hub_kwargs(given))
     dtype = precision.of_teacher(config, settings.teacher_quantization != "none")
     model = _from_config(located, {"dtype": dtype} | given)

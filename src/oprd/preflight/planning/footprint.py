@@ -28,7 +28,7 @@ from oprd.foundation.foreign.torch import (
 
 # The parts of memory are the rows of the plan's table, in order.
 PROCESS, STUDENT, TEACHER = "process and libraries", "student's weights", "teacher's weights"
-REFERENCE, GRADIENTS, OPTIMISER = "bridge and anchor", "student's gradients", "optimiser's state"
+REFERENCE, GRADIENTS, OPTIMISER = "bridge, anchor, reference", "student's gradients", "optimiser's state"
 BUCKETS, GATHERED, ENGINE = "DDP's buckets", "unsharded layers", "vLLM"
 SAMPLING, ACTIVATIONS = "cache and sampling", "activations and losses"
 MODELS = PROCESS, STUDENT, TEACHER, REFERENCE, GRADIENTS, OPTIMISER

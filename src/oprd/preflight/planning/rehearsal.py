@@ -18,7 +18,13 @@ from oprd.models.sharding.fsdp import Sharding
 from oprd.models.teacher import Teacher
 from oprd.preflight.longest import Longest, rollouts_at_once, sample_last_token
 from oprd.preflight.planning import footprint as parts
-from oprd.preflight.planning.fakes import make_optimizer, make_student, make_teacher, shard_student
+from oprd.preflight.planning.fakes import (
+    make_optimizer,
+    make_reference,
+    make_student,
+    make_teacher,
+    shard_student,
+)
 from oprd.preflight.planning.footprint import Footprint
 from oprd.preflight.planning.machine import Machine
 from oprd.rollouts.rows import RolloutBatch, RolloutInputs, weigh_rows
@@ -49,13 +55,15 @@ class Rehearsal:
         self.student = make_student(student, settings, peft_config)
         kind = DistributedType.NO if mesh is None else DistributedType.FSDP
         teacher = make_teacher(settings, Precision.of(self.student, settings, kind))
+        reference = make_reference(settings, Precision.of(self.student, settings, kind))
         with self.footprint.shapes:
-            for model in (self.student, teacher):
+            for model in filter(None, (self.student, teacher, reference)):
                 model.to_empty(device=machine.device).tie_weights()
         tokenizer, theirs = longest.tokenizers
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Accessing the data pointer of FakeTensor")
-            pair = TrainingPair(self.student, tokenizer, Teacher(teacher, theirs), machine.device)
+            named = Teacher(reference, theirs) if reference is not None else None
+            pair = TrainingPair(self.student, tokenizer, Teacher(teacher, theirs), machine.device, named)
             self.objective = Update.bind(settings, pair)
         self.objective.freeze_unreached()
         self._sharding = self._shard(mesh) if mesh is not None else None
@@ -137,7 +145,8 @@ class Rehearsal:
         with self.footprint:
             sharding = shard_student(self.student, self.settings, mesh, device)
             update.place(device, sharding)
-        models = [self.student, update.teacher.reader, *([update.anchor.reference] if update.anchor else [])]
+        references = [each.reference.reader for each in (update.anchor, update.extrapolation) if each]
+        models = [self.student, update.teacher.reader, *references]
         for unit in (m for model in models for m in model.modules() if isinstance(m, FSDPModule)):
             for change in (unit.unshard, unit.reshard):
                 self.footprint.peak_of(change)  # whose freed storages are known as unsharded layers
@@ -166,14 +175,15 @@ class Rehearsal:
 
 
 def hold_references(update: Update, footprint: Footprint) -> None:
-    """Count the bridge and the anchor of an update, which belong to neither model."""
+    """Count the bridge, the anchor and the extrapolation of an update, which belong to neither model."""
     bridge, anchor = update.comparison.bridge, update.anchor
     for projector in bridge.projectors.values() if bridge else ():
         footprint.hold(parts.REFERENCE, *(getattr(projector, name) for name in TENSORS))
     if anchor is not None:
         footprint.hold(parts.REFERENCE, *anchor.determined.values())
-        if anchor.reference.model is not update.student:
-            footprint.hold_model(parts.REFERENCE, anchor.reference)
+    for each in (anchor, update.extrapolation):
+        if each is not None and each.reference.model is not update.student:
+            footprint.hold_model(parts.REFERENCE, each.reference.model)
 
 
 def _bytes(module: nn.Module) -> int:

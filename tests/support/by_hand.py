@@ -56,7 +56,8 @@ def output_row(kind: dict, student_logits: Tensor, teacher_logits: Tensor, token
     name = kind["output_loss"]
     if name == "sampled_token":
         advantage = (log_p[token] - log_q[token]).detach()
-        return advantage + advantage * (log_p[token] - log_p[token].detach())
+        mean = (p * (log_p - log_q)).sum().detach() if kind.get("output_baseline") == "kl" else 0
+        return advantage + (advantage - mean) * (log_p[token] - log_p[token].detach())
     if name == "full_vocab":
         m = (p + q) / 2
         return {

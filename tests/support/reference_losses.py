@@ -65,6 +65,14 @@ def sampled_token(z, y, tokens):
     return value, value[:, None] * (np.eye(z.shape[-1])[tokens] - np.exp(log_p))
 
 
+def sampled_reward(z, reward, tokens, baseline):
+    """Value log p(ŷ) − r(ŷ), r [N, V] any reward; gradient that less the baseline, times ∇ log p(ŷ)."""
+    rows = np.arange(len(z))
+    log_p = log_softmax(z)
+    value = log_p[rows, tokens] - reward[rows, tokens]
+    return value, (value - baseline)[:, None] * (np.eye(z.shape[-1])[tokens] - np.exp(log_p))
+
+
 def reverse_kl(z, y):
     """Eq. 4: Σ p log(p/q)."""
     log_p, log_q = log_softmax(z), log_softmax(y)

@@ -23,7 +23,8 @@ WARM = [
     {"output_loss": "full_vocab", "student_temperature": 0.7, "teacher_temperature": 1.5},
     {"output_loss": "sampled_token", "student_temperature": 2.0},
 ]
-OUTPUTS = [{"output_loss": "sampled_token"}, *TOP_K, *TRUNCATED, *FULL, *WARM]
+BASELINE = [{"output_loss": "sampled_token", "output_baseline": "kl", "teacher_temperature": 1.5}]
+OUTPUTS = [{"output_loss": "sampled_token"}, *TOP_K, *TRUNCATED, *FULL, *WARM, *BASELINE]
 
 
 def test_the_rollouts_are_worth_testing_on(make_trainer, roll_out):

@@ -21,7 +21,8 @@ ADAPTERS = (
 OBJECTIVE = (
     *("layers", "positions", "bridge", "bridge_rank", "final_norm", "representation_loss"),
     "teacher_extrapolation",
-    *("representation_weight", "anchor_weight", "output_loss", "output_weight", "output_top_k"),
+    *("representation_weight", "anchor_weight", "output_loss", "output_weight"),
+    *("output_top_k", "output_baseline"),
     *("output_support", "output_positions", "renormalize", "divergence", "student_temperature"),
     *("teacher_temperature", "reduction", "mask_truncated_completions"),
     *("vllm_importance_sampling_correction", "vllm_importance_sampling_clip_max"),

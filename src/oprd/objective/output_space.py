@@ -33,11 +33,28 @@ def sampled_token(student_logits: Logits, teacher_logits: Logits, tokens: Int[Te
     return sampled_reward(student_logits, log_probs(teacher_logits, tokens), tokens)
 
 
-def sampled_reward(student_logits: Logits, log_q: Rows, tokens: Int[Tensor, " N"]) -> Rows:
-    """`sampled_token` of a reward log q(ŷ) that is given, and need not be that of a distribution."""
+def sampled_reward(
+    student_logits: Logits, log_q: Rows, tokens: Int[Tensor, " N"], baseline: Rows | None = None
+) -> Rows:
+    """`sampled_token` of a reward log q(ŷ) that is given, and need not be that of a distribution.
+
+    The gradient is sg(log p − log q − `baseline`) · ∇ log p(ŷ). A baseline that does not depend on ŷ leaves
+    its mean and its value as they are.
+    """
     log_p = log_probs(student_logits, tokens)
     advantage = (log_p - log_q).detach()
-    return _with_gradient(advantage, advantage, log_p)
+    credit = advantage if baseline is None else advantage - baseline.to(advantage)
+    return _with_gradient(advantage, credit, log_p)
+
+
+@torch.no_grad()
+def kl_baseline(student_logits: Logits, log_q: Logits) -> Rows:
+    """Σ p (log p − log q): the mean over ŷ ~ p of what `sampled_reward` credits ŷ with (vOPD).
+
+    `log_q` is the reward of every token. Without that mean the gradient mostly varies less (2605.07865).
+    """
+    log_p = student_logits.to(torch.promote_types(student_logits.dtype, torch.float32)).log_softmax(-1)
+    return _dot(log_p.exp(), log_p - log_q.to(log_p))
 
 
 def sampled_text(

@@ -3,7 +3,7 @@
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 import torch
 
@@ -16,6 +16,7 @@ from oprd.objective.output_space import Divergence, Support
 from oprd.objective.selection import Positions
 from oprd.objective.terms import ANCHOR, OUTPUT, REPRESENTATION
 
+Baseline = Literal["none", "kl"]
 OUTPUT_LOSSES = ("none", "sampled_token", "sampled_text", "top_k", "top_k_authors", "full_vocab")
 EXTRAPOLATED_OUTPUTS = ("sampled_token", "full_vocab")
 TEACHER_TEMPLATES = ("student", "own")
@@ -65,6 +66,9 @@ class ObjectiveSettings:
     )
     output_loss: str = key("none", " | ".join(OUTPUT_LOSSES) + ".")
     output_weight: str = key("1.0", "Weight of the output loss: a number or a schedule.")
+    output_baseline: Baseline = key(
+        "none", "Of sampled_token: none, or kl, which is subtracted from the advantage (vOPD)."
+    )
     output_top_k: int = key(16, "Support size k of the top-k losses.")
     output_support: Support = key("student", " | ".join(get_args(Support)) + ".")
     output_positions: str = key("all", "Response rows of the output loss: all | last=k | first=k.")
@@ -120,6 +124,7 @@ class ObjectiveSettings:
             setattr(self, name, str(getattr(self, name)))
         self.representation_loss = named_loss(self.representation_loss)
         one_of("output_loss", self.output_loss, OUTPUT_LOSSES)
+        one_of("output_baseline", self.output_baseline, get_args(Baseline))
         one_of("output_support", self.output_support, get_args(Support))
         one_of("divergence", self.divergence, get_args(Divergence))
         one_of("reduction", self.reduction, get_args(Reduction))
@@ -194,6 +199,11 @@ class ObjectiveSettings:
             raise UserError(
                 "a renormalised top-k loss is identically zero at output_top_k: 1; raise it, set "
                 "renormalize: false, or use output_loss: sampled_token"
+            )
+        if self.output_baseline != "none" and self.output_loss != "sampled_token":
+            raise UserError(
+                f"output_baseline: {self.output_baseline} belongs to output_loss: sampled_token, and "
+                f"output_loss is {self.output_loss}: leave it out"
             )
         if self.divergence != "reverse_kl" and self.output_loss != "full_vocab":
             raise UserError(

@@ -186,13 +186,21 @@ class Chunk:
     engine: Float[Tensor, " N"] | None  # the engine's log-probs of `tokens`
     reference: Logits | None  # of the model that the teacher is extrapolated from
 
+    @torch.no_grad()
+    def rewards(self, settings: ObjectiveSettings) -> Logits:
+        """log q of every token or, with a reference, what lies beyond it."""
+        log_q = self.teacher.log_softmax(-1)
+        if self.reference is None:
+            return log_q
+        return extrapolate(log_q, self.reference.log_softmax(-1), settings.teacher_extrapolation)
+
 
 def _sampled_token(chunk: Chunk, settings: ObjectiveSettings) -> Float[Tensor, " N"]:
-    log_q = output_space.log_probs(chunk.teacher, chunk.tokens)
-    if chunk.reference is not None:
-        base = output_space.log_probs(chunk.reference, chunk.tokens)
-        log_q = extrapolate(log_q, base, settings.teacher_extrapolation)
-    values = output_space.sampled_reward(chunk.student, log_q, chunk.tokens)
+    log_q = chunk.rewards(settings)
+    sampled = log_q.gather(-1, chunk.tokens[:, None]).squeeze(-1)
+    baseline = output_space.kl_baseline(chunk.student, log_q) if settings.output_baseline == "kl" else None
+    del log_q  # as large as the logits
+    values = output_space.sampled_reward(chunk.student, sampled, chunk.tokens, baseline)
     if chunk.engine is None or not settings.vllm_importance_sampling_correction:
         return values
     log_probs = output_space.log_probs(chunk.untempered, chunk.tokens)
@@ -211,10 +219,8 @@ def _top_k_authors(chunk: Chunk, settings: ObjectiveSettings) -> Float[Tensor, "
 
 
 def _full_vocab(chunk: Chunk, settings: ObjectiveSettings) -> Float[Tensor, " N"]:
-    teacher = chunk.teacher
-    if chunk.reference is not None:  # both reverse KLs have one gradient: normalised, and with this reward
-        log_q, base = teacher.log_softmax(-1), chunk.reference.log_softmax(-1)
-        teacher = extrapolate(log_q, base, settings.teacher_extrapolation)
+    # Of an extrapolated reward the divergence takes the distribution: the reverse KL's gradient is the same.
+    teacher = chunk.teacher if chunk.reference is None else chunk.rewards(settings)
     return output_space.full_vocab(chunk.student, teacher, settings.divergence)
 
 

@@ -237,7 +237,7 @@ def _recipe_kinds(command: str) -> tuple[type, ...]:
 
         return (BridgeArguments,)
     from oprd.training.config import OPRDConfig
-    from oprd.training.train import RunArguments
+    from oprd.training.run_arguments import RunArguments
 
     return RunArguments, OPRDConfig
 

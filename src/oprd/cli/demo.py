@@ -29,7 +29,8 @@ from oprd.models.tiny.task import NUM_EVAL_PROBLEMS
 from oprd.rollouts.generation import Sampling
 from oprd.rollouts.prompts import load_prompts
 from oprd.training.config import OPRDConfig
-from oprd.training.train import RunArguments, train
+from oprd.training.run_arguments import RunArguments
+from oprd.training.train import train
 
 ACCURACY, TEXTS = ("avg_at_k", "ci95", "best_at_k"), ("dist_4g", "mean_length")
 OTHER_PROMPTS = 1000  # added to the seed of a second run

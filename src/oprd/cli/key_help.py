@@ -89,7 +89,7 @@ TRAINING_GROUPS = (
         "run folder, logging, accuracy",
         (
             *("output_dir", "save_steps", "save_total_limit", "logging_steps", "report_to", "run_name"),
-            *("accuracy_*", "diagnostics_steps", "disable_tqdm"),
+            *("accuracy_*", "load_best", "stop_on_collapse", "diagnostics_steps", "disable_tqdm"),
         ),
         ("save_*", "logging_*", "log_*", "*hub*", "resume_*", "num_completions_*", "project", "trackio*"),
     ),

@@ -73,12 +73,15 @@ def model_card(
 ) -> str:
     """The text of `README.md` for the model in `folder`; `settings` are those of the run.
 
-    If the run measured accuracy, the card tells the first and the last one. Its header has the last one, as
-    the Hub lists results.
+    If the run measured accuracy, the card tells the first one and the model's, which is the last or the best.
+    Its header has the model's, as the Hub lists results.
     """
     dataset = dataset or settings.get("dataset_name")
     graded, records = settings.get("accuracy_dataset_name"), read_metrics(folder / METRICS_FILE)
     measured = [record for record in records if "eval/avg_at_k" in record] if graded else []
+    if measured and settings.get("load_best"):
+        best = max(measured, key=lambda record: record["eval/avg_at_k"])  # the first of equals
+        measured = measured[: measured.index(best) + 1]
     return CARD.format(
         header=_header(folder, student, dataset, graded, measured),
         name=folder.name,

@@ -33,7 +33,7 @@ FILES = (
     *("generation_config.json", "tokenizer.json", "tokenizer_config.json", *OF_A_BRIDGE, *OF_AN_EVALUATION),
     "*.tmp",
 )
-FOLDERS = ("checkpoint-[0-9]*", PARTIAL)
+FOLDERS = ("checkpoint-[0-9]*", "best", PARTIAL)
 
 
 def check_kinds(folder: Path) -> None:

@@ -72,6 +72,7 @@ RANGES = {
     "accuracy_steps": COUNT,
     "accuracy_problems": COUNT,
     "accuracy_samples": COUNT,
+    "stop_on_collapse": COUNT,
     "num_completions_to_print": COUNT,
     # Processes and devices
     "dataloader_num_workers": AMOUNT,

@@ -57,13 +57,13 @@ def check_output(folder: Path, settings: dict[str, Any], inputs: Inputs, default
     return f"{folder} {'holds this run, which would resume' if folder.exists() else 'can be written'}"
 
 
-def check_disk(folder: Path, config: Any, plan: MemoryPlan) -> str:
+def check_disk(folder: Path, config: Any, plan: MemoryPlan, keeps_best: bool = False) -> str:
     """What a run leaves in `folder`, at most; raises `UserError` if the disk has less."""
     kept, limit = _checkpoints(config), config.save_total_limit
     if limit:
         kept = min(kept, limit + 1)  # the oldest goes when the next one is whole
     each = plan.model_bytes if config.save_only_model else plan.checkpoint_bytes
-    needed = kept * each + plan.final_bytes
+    needed = kept * each + plan.final_bytes + keeps_best * plan.model_bytes
     free = shutil.disk_usage(next(path for path in (folder, *folder.parents) if path.exists())).free
     says = f"{kept} checkpoints of {each / MB:,.0f} MB and the model, of {free / MB:,.0f} MB that are free"
     if needed > free:

@@ -27,7 +27,8 @@ from oprd.rollouts.prompts import load_prompts
 from oprd.rollouts.translation import Translation
 from oprd.text.rendering import Renderer
 from oprd.training.config import OPRDConfig
-from oprd.training.train import RunArguments, prompts_of, rows_streamed, run_inputs
+from oprd.training.run_arguments import RunArguments
+from oprd.training.train import prompts_of, rows_streamed, run_inputs
 
 AMPLE = 0.8  # of the free memory: a run that takes less has room, and nothing needs turning
 
@@ -104,7 +105,7 @@ def examine(
         found(checked("folder", lambda: check_output(folder, settings, inputs, defaults)))
     plan = plan_memory(run.model_name_or_path, config, longest, machine, run.lora)
     if gpu_bytes is None:
-        found(checked("disk", lambda: check_disk(folder, config, plan)))
+        found(checked("disk", lambda: check_disk(folder, config, plan, run.load_best)))
     knob = None
     if plan.peak_mb * MB > AMPLE * machine.free_bytes:
         knob = first_knob(run.model_name_or_path, config, longest, machine, plan, run.lora)

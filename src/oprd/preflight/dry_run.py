@@ -22,7 +22,7 @@ from oprd.preflight.planning.memory_plan import MemoryPlan, Unplannable, fullest
 from oprd.rollouts.engines.student import StudentEngine
 from oprd.rollouts.rows import RolloutInputs
 from oprd.training.config import OPRDConfig
-from oprd.training.train import RunArguments
+from oprd.training.run_arguments import RunArguments
 from oprd.training.trainer import OPRDTrainer
 
 PEAKS = "memory/peak_mb", "memory/rollout_peak_mb"

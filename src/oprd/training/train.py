@@ -1,10 +1,8 @@
 """`oprd train`: a recipe becomes a run folder; the same command on the same folder resumes."""
 
 import logging
-import math
 import shutil
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +11,6 @@ from datasets import Dataset
 from peft import PeftModel
 
 from oprd.bridge.artifact import bridge_file
-from oprd.evaluation.problems import EvalSettings, response_room
-from oprd.evaluation.shared import evaluate_on_ranks
 from oprd.folders.checkpoints import last_whole_checkpoint, publish, written_whole
 from oprd.folders.claims import CARD_FILE, PARTIAL, check_final, is_done, is_finished
 from oprd.folders.fingerprint import file_fingerprint, model_fingerprints, rows_fingerprint
@@ -35,50 +31,19 @@ from oprd.foundation.foreign.transformers import loaded_whole
 from oprd.foundation.ranges import check_ranges
 from oprd.foundation.recipe import parse_recipe
 from oprd.foundation.signals import Stopped, signals_handled
-from oprd.models.adapters import MERGED_FOLDER, AdapterArguments, note_commit, save_merged
+from oprd.models.adapters import MERGED_FOLDER, note_commit, save_merged
 from oprd.models.init_kwargs import hub_kwargs, reference_kwargs, student_kwargs, teacher_kwargs
 from oprd.models.loading import holds_adapters
-from oprd.objective.settings import mapping
-from oprd.rollouts.generation import Sampling
 from oprd.rollouts.intake import stream_length
-from oprd.rollouts.progress import tokens_shown
 from oprd.rollouts.prompts import load_prompts
+from oprd.training.accuracy import follow_accuracy
+from oprd.training.best_model import best_model, copy_model
+from oprd.training.collapse import CollapseWatch
 from oprd.training.config import OPRDConfig
+from oprd.training.run_arguments import RunArguments
 from oprd.training.trainer import OPRDTrainer
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass
-class RunArguments(AdapterArguments):
-    """The models' and the dataset's names, and the student's adapters, under TRL's keys."""
-
-    model_name_or_path: str = field(
-        default="", metadata={"help": "Student: a Hub name, a folder or tiny:student."}
-    )
-    dataset_name: str = field(
-        default="",
-        metadata={
-            "help": "Prompts: a Hub name, a folder, a parquet, jsonl or json file, tiny or word-problems."
-        },
-    )
-    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a Hub dataset."})
-    dataset_train_split: str = field(default="train", metadata={"help": "Split of the dataset."})
-    dataset_streaming: bool = field(
-        default=False, metadata={"help": "Fetch only the rows of a Hub dataset that max_steps steps use."}
-    )
-    accuracy_dataset_name: str | None = field(
-        default=None, metadata={"help": "Problems with answers, to follow accuracy during the run."}
-    )
-    accuracy_dataset_split: str = field(default="test", metadata={"help": "Split of these problems."})
-    accuracy_steps: int = field(
-        default=50, metadata={"help": "Measure accuracy every n steps, and at the first and last."}
-    )
-    accuracy_problems: int = field(default=64, metadata={"help": "Evaluate the first n problems."})
-    accuracy_samples: int = field(default=4, metadata={"help": "Samples per problem."})
-    dry_run: bool = field(
-        default=False, metadata={"help": "Run two steps on the longest rollouts, report the memory and stop."}
-    )
 
 
 def parse_training_recipe(
@@ -101,6 +66,7 @@ def parse_training_recipe(
         if not name:
             raise UserError(f"{told} names no {key}: add it to the recipe or as a flag")
     check_ranges(vars(run))
+    run.check()
     if config.resume_from_checkpoint is not None:
         raise UserError(
             f"{told}: resume_from_checkpoint: the same command resumes from the last complete checkpoint in "
@@ -149,6 +115,7 @@ def _train(
     if is_finished(folder, config.max_steps):  # which for epochs is known by now
         logger.warning("%s is finished: nothing to do", folder)
         return
+    watch = follow_accuracy(run, config, trainer) if run.accuracy_dataset_name else None
     tell_schedule(checkpoint, config.max_steps)
     if trainer.is_world_process_zero():
         if checkpoint is None:
@@ -158,19 +125,27 @@ def _train(
     trainer.resolved = settings
     with signals_handled(trainer.stopping.handle):
         try:
-            _to_the_end(trainer, folder, run.dataset_name, checkpoint)
+            _to_the_end(trainer, folder, run, watch, checkpoint)
         except Stopped as stop:
             raise Stopped(stop.number, standing(folder, config.max_steps), stop.by_all) from None
 
 
-def _to_the_end(trainer: OPRDTrainer, folder: Path, dataset: str, checkpoint: Path | None) -> None:
+def _to_the_end(
+    trainer: OPRDTrainer,
+    folder: Path,
+    run: RunArguments,
+    watch: CollapseWatch | None,
+    checkpoint: Path | None,
+) -> None:
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     told = trainer.stopping.agreed
     if told is not None and trainer.state.global_step < trainer.state.max_steps:
         raise Stopped(told, by_all=True)
+    if watch is not None and trainer.state.global_step < trainer.state.max_steps:
+        watch.check()
     trainer.supervision.check()
-    trainer.create_model_card(model_name=folder.name, dataset_name=dataset)
-    _save_final(trainer, folder)
+    trainer.create_model_card(model_name=folder.name, dataset_name=run.dataset_name)
+    _save_final(trainer, folder, best_model(folder) if run.load_best else None)
 
 
 def _as_the_first_rank(value: Any) -> Any:
@@ -207,11 +182,14 @@ def run_inputs(run: RunArguments, config: OPRDConfig, prompts: Dataset) -> Input
     return inputs
 
 
-def _save_final(trainer: OPRDTrainer, folder: Path) -> None:
-    """Put the final model at the root of `folder`: written aside, then moved there and sealed."""
+def _save_final(trainer: OPRDTrainer, folder: Path, best: Path | None) -> None:
+    """Put the final model, or `best`, at the root of `folder`: written aside, then moved there and sealed."""
     partial, is_writer = folder / PARTIAL, trainer.args.should_save
     with written_whole(partial, is_writer=is_writer, wait=trainer.accelerator.wait_for_everyone):
-        trainer.save_model(str(partial), _internal_call=True)
+        if best is None:
+            trainer.save_model(str(partial), _internal_call=True)
+        elif is_writer:
+            copy_model(best, partial)
         if is_writer:
             if holds_adapters(str(partial)):
                 (partial / CARD_FILE).unlink(missing_ok=True)  # peft's, a form to be filled in
@@ -238,55 +216,9 @@ def _make_trainer(run: RunArguments, config: OPRDConfig, prompts: Dataset, label
         if run.use_peft:
             assert isinstance(trainer.model, PeftModel)
             note_commit(trainer.model, student_kwargs(config).get("revision"))
-        if run.accuracy_dataset_name:
-            trainer.recorder.observers.append(_accuracy_observer(run, config, trainer))
     return trainer
 
 
 def rows_streamed(run: RunArguments, config: OPRDConfig, ranks: int) -> int | None:
     """How many rows of a streamed dataset a run takes; None where it is not streamed."""
     return stream_length(config, ranks) if run.dataset_streaming else None
-
-
-def _accuracy_observer(
-    run: RunArguments, config: OPRDConfig, trainer: OPRDTrainer
-) -> Callable[[int, dict[str, float]], dict[str, float]]:
-    """Measures accuracy every `accuracy_steps` steps, and at the first and last one.
-
-    The run's random state is not touched.
-    """
-    assert run.accuracy_dataset_name is not None
-    rows = load_prompts(run.accuracy_dataset_name, run.accuracy_dataset_split)
-    rows = rows.select(range(min(run.accuracy_problems, len(rows))))
-    settings = EvalSettings(
-        samples=run.accuracy_samples,
-        batch_size=_responses_at_once(config),
-        chat_template_kwargs=mapping("chat_template_kwargs", config.chat_template_kwargs) or None,
-    )
-    room = response_room(trainer.model, trainer.processing_class, rows, settings)
-    if room is not None and room < 1:
-        raise UserError(f"a prompt of accuracy_dataset_name: {run.accuracy_dataset_name} fills the context")
-    longest = min(config.max_completion_length or 512, math.inf if room is None else room)
-    settings = replace(settings, sampling=Sampling(max_new_tokens=int(longest)))
-
-    def observe(step: int, _: dict[str, float]) -> dict[str, float]:
-        if step % run.accuracy_steps and step not in (1, trainer.state.max_steps):
-            return {}
-        model = trainer.accelerator.unwrap_model(trainer.model)
-        shown = tokens_shown(trainer.recorder.bar, "accuracy", model, settings.sampling.max_new_tokens)
-        with trainer.whole_student(), shown:
-            summary = evaluate_on_ranks(model, trainer.processing_class, rows, settings)
-        found = summary["avg_at_k"], summary["ci95_low"], summary["ci95_high"]
-        logger.info(
-            "step %d: accuracy %s, 95 %% interval %s–%s, of %d problems × %d samples",
-            *(step, *(f"{share:.1%}" for share in found), len(rows), settings.samples),
-        )
-        return {f"eval/{name}": value for name, value in summary.items()}
-
-    return observe
-
-
-def _responses_at_once(config: OPRDConfig) -> int:
-    """As many as a rank has room for: its rollouts of a step or, where vLLM holds those, a micro-batch."""
-    micro_batch = config.per_device_train_batch_size
-    return micro_batch if config.use_vllm else micro_batch * config.gradient_accumulation_steps

@@ -22,7 +22,7 @@ from oprd.objective.settings import ObjectiveSettings
 from oprd.rollouts.engines.vllm import is_installed
 from oprd.rollouts.generation import HFEngine
 from oprd.training.config import OPRDConfig
-from oprd.training.train import RunArguments
+from oprd.training.run_arguments import RunArguments
 
 RECIPE = {
     "model_name_or_path": "tiny:student",

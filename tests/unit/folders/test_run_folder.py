@@ -11,7 +11,7 @@ from oprd.folders.run_folder import check_folder, default_settings, resolved_set
 from oprd.foundation.errors import UserError
 from oprd.objective.settings import ObjectiveSettings
 from oprd.training.config import OPRDConfig
-from oprd.training.train import RunArguments
+from oprd.training.run_arguments import RunArguments
 
 BATCH = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4, "num_processes": 1}
 STORED = BATCH | {
@@ -31,7 +31,7 @@ HOW = {
     *("max_tokens_per_micro_batch", "padding_free", "keep_attention", "teacher_offload"),
     *("output_chunk_size", "diagnostics_steps", "dry_run", "output_dir"),
     *("accuracy_dataset_name", "accuracy_dataset_split", "accuracy_steps", "accuracy_problems"),
-    "accuracy_samples",
+    *("accuracy_samples", "load_best", "stop_on_collapse"),
     *("all_pairs_gib", "vllm_server_base_url", "vllm_gpu_memory_utilization", "trust_remote_code"),
 }
 

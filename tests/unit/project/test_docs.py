@@ -24,7 +24,8 @@ from oprd.cli.arguments import parse_command, recipe_and_flags
 from oprd.foundation.ranges import EVALUATION_RANGES, check_ranges
 from oprd.objective.settings import ObjectiveSettings
 from oprd.training.config import OPRDConfig
-from oprd.training.train import RunArguments, parse_training_recipe
+from oprd.training.run_arguments import RunArguments
+from oprd.training.train import parse_training_recipe
 from places import ROOT
 
 DOCS = ROOT / "docs"

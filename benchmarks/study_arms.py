@@ -55,6 +55,7 @@ _THROUGH, _TEXT = "recipes/laptop/through-qwen-bridge.yaml", "recipes/laptop/qwe
 _SPANS = {"output_loss": "sampled_text"}
 _QWEN = {
     "text": Arm(_TEXT),
+    "top_16": Arm(_TEXT, {"output_loss": "top_k"}),
     "bridge": Arm(_THROUGH, bridge="own"),
     "bridge_last": Arm(_THROUGH, {"layers": "last"}, "own"),
     "bridge_then_text": Arm(_THROUGH, _SPANS | HAND_OVER, "own"),
@@ -79,6 +80,8 @@ PAIRS = {
             oprd_first_rows={"positions": "first=8"},
             oprd_last_rows={"positions": "last=8"},
             composite={"output_loss": "sampled_token"},
+            ride={"teacher_extrapolation": "1.25"},
+            sampled_token_kl=TOKENS | {"output_loss": "sampled_token", "output_baseline": "kl"},
         )
         | {"sft": Arm("recipes/laptop/same-origin.yaml", sft=True)},
         main=("oprd", "sampled_token", "top_16"),
@@ -87,6 +90,6 @@ PAIRS = {
         _of("pruned", oprd={}, **_OUTPUTS, oprd_last={"layers": "20=30"}),
         main=("oprd", "top_16"),
     ),
-    "qwen-smollm2": Pair(_QWEN, ("text", "bridge"), _BRIDGES),
-    "qwen-gemma": Pair(_QWEN, ("text", "bridge"), _BRIDGES, student="google/gemma-3-270m"),
+    "qwen-smollm2": Pair(_QWEN, ("text", "top_16", "bridge"), _BRIDGES),
+    "qwen-gemma": Pair(_QWEN, ("text", "top_16", "bridge"), _BRIDGES, student="google/gemma-3-270m"),
 }

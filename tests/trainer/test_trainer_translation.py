@@ -241,6 +241,63 @@ def test_sampled_text(make, roll_out, gradient, kind, chunk):
     close(gradient(trainer, batch), gradient(trainer, *apart), tolerance=1e-12)
 
 
+def shared_classes(trainer):
+    """Student and teacher ids of every text that one token of both spells, from the vocabularies alone."""
+    spelled = []
+    for tokenizer in (trainer.processing_class, trainer.teacher.tokenizer):
+        special = set(tokenizer.all_special_ids)
+        own = {index: token for token, index in tokenizer.get_vocab().items() if index not in special}
+        spelled.append({bytes(by_hand.BYTE_OF[c] for c in token): index for index, token in own.items()})
+    ours, theirs = spelled
+    return [(ours[piece], theirs[piece]) for piece in ours if piece in theirs]
+
+
+def on_classes(logits, ids, ends):
+    return torch.cat([logits[list(ids)], logits[list(ends)].logsumexp(-1, keepdim=True)])
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        {"output_loss": "top_k", "output_top_k": 4},
+        {"output_loss": "top_k", "output_top_k": 4, "output_support": "union", "student_temperature": 0.7},
+        {"output_loss": "full_vocab"},
+    ],
+    ids=str,
+)
+def test_tokens_that_both_have(make, roll_out, gradient, kind):
+    """At rows that have read the same and before one token of both; their ends are one class."""
+    trainer = make(bridge=None, representation_weight=0, output_chunk_size=3, **kind)
+    batch = roll_out(trainer, 8)
+    given = by_hand.rollouts(batch)
+    stops = [trainer.eos_token_ids, [trainer.teacher.tokenizer.eos_token_id]]
+    pairs = [(i, j) for i, j in shared_classes(trainer) if i not in stops[0] and j not in stops[1]]
+    ours, theirs = ([pair[side] for pair in pairs] for side in (0, 1))
+    values, supervised = [], 0
+    for (prompt, completion, _), (other, ids, rows) in zip(given, readings(trainer, given), strict=True):
+        s = by_hand.states_and_logits(trainer.model, prompt, completion)[1]
+        with torch.no_grad():
+            t = by_hand.states_and_logits(trainer.teacher.model, other, ids)[1]
+        strict = [
+            (i, j)
+            for i, j in sorted(rows.items())
+            if (completion[i], ids[j]) in pairs or (completion[i] in stops[0] and ids[j] in stops[1])
+        ]
+        supervised += len(strict)
+        values.append(
+            [
+                by_hand.output_row(
+                    kind, on_classes(s[i], ours, stops[0]), on_classes(t[j], theirs, stops[1]), None
+                )
+                for i, j in strict
+            ]
+        )
+    agree(trainer, gradient, batch, by_hand.reduce(values, "rollout"))
+    assert 0 < supervised < sum(len(completion) for _, completion, _ in given)
+    logged = trainer.update.averages.pop(lambda values: values)
+    assert 0 < logged["output/student_shared_mass"] < 1 and 0 < logged["output/teacher_shared_mass"] < 1
+
+
 def test_sampled_text_beside_the_bridge(make, roll_out, gradient, bridge):
     trainer = make(output_loss="sampled_text", output_weight=0.3)
     batch = roll_out(trainer, 8)
@@ -448,11 +505,11 @@ def test_ids_outside_the_teachers_vocabulary(make, make_bridge, make_teacher, to
         make(teacher=teacher, bridge=path, teacher_tokenization="student")
 
 
-@pytest.mark.parametrize("loss", ["sampled_token", "top_k", "full_vocab"])
+@pytest.mark.parametrize("loss", ["sampled_token", "top_k_authors"])
 @pytest.mark.parametrize("keys", [{}, {"output_weight": "0=0,5=1"}], ids=str)
-def test_output_losses(make, loss, keys):
+def test_output_losses_of_one_vocabulary(make, loss, keys):
     with pytest.raises(
-        UserError, match=r"different vocabularies .*output losses over tokens are not defined"
+        UserError, match=r"different vocabularies .*this output loss is not defined"
     ):
         make(output_loss=loss, **keys)
 

@@ -14,6 +14,7 @@ from oprd.objective.composite import num_units, row_weights
 from oprd.objective.selection import Positions
 from oprd.objective.settings import ObjectiveSettings
 from oprd.objective.terms import OUTPUT, REPRESENTATION, TERMS
+from oprd.text.shared_tokens import SharedTokens
 
 
 class RolloutInputs(TypedDict, total=False):
@@ -142,6 +143,15 @@ def whole_spans(mask: Bool[Tensor, "B T"], inputs: RolloutInputs) -> Bool[Tensor
     return mask & (missing == 0) & ~open_ended
 
 
+def rows_of_shared_tokens(
+    mask: Bool[Tensor, "B T"], inputs: RolloutInputs, shared: SharedTokens
+) -> Bool[Tensor, "B T"]:
+    """The rows of `mask` at which both models have read the same and one token of both comes next."""
+    rows, device = inputs["teacher_rows"], mask.device
+    theirs = inputs["teacher_completion_ids"].to(device).gather(1, rows.clamp(min=0))
+    return mask & (rows >= 0) & shared.next_tokens_agree(inputs["completion_ids"].to(device), theirs)
+
+
 def each(inputs: RolloutInputs, change: Callable[[str, Tensor], Tensor]) -> RolloutInputs:
     """`change(name, tensor)` of all tensors."""
     tensors = cast(dict[str, Tensor], inputs)
@@ -171,13 +181,14 @@ def weigh_rows(
     settings: ObjectiveSettings,
     sum_over_ranks: Callable[[Tensor], Tensor],
     vocabulary: int | None = None,
+    shared: SharedTokens | None = None,
 ) -> RolloutInputs:
     """The weight of every response row in each term, for the rollouts of a whole accumulation window.
 
     Padding, tool output, what comes after an id beyond the shared `vocabulary` (None: of no concern) and, if
     so set, truncated rollouts are not supervised, nor are unpaired rows in the representation term: they have
-    weight zero and do not count for `last=k`. Across tokenizers the output term takes only complete spans of
-    text.
+    weight zero and do not count for `last=k`. Across tokenizers the output term takes only rows before a
+    token that both have or, without `shared`, complete spans of text.
     """
     supervised = inputs["completion_mask"] * inputs.get("tool_mask", 1) > 0
     supervised &= readable(inputs["completion_ids"].to(supervised.device), vocabulary)
@@ -188,7 +199,7 @@ def weigh_rows(
     for term, spec in zip(TERMS, (settings.positions, settings.output_positions, "all"), strict=True):
         mask = Positions.parse(spec).mask(supervised & paired.get(term, True))
         if term == OUTPUT and "teacher_rows" in inputs:
-            mask = whole_spans(mask, inputs)
+            mask = rows_of_shared_tokens(mask, inputs, shared) if shared else whole_spans(mask, inputs)
         total = sum_over_ranks(num_units(mask, settings.reduction))
         weights[f"{term}_weights"] = row_weights(mask, settings.reduction, total)
     return cast(RolloutInputs, weights)

@@ -7,6 +7,7 @@ from torch import Tensor
 from oprd.foundation.meters import Averages
 from oprd.objective.losses import cosine
 from oprd.objective.output_space import entropy, log_probs, top_k_overlap
+from oprd.text.shared_tokens import SharedTokens
 
 
 @torch.no_grad()
@@ -35,6 +36,20 @@ def add_output_statistics(
     averages.add("output/student_entropy", entropy(student_logits).sum(), rows)
     averages.add("output/teacher_entropy", entropy(teacher_logits).sum(), rows)
     averages.add("output/top_k_overlap", top_k_overlap(student_logits, teacher_logits, overlap_k).sum(), rows)
+
+
+@torch.no_grad()
+def add_shared_mass(
+    averages: Averages,
+    shared: SharedTokens,
+    student_logits: Float[Tensor, "N V"],
+    teacher_logits: Float[Tensor, "N W"],
+) -> None:
+    """Add the mean probability that each model gives to the tokens of both vocabularies."""
+    sides = ("student", shared.student, student_logits), ("teacher", shared.teacher, teacher_logits)
+    for name, side, logits in sides:
+        mass = (side.logits(logits).logsumexp(-1) - logits.logsumexp(-1)).exp()
+        averages.add(f"output/{name}_shared_mass", mass.sum(), len(mass))
 
 
 @torch.no_grad()

@@ -13,6 +13,7 @@ from oprd.models.teacher import Teacher
 from oprd.objective.composite import RowLoss
 from oprd.objective.extrapolation import extrapolate
 from oprd.objective.settings import ObjectiveSettings
+from oprd.text.alignment import same_vocabulary
 from oprd.training.comparison import States
 from oprd.training.training_pair import TrainingPair
 
@@ -29,15 +30,21 @@ class Extrapolation:
         """With the pair's reference, else the student as it is now; None for λ = 1. Raises `UserError`."""
         if settings.teacher_extrapolation == 1:
             return None
+        theirs = pair.teacher.tokenizer
+        if theirs is not None and not same_vocabulary(pair.tokenizer, theirs):
+            raise UserError(
+                "teacher_extrapolation needs models of one origin, and the teacher has another tokenizer: "
+                "leave it out"
+            )
         reference = pair.reference or InitialStudent(pair.student)
-        (width, depth), theirs = (
+        (width, depth), found = (
             (model.config.get_text_config().hidden_size, num_layers(model))
             for model in (pair.teacher.model, reference.model)
         )
-        if theirs != (width, depth):
+        if found != (width, depth):
             raise UserError(
                 f"teacher_extrapolation: the teacher is {width} wide with {depth} layers, the reference "
-                f"{theirs[0]} wide with {theirs[1]}: name the model that the teacher was trained from as "
+                f"{found[0]} wide with {found[1]}: name the model that the teacher was trained from as "
                 "reference_model_name_or_path"
             )
         return cls(settings.teacher_extrapolation, reference)

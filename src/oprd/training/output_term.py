@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from oprd.foundation.errors import UserError
 from oprd.foundation.meters import Averages
+from oprd.models.eos import eos_token_ids
 from oprd.models.lm_head import Head
 from oprd.models.teacher import Teacher, shared_vocabulary
 from oprd.objective import output_space
@@ -19,18 +20,23 @@ from oprd.objective.settings import ObjectiveSettings
 from oprd.rollouts.engines.importance import importance_weights
 from oprd.rollouts.rows import RolloutBatch, SupervisedRows
 from oprd.text.alignment import same_vocabulary
-from oprd.training.diagnostics import add_log_prob_gap, add_output_statistics
+from oprd.text.shared_tokens import SharedTokens, Speller
+from oprd.training.diagnostics import add_log_prob_gap, add_output_statistics, add_shared_mass
 from oprd.training.extrapolation import Extrapolation
 from oprd.training.training_pair import TrainingPair
 
 DESCRIBED_ROWS = 32
+OVER_SHARED_TOKENS = ("top_k", "full_vocab")  # what can be compared across two vocabularies
 Rows = Float[Tensor, "N D"]
 Logits = Float[Tensor, "N V"]
 
 
 @dataclass(frozen=True)
 class OutputTerm:
-    """An output loss, bound to two models; without a shared vocabulary it compares spans of text."""
+    """An output loss, bound to two models.
+
+    Without one vocabulary it compares the tokens that both spell alike, or spans of text.
+    """
 
     settings: ObjectiveSettings
     student: PreTrainedModel
@@ -38,6 +44,9 @@ class OutputTerm:
     vocabulary: int | None
     heads: tuple[Head, Head] | None  # the student's and the teacher's, if the run makes logits
     reference: Head | None = None  # that of the model which rewards are extrapolated from
+    shared: SharedTokens | None = (
+        None  # across vocabularies, the tokens of both that logits are compared over
+    )
 
     @classmethod
     def bind(
@@ -46,6 +55,9 @@ class OutputTerm:
         """Compare vocabularies, and make the heads if the run uses them; raises `UserError`."""
         student, teacher = pair.student, pair.teacher
         vocabulary = _vocabulary(settings, pair)
+        shared = None
+        if vocabulary is None and settings.output_loss in OVER_SHARED_TOKENS:
+            shared = _shared_tokens(pair)
         if vocabulary and settings.output_loss.startswith("top_k") and settings.output_top_k > vocabulary:
             k = settings.output_top_k
             raise UserError(f"output_top_k is {k}, but the vocabulary has {vocabulary} tokens: lower it")
@@ -59,7 +71,7 @@ class OutputTerm:
         if extrapolation is not None and settings.output_schedule.ever_active:
             assert vocabulary is not None
             reference = extrapolation.head(vocabulary)
-        return cls(settings, student, teacher, vocabulary, heads, reference)
+        return cls(settings, student, teacher, vocabulary, heads, reference, shared)
 
     @property
     def _heads(self) -> tuple[Head, Head]:
@@ -68,6 +80,8 @@ class OutputTerm:
 
     def teacher_mask(self, batch: RolloutBatch, mask: Bool[Tensor, "B T"]) -> Bool[Tensor, "B T2"]:
         """The teacher's rows that the student's rows of `mask` are compared with."""
+        if self.shared:
+            return batch.on_teacher(mask)
         return mask if self.vocabulary else batch.spans(mask).teacher_mask
 
     def loss(
@@ -86,7 +100,7 @@ class OutputTerm:
         ours, theirs = self._heads
         base = nullcontext() if self.reference is None else self.reference.gathered()
         with ours.gathered(), theirs.gathered(), base:
-            if self.vocabulary:
+            if self.vocabulary or self.shared:
                 return self._token_loss(batch, supervised, student, teacher, averages, reference)
             return self._span_loss(batch, supervised, student, teacher)
 
@@ -99,11 +113,12 @@ class OutputTerm:
         averages: Averages,
         reference: Rows | None,
     ) -> tuple[Float[Tensor, ""], Float[Tensor, " N"]]:
-        """`loss` over one vocabulary: every row by itself, in chunks."""
+        """`loss` over one vocabulary, or the shared tokens of two: every row by itself, in chunks."""
         ours, theirs = self._heads
         tokens = batch.tokens[supervised.mask]
         teacher, to_teacher_logits = theirs.prepared(teacher)
-        stride, row_loss = _stride(len(tokens)), ROW_LOSSES[self.settings.output_loss]
+        row_loss = ROW_LOSSES[self.settings.output_loss]
+        described = slice(None, None, _stride(len(tokens)))
         others = {"teacher": teacher, "tokens": tokens}
         if (engine := self._engine_log_probs(batch, supervised.mask)) is not None:
             others["engine"] = engine
@@ -116,15 +131,17 @@ class OutputTerm:
             tokens, engine, base = given["tokens"], given.get("engine"), None
             with torch.no_grad():
                 teacher_logits = to_teacher_logits(given["teacher"]).to(logits.device)
-                add_output_statistics(averages, logits[::stride], teacher_logits[::stride])
-                if engine is not None:
-                    add_log_prob_gap(averages, logits[::stride], tokens[::stride], engine[::stride])
-                if "reference" in given:
-                    base = to_reference_logits(given["reference"]).to(logits.device)
-                    base = _cooled(base, self.settings.teacher_temperature)
+            if self.shared is not None:
+                add_shared_mass(averages, self.shared, logits[described], teacher_logits[described])
+                logits, teacher_logits = self.shared.logits(logits, teacher_logits)
+            add_output_statistics(averages, logits[described], teacher_logits[described])
+            if engine is not None:
+                add_log_prob_gap(averages, logits[described], tokens[described], engine[described])
+            if "reference" in given:
+                with torch.no_grad():
+                    base = self._teacher_cooled(to_reference_logits(given["reference"]).to(logits.device))
             student_logits = _cooled(logits, self.settings.student_temperature)
-            teacher_logits = _cooled(teacher_logits, self.settings.teacher_temperature)
-            chunk = Chunk(student_logits, teacher_logits, tokens, logits, engine, base)
+            chunk = Chunk(student_logits, self._teacher_cooled(teacher_logits), tokens, logits, engine, base)
             return row_loss(chunk, self.settings)
 
         size = self.settings.output_chunk_size
@@ -157,11 +174,14 @@ class OutputTerm:
             logits = ours(student[::stride])
             add_output_statistics(averages, logits, theirs(teacher[::stride]).to(logits.device))
 
+    def _teacher_cooled(self, logits: Logits) -> Logits:
+        return _cooled(logits, self.settings.teacher_temperature)
+
     def _student_log_probs(self, logits: Logits, tokens: Int[Tensor, " N"]) -> Float[Tensor, " N"]:
         return output_space.log_probs(_cooled(logits, self.settings.student_temperature), tokens)
 
     def _teacher_log_probs(self, logits: Logits, tokens: Int[Tensor, " N"]) -> Float[Tensor, " N"]:
-        return output_space.log_probs(_cooled(logits, self.settings.teacher_temperature), tokens)
+        return output_space.log_probs(self._teacher_cooled(logits), tokens)
 
     def _engine_log_probs(self, batch: RolloutBatch, mask: Bool[Tensor, "B T"]) -> Float[Tensor, " N"] | None:
         """The engine's log-probs of the sampled tokens, if it gave any."""
@@ -242,12 +262,25 @@ def _stride(rows: int) -> int:
     return max(1, rows // DESCRIBED_ROWS)
 
 
+def _shared_tokens(pair: TrainingPair) -> SharedTokens:
+    """The tokens that both models of a pair spell alike, their ends as one."""
+    teacher = pair.teacher
+    assert teacher.tokenizer is not None
+    models = (pair.student, pair.tokenizer), (teacher.model, teacher.tokenizer)
+    ours, theirs = (
+        Speller(tokenizer, eos_token_ids(model, tokenizer), model.config.get_text_config().vocab_size)
+        for model, tokenizer in models
+    )
+    return SharedTokens.of(ours, theirs)
+
+
 def _vocabulary(settings: ObjectiveSettings, pair: TrainingPair) -> int | None:
     """Size of the shared vocabulary; None where there is none and the recipe needs none."""
     theirs = pair.teacher.tokenizer
     if theirs is not None and not same_vocabulary(pair.tokenizer, theirs):
         direct = settings.representation_schedule.ever_active and settings.bridge is None
-        over_text = settings.output_loss == "sampled_text" and settings.teacher_tokenization == "own"
+        across = settings.output_loss in ("sampled_text", *OVER_SHARED_TOKENS)
+        over_text = across and settings.teacher_tokenization == "own"
         if not direct and (over_text or not settings.output_schedule.ever_active):
             return None
     return shared_vocabulary(pair.student, pair.tokenizer, pair.teacher)

@@ -230,7 +230,9 @@ class RolloutTrainer(DistillationTrainer):
     def _row_weights(self, batch: RolloutInputs) -> RolloutInputs:
         truncated = truncated_rollouts(batch, self.eos_token_ids)
         vocabulary = self.update.output.vocabulary
-        return weigh_rows(batch, truncated, self.args, self._sum_over_ranks, vocabulary)
+        return weigh_rows(
+            batch, truncated, self.args, self._sum_over_ranks, vocabulary, self.update.output.shared
+        )
 
     def _describe(self, batch: RolloutInputs, aligned: list[AlignedResponse]) -> None:
         averages, lengths = self.update.averages, batch["completion_mask"].sum(-1).float()

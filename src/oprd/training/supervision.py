@@ -81,6 +81,6 @@ class SupervisionWatch:
         if "rollout/coverage" in values:
             return (
                 f"{values['rollout/coverage']:.0%} of the student's rows are paired with the teacher's, "
-                "and output losses use only complete spans of text"
+                "and output losses use only complete spans of text, or rows before a token that both have"
             )
         return "all tokens are tool output or beyond the vocabulary that both models share"

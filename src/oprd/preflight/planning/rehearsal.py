@@ -112,8 +112,9 @@ class Rehearsal:
         batch |= self.longest.translation.read([self.longest.prompt] * count, ids, mask)[0]
         if self.settings.use_vllm:
             batch |= {"engine_log_probs": torch.zeros_like(ids, dtype=torch.float)}
-        whole, vocabulary = torch.zeros(count, dtype=torch.bool), self.objective.output.vocabulary
-        return batch | weigh_rows(batch, whole, self.settings, lambda units: units, vocabulary)
+        whole, output = torch.zeros(count, dtype=torch.bool), self.objective.output
+        common = output.vocabulary, output.shared
+        return batch | weigh_rows(batch, whole, self.settings, lambda units: units, *common)
 
     @property
     def resting_teacher_bytes(self) -> int | None:

@@ -1,0 +1,90 @@
+"""The tokens that two vocabularies spell alike: classes over which both models' predictions are compared."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase as Tokenizer
+
+from oprd.text.spelling import encode, spelling
+
+NO_CLASS = -1
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """One model's side: the id of each class but the last, which all `ends` share; the class of each id."""
+
+    ids: Int[Tensor, " C"]
+    ends: Int[Tensor, " E"]
+    classes: Int[Tensor, " V"]  # NO_CLASS for a token that the other vocabulary does not have
+
+    @classmethod
+    def of(cls, ids: list[int], ends: Iterable[int], size: int) -> "Vocabulary":
+        """From ids in the order of the classes; `size` counts the model's logits."""
+        last = [i for i in dict.fromkeys(ends) if i < size]
+        classes = torch.full((size,), NO_CLASS)
+        classes[torch.tensor(ids)] = torch.arange(len(ids))
+        classes[torch.tensor(last)] = len(ids)
+        return cls(torch.tensor(ids), torch.tensor(last), classes)
+
+    def logits(self, logits: Float[Tensor, "N V"]) -> Float[Tensor, "N K"]:
+        """Logits of the classes; their softmax is the model's distribution, given that one of them comes."""
+        ids, ends = self.ids.to(logits.device), self.ends.to(logits.device)
+        return torch.cat([logits[:, ids], logits[:, ends].logsumexp(-1, keepdim=True)], -1)
+
+
+@dataclass(frozen=True)
+class SharedTokens:
+    """Classes of tokens with the same bytes in both vocabularies, and one class of what ends a response."""
+
+    student: Vocabulary
+    teacher: Vocabulary
+
+    @classmethod
+    def of(cls, student: "Speller", teacher: "Speller") -> "SharedTokens":
+        """Raises `UserError` for a tokenizer that does not show its bytes."""
+        ours, theirs = student.ids_by_bytes("student"), teacher.ids_by_bytes("teacher")
+        shared = [piece for piece in ours if piece in theirs]
+        return cls(
+            Vocabulary.of([ours[piece] for piece in shared], student.ends, student.size),
+            Vocabulary.of([theirs[piece] for piece in shared], teacher.ends, teacher.size),
+        )
+
+    def logits(
+        self, student: Float[Tensor, "N V"], teacher: Float[Tensor, "N W"]
+    ) -> tuple[Float[Tensor, "N K"], Float[Tensor, "N K"]]:
+        """Both models' logits of the classes."""
+        return self.student.logits(student), self.teacher.logits(teacher)
+
+    def next_tokens_agree(
+        self, student_ids: Int[Tensor, "B T"], teacher_ids: Int[Tensor, "B T"]
+    ) -> Bool[Tensor, "B T"]:
+        """Where both tokens are of one class."""
+        ours = self.student.classes[student_ids]
+        return (ours != NO_CLASS) & (ours == self.teacher.classes[teacher_ids])
+
+
+@dataclass(frozen=True)
+class Speller:
+    """A tokenizer, the ids that end a response of its model, and how many logits the model has."""
+
+    tokenizer: Tokenizer
+    ends: Sequence[int]
+    size: int
+
+    def ids_by_bytes(self, role: str) -> dict[bytes, int]:
+        """The id that writes each text: of several that spell it, the one that the tokenizer itself takes."""
+        found: dict[bytes, list[int]] = {}
+        for index, piece in sorted(spelling(self.tokenizer, role).text.items()):
+            if piece and index < self.size and index not in self.ends:
+                found.setdefault(piece, []).append(index)
+        return {
+            piece: ids[0] if len(ids) == 1 else self._own_choice(piece, ids) for piece, ids in found.items()
+        }
+
+    def _own_choice(self, piece: bytes, ids: list[int]) -> int:
+        encoded = encode(self.tokenizer, piece.decode(errors="replace"))
+        return next((index for index in encoded if index in ids), ids[0])

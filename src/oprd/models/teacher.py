@@ -193,8 +193,8 @@ def shared_vocabulary(
         ours, theirs = student_tokenizer.get_vocab(), teacher.tokenizer.get_vocab()
         raise UserError(
             f"student and teacher have different vocabularies ({len(ours.items() ^ theirs.items())} entries "
-            "differ), so this output loss is not defined, nor is a comparison of states without a bridge: use "
-            "a teacher of the same tokenizer, or a bridge (oprd bridge), and as output_loss none, top_k, "
+            "differ), so this output loss is not defined, nor is a comparison of states without a bridge: "
+            "use a teacher of the same tokenizer, or a bridge (oprd bridge), and as output_loss none, top_k, "
             "full_vocab or sampled_text"
         )
     _check_ends(student, student_tokenizer, teacher)

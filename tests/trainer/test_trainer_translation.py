@@ -508,9 +508,7 @@ def test_ids_outside_the_teachers_vocabulary(make, make_bridge, make_teacher, to
 @pytest.mark.parametrize("loss", ["sampled_token", "top_k_authors"])
 @pytest.mark.parametrize("keys", [{}, {"output_weight": "0=0,5=1"}], ids=str)
 def test_output_losses_of_one_vocabulary(make, loss, keys):
-    with pytest.raises(
-        UserError, match=r"different vocabularies .*this output loss is not defined"
-    ):
+    with pytest.raises(UserError, match=r"different vocabularies .*this output loss is not defined"):
         make(output_loss=loss, **keys)
 
 

@@ -4,7 +4,7 @@ VLLM := .venv-vllm/bin
 DOCS := .venv-docs/bin
 TORCH := torch==2.13.0
 
-.PHONY: demo test test-newest test-vllm drill docs bench-quick clean
+.PHONY: demo test test-newest test-vllm drill docs bench-quick study clean
 
 demo: .venv/ready
 	$(BIN)/oprd demo
@@ -45,6 +45,17 @@ bench-quick: .venv/ready
 	$(BIN)/python -m pip install --quiet "$(TORCH)"
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
 	touch .venv/ready
+
+# Real models from the Hub on two cores: hours, one run of at most 45 minutes after another; what is done is skipped.
+study: .venv/ready runs/laptop/teacher/trained.json runs/laptop/pruned/pruned.json
+	for pair in same-origin pruned qwen-smollm2 qwen-gemma; do \
+	$(BIN)/python benchmarks/study.py --pair $$pair || exit 1; done
+
+runs/laptop/teacher/trained.json:
+	$(BIN)/python examples/make_teacher.py --model HuggingFaceTB/SmolLM2-135M-Instruct --output runs/laptop/teacher
+
+runs/laptop/pruned/pruned.json: runs/laptop/teacher/trained.json
+	$(BIN)/python examples/prune_blocks.py --model runs/laptop/teacher --blocks 10 --data word-problems --output runs/laptop/pruned
 
 .venv-newest/ready: pyproject.toml
 	$(PYTHON) -m venv .venv-newest

@@ -96,10 +96,10 @@ def main() -> None:
     parser.add_argument(
         "--solutions", help="train on the samples.jsonl of oprd eval, not on worked solutions"
     )
-    parser.add_argument("--minutes", type=float, default=60, help="how long to train (default: 60)")
+    parser.add_argument("--minutes", type=float, default=50, help="how long to train (default: 50)")
     parser.add_argument("--steps", type=int, help="train so many steps instead")
     parser.add_argument("--batch_size", type=int, default=16, help="solutions per step (default: 16)")
-    parser.add_argument("--learning_rate", type=float, default=1e-4, help="its peak (default: 1e-4)")
+    parser.add_argument("--learning_rate", type=float, default=3e-4, help="its peak (default: 3e-4)")
     parser.add_argument("--save_steps", type=int, default=50, help="steps between checkpoints (default: 50)")
     parser.add_argument("--seed", type=int, default=0, help="of the order of the problems (default: 0)")
     parser.add_argument("--problems", type=int, default=64, help="held-out ones to measure on (default: 64)")

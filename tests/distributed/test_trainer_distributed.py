@@ -83,31 +83,45 @@ FLIPS = "output/top_k_overlap"
 
 @pytest.fixture(scope="module")
 def on_two_ranks(tmp_path_factory, models):
-    """`on_two_ranks(mode)`: what two ranks made in one launch; `resumed` goes on from what one rank saved."""
+    """`on_two_ranks(mode)`: what two ranks made in one launch; `resumed` goes on from what one rank saved.
+
+    fsdp makes all runs. ddp leaves out those that are saved, halved or graded, which `ddp saved` makes.
+    """
 
     @cache
     def made(mode):
-        folder = tmp_path_factory.mktemp(mode)
+        folder = tmp_path_factory.mktemp(mode.replace(" ", "-"))
+        runs = []
+        if mode in ("ddp", "fsdp"):
+            runs += [("plain", case, {}) for case in rank_worker.CASES]
+            runs += [("rolled_out", case, {"scripted": False}) for case in ROLLED_OUT]
+        if mode in ("ddp saved", "fsdp"):
+            runs += rare_runs(folder)
+        launch(models, folder, mode.partition(" ")[0], runs)
+        return folder
+
+    def rare_runs(folder):
         for case in RESUMED:
             rank_worker.run_case(case, models, folder / "resumed", **ADAM | {"max_steps": 2})
-        runs = [("plain", case, {}) for case in rank_worker.CASES]
-        runs += [("rolled_out", case, {"scripted": False}) for case in ROLLED_OUT]
-        runs += [("saved", case, ADAM | {"max_steps": 2}) for case in RESUMED]
+        runs = [("saved", case, ADAM | {"max_steps": 2}) for case in RESUMED]
         runs += [("resumed", case, ADAM | {"max_steps": 4, "resume": True}) for case in RESUMED]
         runs += [("best", case, BEST) for case in BEST_OF]
         runs += [("half", case, SMOOTH) for case in HALF]
         runs += [("equal", case, SMOOTH | {"teacher": "student"}) for case in HALF]
         (folder / "recipe.yaml").write_text(yaml.safe_dump(accuracy_recipe.RECIPE))
         halved = {"recipe": str(folder / "recipe.yaml"), "flags": ["--per_device_train_batch_size", "2"]}
-        runs += [("accuracy", "recipe", halved)]
-        launch(models, folder, mode, runs)
-        return folder
+        return [*runs, ("accuracy", "recipe", halved)]
 
     return made
 
 
 @pytest.fixture(params=["ddp", "fsdp"])
 def two_ranks(on_two_ranks, request):
+    return on_two_ranks(request.param)
+
+
+@pytest.fixture(params=["fsdp", pytest.param("ddp saved", marks=pytest.mark.drill)])
+def saved_by_two_ranks(on_two_ranks, request):
     return on_two_ranks(request.param)
 
 
@@ -170,17 +184,17 @@ def test_sharded_models_roll_out_like_whole_ones(on_two_ranks, case):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", HALF)
-def test_in_half_precision_gradients_are_summed_in_float32(two_ranks, tmp_path, models, case):
+def test_in_half_precision_gradients_are_summed_in_float32(saved_by_two_ranks, tmp_path, models, case):
     rank_worker.run_case(case, models, tmp_path, **SMOOTH)
-    same_metrics(two_ranks / "half" / case, tmp_path / case, rel=0.03, but=[FLIPS])
+    same_metrics(saved_by_two_ranks / "half" / case, tmp_path / case, rel=0.03, but=[FLIPS])
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", HALF)
-def test_in_half_precision_a_student_that_equals_its_teacher_stays(two_ranks, models, case):
-    steps = read_metrics(two_ranks / "equal" / case / "metrics.jsonl")
+def test_in_half_precision_a_student_that_equals_its_teacher_stays(saved_by_two_ranks, models, case):
+    steps = read_metrics(saved_by_two_ranks / "equal" / case / "metrics.jsonl")
     assert [(record["loss/total"], record["grad_norm"]) for record in steps] == [(0, 0)] * 3
-    same_weights(two_ranks / "equal" / case, Path(models["student"]), atol=0)
+    same_weights(saved_by_two_ranks / "equal" / case, Path(models["student"]), atol=0)
 
 
 ZERO = {
@@ -210,16 +224,16 @@ def straight(tmp_path_factory, models):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", RESUMED)
-def test_one_rank_resumes_what_two_saved(two_ranks, tmp_path, models, straight, case):
-    shutil.copytree(two_ranks / "saved" / case, tmp_path / case)
+def test_one_rank_resumes_what_two_saved(saved_by_two_ranks, tmp_path, models, straight, case):
+    shutil.copytree(saved_by_two_ranks / "saved" / case, tmp_path / case)
     rank_worker.run_case(case, models, tmp_path, **ADAM | {"max_steps": 4, "resume": True})
     same_run(tmp_path / case, straight / case)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", RESUMED)
-def test_two_ranks_resume_what_one_saved(two_ranks, straight, case):
-    same_run(two_ranks / "resumed" / case, straight / case)
+def test_two_ranks_resume_what_one_saved(saved_by_two_ranks, straight, case):
+    same_run(saved_by_two_ranks / "resumed" / case, straight / case)
 
 
 def same_run(folder, straight):
@@ -230,7 +244,7 @@ def same_run(folder, straight):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", BEST_OF)
-@pytest.mark.parametrize("mode", ["alone", "ddp", "fsdp"])
+@pytest.mark.parametrize("mode", ["alone", "fsdp", pytest.param("ddp saved", marks=pytest.mark.drill)])
 def test_the_best_model_is_taken_up_in_the_end(on_two_ranks, tmp_path, models, mode, case):
     if mode == "alone":
         rank_worker.run_case(case, models, tmp_path, **BEST)
@@ -250,11 +264,11 @@ def accuracy(folder):
     return {name: value for name, value in record.items() if name.startswith("eval/")}
 
 
-def test_two_ranks_measure_the_accuracy_that_one_does(two_ranks, tmp_path):
+def test_two_ranks_measure_the_accuracy_that_one_does(saved_by_two_ranks, tmp_path):
     """15 responses: 8 for one rank and 7 for the other, two at a time instead of four."""
     flags = ["--output_dir", str(tmp_path / "one")]
-    train(*parse_training_recipe(two_ranks / "recipe.yaml", flags))
-    one, two = (accuracy(folder) for folder in (tmp_path / "one", two_ranks / "accuracy"))
+    train(*parse_training_recipe(saved_by_two_ranks / "recipe.yaml", flags))
+    one, two = (accuracy(folder) for folder in (tmp_path / "one", saved_by_two_ranks / "accuracy"))
     assert two == one
     assert one.keys() == {
         "eval/avg_at_k",

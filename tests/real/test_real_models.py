@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from oprd import align_tokens, load_prompts, load_tokenizer
-from oprd.cli import run
+from oprd.cli.commands import run
 from oprd.folders.recorder import read_metrics
 from places import RECIPES, ROOT
 from real_models import GEMMA, QWEN, SMOLLM2, real_model
@@ -46,12 +46,12 @@ def spelled(name, token):
 
 
 def brute_force(name, ids, other, other_ids):
-    """Every pair of tokens that end at the same byte of the text."""
-    ends = []
-    for which, numbers in ((name, ids), (other, other_ids)):
-        tokens = tokenizer(which).convert_ids_to_tokens(numbers)
-        ends.append(list(accumulate(len(spelled(which, token)) for token in tokens)))
-    return [(i, ends[1].index(end)) for i, end in enumerate(ends[0]) if end in ends[1]]
+    """Every pair of tokens up to which the same bytes are spelled: SmolLM2 lacks tokens for some."""
+    ours, theirs = (
+        list(accumulate(spelled(which, token) for token in tokenizer(which).convert_ids_to_tokens(numbers)))
+        for which, numbers in ((name, ids), (other, other_ids))
+    )
+    return [(i, theirs.index(text)) for i, text in enumerate(ours) if text in theirs]
 
 
 def check_alignment(text):

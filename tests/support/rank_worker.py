@@ -46,6 +46,7 @@ CASES: dict[str, dict[str, Any]] = {
     "shallow": {"layers": "1", "gradient_checkpointing": True, "diagnostics_steps": 1},
     "bridge": THROUGH_BRIDGE | {"anchor_weight": "0.5"},
     "adapters": {"lora": True, "output_loss": "sampled_token"},
+    "importance": {"row_weights": "importance", "output_loss": "sampled_token", "positions": "last=3"},
     "extrapolated": {"teacher_extrapolation": 1.25, "output_loss": "full_vocab"},
     "adapters_through_bridge": THROUGH_BRIDGE | {"anchor_weight": "0.5", "lora": True},
     "experts": {

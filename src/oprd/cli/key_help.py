@@ -48,7 +48,7 @@ TRAINING_GROUPS = (
         "objective",
         (
             *("layers", "positions", "bridge", "bridge_rank", "final_norm", "representation_loss"),
-            *("representation_weight", "teacher_extrapolation", "anchor_weight"),
+            *("representation_weight", "teacher_extrapolation", "row_weights", "anchor_weight"),
             *("output_loss", "output_weight", "output_positions"),
             *("output_baseline", "output_top_k", "output_support", "renormalize", "divergence"),
             "student_temperature",

@@ -20,7 +20,7 @@ ADAPTERS = (
 )
 OBJECTIVE = (
     *("layers", "positions", "bridge", "bridge_rank", "final_norm", "representation_loss"),
-    "teacher_extrapolation",
+    *("teacher_extrapolation", "row_weights"),
     *("representation_weight", "anchor_weight", "output_loss", "output_weight"),
     *("output_top_k", "output_baseline"),
     *("output_support", "output_positions", "renormalize", "divergence", "student_temperature"),

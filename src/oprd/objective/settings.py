@@ -17,6 +17,7 @@ from oprd.objective.selection import Positions
 from oprd.objective.terms import ANCHOR, OUTPUT, REPRESENTATION
 
 Baseline = Literal["none", "kl"]
+Emphasis = Literal["uniform", "importance", "gap"]
 OUTPUT_LOSSES = ("none", "sampled_token", "sampled_text", "top_k", "top_k_authors", "full_vocab")
 EXTRAPOLATED_OUTPUTS = ("sampled_token", "full_vocab")
 TEACHER_TEMPLATES = ("student", "own")
@@ -63,6 +64,10 @@ class ObjectiveSettings:
     )
     anchor_weight: str = key(
         "0", "Weight of the loss that keeps what a bridge leaves free near the initial student."
+    )
+    row_weights: Emphasis = key(
+        "uniform",
+        "uniform | importance: earlier rows count more (IW-OPD) | gap: rows of a large state loss do.",
     )
     output_loss: str = key("none", " | ".join(OUTPUT_LOSSES) + ".")
     output_weight: str = key("1.0", "Weight of the output loss: a number or a schedule.")
@@ -124,6 +129,7 @@ class ObjectiveSettings:
             setattr(self, name, str(getattr(self, name)))
         self.representation_loss = named_loss(self.representation_loss)
         one_of("output_loss", self.output_loss, OUTPUT_LOSSES)
+        one_of("row_weights", self.row_weights, get_args(Emphasis))
         one_of("output_baseline", self.output_baseline, get_args(Baseline))
         one_of("output_support", self.output_support, get_args(Support))
         one_of("divergence", self.divergence, get_args(Divergence))

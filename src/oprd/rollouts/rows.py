@@ -118,6 +118,11 @@ class SupervisedRows:
     mask: Bool[Tensor, "B T"]
     weights: Float[Tensor, " N"]
 
+    @property
+    def rollouts(self) -> Int[Tensor, " N"]:
+        """The rollout of each row, where the weights are."""
+        return self.mask.nonzero()[:, 0].to(self.weights.device)
+
 
 @dataclass(frozen=True)
 class Spans:

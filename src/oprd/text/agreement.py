@@ -92,6 +92,8 @@ def _read_normalized(one: ReadText, other: ReadText, equal: int, normalize: Norm
     )
     if lengths is None:
         return False
+    if back and lengths == (back, back):  # what goes on there are stray bytes, of no character that differs
+        return _read_normalized(one, other, 0, normalize)
     mark = one.marks[one.at - back] + all(lengths)
     for (side, start), length in zip(sides, lengths, strict=True):
         side.marks[start + 1 : side.at + 1] = NOWHERE

@@ -1,6 +1,5 @@
 """The output loss: both LM heads on final states, and a divergence of their next-token distributions."""
 
-from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 
@@ -15,14 +14,13 @@ from oprd.models.eos import eos_token_ids
 from oprd.models.lm_head import Head
 from oprd.models.teacher import Teacher, shared_vocabulary
 from oprd.objective import output_space
-from oprd.objective.extrapolation import extrapolate
 from oprd.objective.settings import ObjectiveSettings
-from oprd.rollouts.engines.importance import importance_weights
 from oprd.rollouts.rows import RolloutBatch, SupervisedRows
 from oprd.text.alignment import same_vocabulary
 from oprd.text.shared_tokens import SharedTokens, Speller
 from oprd.training.diagnostics import add_log_prob_gap, add_output_statistics, add_shared_mass
 from oprd.training.extrapolation import Extrapolation
+from oprd.training.row_losses import ROW_LOSSES, Chunk, cooled
 from oprd.training.training_pair import TrainingPair
 
 DESCRIBED_ROWS = 32
@@ -61,8 +59,14 @@ class OutputTerm:
         if vocabulary and settings.output_loss.startswith("top_k") and settings.output_top_k > vocabulary:
             k = settings.output_top_k
             raise UserError(f"output_top_k is {k}, but the vocabulary has {vocabulary} tokens: lower it")
+        if vocabulary is None and settings.row_weights == "importance":
+            raise UserError(
+                "row_weights: importance compares the probabilities of sampled tokens, and the teacher has "
+                "another tokenizer: leave it out"
+            )
         heads, reference = None, None
-        if settings.output_schedule.ever_active or (vocabulary and settings.diagnostics_steps):
+        needs_logits = settings.output_schedule.ever_active or settings.row_weights == "importance"
+        if needs_logits or (vocabulary and settings.diagnostics_steps):
             ours, theirs = (
                 Head.of(model, vocabulary or model.config.get_text_config().vocab_size)
                 for model in (student, teacher.model)
@@ -140,7 +144,7 @@ class OutputTerm:
             if "reference" in given:
                 with torch.no_grad():
                     base = self._teacher_cooled(to_reference_logits(given["reference"]).to(logits.device))
-            student_logits = _cooled(logits, self.settings.student_temperature)
+            student_logits = cooled(logits, self.settings.student_temperature)
             chunk = Chunk(student_logits, self._teacher_cooled(teacher_logits), tokens, logits, engine, base)
             return row_loss(chunk, self.settings)
 
@@ -167,6 +171,16 @@ class OutputTerm:
         carrier, _ = ours.weighted_loss(self._student_log_probs, student, (tokens,), slopes, size)
         return total.detach() + carrier - carrier.detach(), values.detach()
 
+    def advantages(
+        self, batch: RolloutBatch, mask: Bool[Tensor, "B T"], student: Rows, teacher: Rows
+    ) -> Float[Tensor, " N"]:
+        """log p − log q of the sampled tokens at rows of one vocabulary, from final states."""
+        tokens, size, (ours, theirs) = batch.tokens[mask], self.settings.output_chunk_size, self._heads
+        with ours.gathered(), theirs.gathered():
+            log_p = ours.in_chunks(self._student_log_probs, student, (tokens,), size)
+            log_q = theirs.in_chunks(self._teacher_log_probs, teacher, (tokens.to(teacher.device),), size)
+        return log_p - log_q.to(log_p)
+
     def observe(self, averages: Averages, student: Rows, teacher: Rows) -> None:
         """Add entropies and overlap of evenly spaced rows, where both models speak of the same tokens."""
         stride, (ours, theirs) = _stride(len(student)), self._heads
@@ -175,10 +189,10 @@ class OutputTerm:
             add_output_statistics(averages, logits, theirs(teacher[::stride]).to(logits.device))
 
     def _teacher_cooled(self, logits: Logits) -> Logits:
-        return _cooled(logits, self.settings.teacher_temperature)
+        return cooled(logits, self.settings.teacher_temperature)
 
     def _student_log_probs(self, logits: Logits, tokens: Int[Tensor, " N"]) -> Float[Tensor, " N"]:
-        return output_space.log_probs(_cooled(logits, self.settings.student_temperature), tokens)
+        return output_space.log_probs(cooled(logits, self.settings.student_temperature), tokens)
 
     def _teacher_log_probs(self, logits: Logits, tokens: Int[Tensor, " N"]) -> Float[Tensor, " N"]:
         return output_space.log_probs(self._teacher_cooled(logits), tokens)
@@ -193,68 +207,6 @@ class OutputTerm:
                 "none are kept): set vllm_importance_sampling_correction: false"
             )
         return None
-
-
-@dataclass(frozen=True)
-class Chunk:
-    """Logits of both models over one vocabulary, divided by their temperatures, and what was sampled."""
-
-    student: Logits
-    teacher: Logits
-    tokens: Int[Tensor, " N"]
-    untempered: Logits  # the student's, not divided
-    engine: Float[Tensor, " N"] | None  # the engine's log-probs of `tokens`
-    reference: Logits | None  # of the model that the teacher is extrapolated from
-
-    @torch.no_grad()
-    def rewards(self, settings: ObjectiveSettings) -> Logits:
-        """log q of every token or, with a reference, what lies beyond it."""
-        log_q = self.teacher.log_softmax(-1)
-        if self.reference is None:
-            return log_q
-        return extrapolate(log_q, self.reference.log_softmax(-1), settings.teacher_extrapolation)
-
-
-def _sampled_token(chunk: Chunk, settings: ObjectiveSettings) -> Float[Tensor, " N"]:
-    log_q = chunk.rewards(settings)
-    sampled = log_q.gather(-1, chunk.tokens[:, None]).squeeze(-1)
-    baseline = output_space.kl_baseline(chunk.student, log_q) if settings.output_baseline == "kl" else None
-    del log_q  # as large as the logits
-    values = output_space.sampled_reward(chunk.student, sampled, chunk.tokens, baseline)
-    if chunk.engine is None or not settings.vllm_importance_sampling_correction:
-        return values
-    log_probs = output_space.log_probs(chunk.untempered, chunk.tokens)
-    cap = settings.vllm_importance_sampling_clip_max
-    return values * importance_weights(log_probs, chunk.engine, cap)
-
-
-def _top_k(chunk: Chunk, settings: ObjectiveSettings) -> Float[Tensor, " N"]:
-    k, support = settings.output_top_k, settings.output_support
-    return output_space.top_k(chunk.student, chunk.teacher, k, support, settings.renormalize)
-
-
-def _top_k_authors(chunk: Chunk, settings: ObjectiveSettings) -> Float[Tensor, " N"]:
-    k, support = settings.output_top_k, settings.output_support
-    return output_space.top_k_authors(chunk.student, chunk.teacher, k, support)
-
-
-def _full_vocab(chunk: Chunk, settings: ObjectiveSettings) -> Float[Tensor, " N"]:
-    # Of an extrapolated reward the divergence takes the distribution: the reverse KL's gradient is the same.
-    teacher = chunk.teacher if chunk.reference is None else chunk.rewards(settings)
-    return output_space.full_vocab(chunk.student, teacher, settings.divergence)
-
-
-ROW_LOSSES: dict[str, Callable[[Chunk, ObjectiveSettings], Float[Tensor, " N"]]] = {
-    "sampled_token": _sampled_token,
-    "sampled_text": _sampled_token,  # every token is a span of text
-    "top_k": _top_k,
-    "top_k_authors": _top_k_authors,
-    "full_vocab": _full_vocab,
-}
-
-
-def _cooled(logits: Logits, temperature: float) -> Logits:
-    return logits if temperature == 1 else logits / temperature
 
 
 def _stride(rows: int) -> int:

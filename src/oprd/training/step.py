@@ -9,8 +9,10 @@ import logging
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 
 import torch
+from jaxtyping import Bool, Float
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -24,6 +26,7 @@ from oprd.models.lm_head import check_head
 from oprd.models.sharding.fsdp import Sharding
 from oprd.models.teacher import Teacher
 from oprd.objective.custom_loss import CustomLoss, row_loss
+from oprd.objective.emphasis import by_gap
 from oprd.objective.selection import LayerMap
 from oprd.objective.settings import ObjectiveSettings
 from oprd.objective.terms import ANCHOR, OUTPUT, REPRESENTATION, TERMS
@@ -32,13 +35,13 @@ from oprd.training.anchor import Anchor
 from oprd.training.comparison import Comparison, States
 from oprd.training.diagnostics import add_representation_cosine
 from oprd.training.extrapolation import Extrapolation
+from oprd.training.importance_rows import RowsByTerm, by_importance
 from oprd.training.layer_losses import AnchorLoss, RepresentationLoss
 from oprd.training.output_term import OutputTerm
 from oprd.training.training_pair import TrainingPair
 
 logger = logging.getLogger(__name__)
 
-RowsByTerm = dict[str, SupervisedRows]
 Targets = dict[str, States]  # by term and layer, what the student's states are compared with
 REFERENCE = "reference"  # among targets: the final states of what the teacher is extrapolated from
 AtLayer = Callable[[int, Tensor], Tensor]  # what the forward turns a layer's states into
@@ -105,6 +108,9 @@ class Update:
         """
         weights = {term: schedule(step) for term, schedule in self.settings.schedules.items()}
         rows = {term: batch.rows(term) for term in TERMS if weights[term] > 0}
+        if self.settings.row_weights == "importance":
+            written = batch.rows(ANCHOR).mask  # whatever rows the terms supervise
+            rows = by_importance(rows, written, partial(self._advantages, batch))
         targets = self._targets(batch, rows)
         losses = self._losses(batch, rows, targets)
         total = torch.zeros((), device=batch.tokens.device, requires_grad=True)
@@ -113,6 +119,15 @@ class Update:
             total = total + weights[term] * loss
         self.averages.add("loss/total", total)
         return total
+
+    @torch.no_grad()
+    def _advantages(self, batch: RolloutBatch, mask: Bool[Tensor, "B T"]) -> Float[Tensor, " N"]:
+        """log p − log q of the sampled tokens at the rows of `mask`: one more forward of both models."""
+        request = StateRequest((self.teacher.num_layers,), batch.on_teacher(mask))
+        (theirs,) = self.teacher.read(batch.teacher, [request], self.settings.padding_free)
+        rows = SupervisedRows(mask, torch.ones_like(batch.output_weights[mask]))
+        ours = self._student_forward(batch, {OUTPUT: rows}, {})[OUTPUT]
+        return self.output.advantages(batch, mask, _last(ours), _last(theirs))
 
     @torch.no_grad()
     def observe(self, batch: RolloutBatch, step: int) -> None:
@@ -210,6 +225,8 @@ class Update:
         if REPRESENTATION in rows:
             assert self.settings.representation_loss is not None
             loss = row_loss(self.settings.representation_loss)
+            if self.settings.row_weights == "gap":
+                loss = by_gap(loss, rows[REPRESENTATION].rollouts)
             losses[REPRESENTATION] = RepresentationLoss(
                 loss if self.extrapolation is None else self.extrapolation.scaled(loss),
                 self.comparison,

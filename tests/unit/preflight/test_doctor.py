@@ -354,11 +354,9 @@ def test_what_cannot_fit_is_not_tried(capsys, recipe, container, far):
     assert "out of memory at the longest rollout" in last and "first turn" in last
 
 
-@pytest.mark.slow
+@pytest.mark.drill
 @pytest.mark.skipif(sys.platform != "linux", reason="limits the memory of a process as Linux does")
-@pytest.mark.parametrize(  # in the first update, and before the models are there
-    "megabytes", [2000, pytest.param(800, marks=pytest.mark.drill)]
-)
+@pytest.mark.parametrize("megabytes", [2000, 800])  # in the first update, and before the models are there
 def test_running_out_of_memory_names_the_first_knob(recipe, megabytes, far):
     path = recipe(per_device_train_batch_size=32, max_completion_length=2048, **far)
     room = f"import resource; resource.setrlimit(resource.RLIMIT_DATA, ({megabytes}_000_000,) * 2)"

@@ -449,7 +449,7 @@ CASES = {
 }
 
 
-@pytest.mark.slow
+@pytest.mark.drill
 @pytest.mark.parametrize("case", ["tiny", *(pytest.param(case, marks=LARGE) for case in list(CASES)[1:])])
 def test_the_plan_is_near_what_a_run_measures(tmp_path, request, case):
     """Both peaks of real steps, with freed memory given back at once, within 10 % of what lives.

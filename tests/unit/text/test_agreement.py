@@ -176,3 +176,12 @@ def test_teachers_with_two_normalisers_in_a_row():
     ids, read = encode(lookalike("gpt2"), text), encode(teacher, text)
     assert teacher.decode(read) == "abc fi ω x2"
     assert align_tokens(lookalike("gpt2"), ids, teacher, read)[-1] == (len(ids) - 1, len(read) - 1)
+
+
+def test_stray_bytes_take_no_character_back():
+    """A teacher whose vocabulary lacks a byte spells the rest of the character; what came before is read."""
+    student, teacher = "\x81\U00040000".encode(), "\x81".encode() + b"\x80\x80\x80"
+    for pair in ((student, teacher), (teacher, student)):
+        one, other = agree(*pair, str)
+        assert one.at == other.at == 2
+        assert one.marks[:3].tolist() == other.marks[:3].tolist() == [0, 1, 2]

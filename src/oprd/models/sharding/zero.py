@@ -21,6 +21,10 @@ def check_zero3(student: nn.Module, settings: ObjectiveSettings) -> None:
             "under ZeRO-3 it is not tried whether the student's recurrent layers mask padding: where they do "
             "not, micro-batches change the result"
         )
+    if settings.row_weights == "importance":
+        raise UserError(
+            "row_weights: importance uses the LM heads, where ZeRO-3 has no weights: use FSDP2 or ZeRO-2"
+        )
     if settings.output_schedule.ever_active or settings.diagnostics_steps:
         raise UserError(
             "output losses and diagnostics_steps use the LM heads outside the models, where ZeRO-3 has no "

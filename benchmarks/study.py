@@ -214,7 +214,7 @@ def runs(pair: str, names: list[str], seeds: list[int] | None) -> Iterator[Run]:
             yield Run(pair, name, best_rate(pair, name), seed, tuning=False)
 
 
-def measure_start(pair: str, models: Models) -> None:
+def measure_ends(pair: str, models: Models) -> None:
     """The untouched student and the teacher, on the problems of the table."""
     for name, model in (("student", models.student), ("teacher", models.teacher)):
         path = RESULTS / pair / f"{name}.json"
@@ -242,10 +242,10 @@ def main() -> None:
         pair = PAIRS[given.pair]
         for run in runs(given.pair, given.arms or list(pair.arms), given.seeds):
             models = Models.of(pair, run.arm, given.student, given.teacher)
-            measure_start(given.pair, models)
             if not run.result.exists():
                 run.train(models)
                 run.record()
+        measure_ends(given.pair, models)
     for name in [given.pair] if given.pair else PAIRS:
         print(f"\n{name}\n\n{table(name)}")
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import (
@@ -29,6 +29,8 @@ from oprd.models.finite import finite_logits
 from oprd.models.generation_config import generation_config_aside
 from oprd.models.loading import eval_mode
 from oprd.models.padding import generation_batches, in_batches
+
+LIKELIEST = 512  # tokens among which top-p looks first
 
 
 @dataclass(frozen=True)
@@ -175,14 +177,40 @@ class OwnDraws(LogitsProcessor):
     """Samples every row's token from random numbers of its own, and leaves greedy decoding no other."""
 
     def __init__(self, sampling: Sampling, seeds: Sequence[int], device: torch.device) -> None:
-        self._cuts = warpers(sampling.temperature, sampling.top_k, sampling.top_p)
+        self._sampling = sampling
         self._generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> Any:
-        likely = self._cuts(input_ids, scores).softmax(-1)
-        rows = zip(likely, self._generators, strict=True)
-        drawn = torch.stack([torch.multinomial(row, 1, generator=generator) for row, generator in rows])
-        return torch.full_like(scores, -torch.inf).scatter(1, drawn, 0.0)
+        tokens, shares = candidates(scores, self._sampling)
+        reached = shares.cumsum(-1)
+        drawn = [torch.rand(1, generator=g, device=scores.device) for g in self._generators]
+        # The first candidate up to which more is reached than drawn, and never one without a share.
+        wanted = torch.stack(drawn).to(reached) * reached[:, -1:]
+        place = torch.searchsorted(reached, wanted, right=True)
+        last = reached.shape[-1] - 1 - (shares.flip(-1) > 0).int().argmax(-1, keepdim=True)
+        token = tokens.gather(-1, place.minimum(last))
+        return torch.full_like(scores, -torch.inf).scatter(1, token, 0.0)
+
+
+def candidates(
+    scores: Float[Tensor, "B V"], sampling: Sampling
+) -> tuple[Int[Tensor, "B C"], Float[Tensor, "B C"]]:
+    """Tokens, and their shares of what the cuts of `sampling` leave; 0 for those that they take away.
+
+    As `warpers` have it, but for the sort of a whole vocabulary: top-p takes its tokens from the likeliest
+    `LIKELIEST`, as long as these are enough.
+    """
+    scores = scores / sampling.temperature
+    size = scores.shape[-1]
+    if sampling.top_p == 1 and not sampling.top_k:
+        return torch.arange(size, device=scores.device).expand_as(scores), scores.softmax(-1)
+    values, tokens = scores.topk(min(size, sampling.top_k or LIKELIEST), dim=-1)
+    whole = (values if sampling.top_k else scores).logsumexp(-1, keepdim=True)
+    if not sampling.top_k and (values.logsumexp(-1, keepdim=True) - whole).exp().min() < sampling.top_p:
+        values, tokens = scores.sort(dim=-1, descending=True)
+    shares = (values - whole).exp()
+    above = shares.cumsum(-1) - shares
+    return tokens, shares * (above < sampling.top_p)
 
 
 def cut_at_eos(prompt_ids: list[int], response_ids: list[int], eos: Sequence[int]) -> Rollout:

@@ -5,7 +5,7 @@ from transformers import GenerationConfig
 from oprd.foundation.errors import UserError
 from oprd.models.eos import eos_token_ids, listed_eos_ids
 from oprd.models.tiny.tokenizer import train_tokenizer
-from oprd.rollouts.generation import Rollout, Sampling, generate
+from oprd.rollouts.generation import OwnDraws, Rollout, Sampling, candidates, generate, warpers
 from oprd.text.rendering import Renderer
 from tiny_qwen import tiny_qwen
 
@@ -164,6 +164,28 @@ def test_seeds_of_their_own_draw_the_models_distribution(model, tokenizer):
         likeliest, ids = (model(torch.tensor([[5]])).logits[0, -1] / 0.5).topk(10)
     wanted = torch.zeros(len(tokenizer)).scatter(0, ids, likeliest.softmax(-1))
     assert ((shares - wanted).abs() <= 4 * (wanted * (1 - wanted) / count).sqrt()).all()
+
+
+@pytest.mark.parametrize("spread", [0.1, 3.0])  # almost uniform: the likeliest 512 of 2,000 are not enough
+@pytest.mark.parametrize(("top_p", "top_k"), [(1.0, 0), (0.9, 0), (0.3, 0), (1.0, 7), (0.6, 40), (1.0, 5000)])
+def test_candidates_are_those_that_the_cuts_of_transformers_leave(spread, top_p, top_k):
+    scores = spread * torch.randn(6, 2000, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    scores[0, 11] = -torch.inf  # a token that is suppressed
+    tokens, shares = candidates(scores, Sampling(1, 0.7, top_p, top_k))
+    found = torch.zeros_like(scores).scatter(1, tokens, shares / shares.sum(-1, keepdim=True))
+    wanted = warpers(0.7, top_k, top_p)(torch.zeros(6, 1), scores).softmax(-1)
+    torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-15)
+
+
+@pytest.mark.parametrize("number", [0.0, 1 - 2**-24])
+def test_the_ends_of_the_random_numbers_draw_a_candidate(monkeypatch, number):
+    monkeypatch.setattr(torch, "rand", lambda *_, **__: torch.tensor([number]))
+    scores = torch.tensor([[-torch.inf, 1.0, 3.0, 2.0, -torch.inf]])
+    for sampling in (Sampling(1, 1.0, 1.0), Sampling(1, 1.0, 0.8)):
+        forced = OwnDraws(sampling, [0], torch.device("cpu"))(torch.zeros(1, 1), scores)
+        tokens, shares = candidates(scores, sampling)
+        kept = tokens[shares > 0].tolist()
+        assert forced.argmax().item() == (kept[0] if number == 0 else kept[-1])
 
 
 def test_modes_are_restored(model, tokenizer):

@@ -5,9 +5,9 @@
     python benchmarks/study.py --table                                # what is there, of every pair
 
 Every arm has the same prompts, batch and steps, and its learning rate from the same grid: the rate with the
-most right answers after `TUNING_STEPS` steps, on problems that are counted nowhere else. An arm with a result
-in results/study/ is done, and skipped. One that was stopped goes on from its last checkpoint. study_arms.py
-has the pairs and arms; study_report.py makes the tables and plots.
+most right answers after a run of `TUNING_STEPS` steps, on problems that are counted nowhere else. An arm with a
+result in results/study/ is done, and skipped. One that was stopped goes on from its last checkpoint.
+study_arms.py has the pairs and arms; study_report.py makes the tables and plots.
 """
 
 import argparse
@@ -32,9 +32,10 @@ from oprd.folders.recorder import METRICS_FILE, read_metrics
 from oprd.rollouts.generation import Sampling
 
 ROOT, RUNS = Path(__file__).parents[1], Path("runs") / "study"
-RATES, TUNING_STEPS = ("3e-5", "1e-4", "3e-4"), 20
-SEEN = 64  # the first test problems, on which rates are chosen and curves drawn
-EVALUATION = EvalSettings(samples=1, sampling=Sampling(max_new_tokens=64, temperature=0), batch_size=32)
+RATES, TUNING_STEPS = ("3e-5", "1e-4", "3e-4"), 12
+SEEN = 64  # the first test problems, on which rates are chosen and, with half of them, curves drawn
+TEMPLATES = 128  # problems of other templates
+EVALUATION = EvalSettings(samples=1, sampling=Sampling(max_new_tokens=48, temperature=0), batch_size=32)
 CURVE = {
     "accuracy": "eval/avg_at_k",
     "low": "eval/ci95_low",
@@ -105,7 +106,7 @@ class Run:
         if self.arm.bridge:
             keys["bridge"] = str(self._bridge(models))
         if self.tuning:
-            keys |= dict.fromkeys(("max_steps", "accuracy_steps"), str(TUNING_STEPS))
+            keys |= {"max_steps": str(TUNING_STEPS), "accuracy_dataset_name": "null"}
         oprd("train", self.arm.recipe, self.folder, keys)
 
     def _bridge(self, models: Models) -> Path:
@@ -137,7 +138,9 @@ class Run:
     def record(self) -> None:
         """Write what it came to; of a tuning run only this is kept."""
         found = {"arm": self.name, "learning_rate": self.rate, "seed": self.seed, "curve": self.curve()}
-        if not self.tuning:
+        if self.tuning:
+            found["accuracy"] = seen_accuracy(self.folder)
+        else:
             found |= {"cosines": cosines(self.folder), "held_out": held_out(self.folder)}
         self.result.parent.mkdir(parents=True, exist_ok=True)
         self.result.write_text(json.dumps(found | hardware(), indent=1) + "\n")
@@ -147,9 +150,7 @@ class Run:
     def curve(self) -> list[dict[str, float]]:
         """By step, from 1: the seconds that training took so far, and what was measured."""
         if self.arm.sft:
-            state = json.loads((self.folder / "trained.json").read_text())
-            seen = load_prompts("word-problems", "test").select(range(SEEN))
-            return [state | {"accuracy": answers(self.folder, {"seen": seen})["seen"]["avg_at_k"]}]
+            return [json.loads((self.folder / "trained.json").read_text())]
         seconds, points = 0.0, []
         for record in read_metrics(self.folder / METRICS_FILE):
             seconds += sum(value for name, value in record.items() if name.startswith("time/"))
@@ -185,8 +186,14 @@ def cosines(folder: Path) -> dict[int, list[float]]:
 def held_out(folder: Path | str) -> dict[str, dict[str, Any]]:
     """Greedy answers to problems that no choice was made on: `test` behind `SEEN`, and `test-templates`."""
     test = load_prompts("word-problems", "test")
-    templates = load_prompts("word-problems", "test-templates")
+    templates = load_prompts("word-problems", "test-templates").select(range(TEMPLATES))
     return answers(folder, {"test": test.select(range(SEEN, len(test))), "test-templates": templates})
+
+
+def seen_accuracy(folder: Path) -> float:
+    """The share of right greedy answers to the problems on which rates are chosen."""
+    seen = load_prompts("word-problems", "test").select(range(SEEN))
+    return answers(folder, {"seen": seen})["seen"]["avg_at_k"]
 
 
 def answers(folder: Path | str, splits: dict[str, Any]) -> dict[str, dict[str, Any]]:
@@ -201,7 +208,7 @@ def best_rate(pair: str, name: str) -> str:
     """The learning rate with most right answers at the end of tuning, once all have a result."""
     name = PAIRS[pair].arms[name].rate_of or name
     results = [Run(pair, name, rate, 0, tuning=True).result for rate in RATES]
-    ends = [json.loads(path.read_text())["curve"][-1]["accuracy"] for path in results]
+    ends = [json.loads(path.read_text())["accuracy"] for path in results]
     return RATES[max(range(len(RATES)), key=ends.__getitem__)]
 
 

@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 
 Keys = Mapping[str, str]
 TOKENS = {"representation_weight": "0", "diagnostics_steps": "10"}
-HAND_OVER = {"representation_weight": "0=1,29=1,30=0", "output_weight": "0=0,29=0,30=1"}
+HAND_OVER = {"representation_weight": "0=1,23=1,24=0", "output_weight": "0=0,23=0,24=1"}
 CROSSFADE = {"layers": "last", "representation_weight": "0=1,10=0", "output_weight": "0=0,10=1"}
-LONG = {"max_steps": "150"}
+LONG = {"max_steps": "120"}
 
 
 @dataclass(frozen=True)

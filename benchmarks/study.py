@@ -5,8 +5,8 @@
     python benchmarks/study.py --table                                # what is there, of every pair
 
 Every arm has the same prompts, batch and steps, and its learning rate from the same grid: the rate with the
-most right answers after a run of `TUNING_STEPS` steps, on problems that are counted nowhere else. An arm with a
-result in results/study/ is done, and skipped. One that was stopped goes on from its last checkpoint.
+most right answers after a run of `TUNING_STEPS` steps, on problems that are counted nowhere else. An arm with
+a result in results/study/ is done, and skipped. One that was stopped goes on from its last checkpoint.
 study_arms.py has the pairs and arms; study_report.py makes the tables and plots.
 """
 

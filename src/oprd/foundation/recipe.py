@@ -64,16 +64,21 @@ def parse_recipe(
     """Instances of `dataclass_types` from the YAML file at `path`, if there is one, and then `flags`.
 
     A value of the file is parsed as the same text would be after a flag, so the type of its key says what
-    `no`, `1e-5` or `010` mean. A flag's mapping is JSON or as in YAML. Raises `UserError` for a missing or
-    malformed file, an unknown key or flag, and a value of the wrong type.
+    `no`, `1e-5` or `010` mean. A flag's mapping is JSON or as in YAML, and `--key null` unsets a key that may
+    be None. Raises `UserError` for a missing or malformed file, an unknown key or flag, and a value of the
+    wrong type.
     """
     known = {field.name for kind in dataclass_types for field in fields(kind) if field.init}
     parser = RecipeParser(dataclass_types)
     optional = _optional_keys(dataclass_types)
+    flags, unset = _without_nulls(flags, optional)
+    parser.set_defaults(**dict.fromkeys(unset))
     arguments = []
     for key, value in ({} if path is None else read_recipe(path)).items():
         if key not in known:
             raise UnknownKey(f"{path}: ", "key", key, key, known)
+        if key in unset:
+            continue
         if value is None and key in optional:
             parser.set_defaults(**{key: None})
         else:
@@ -145,6 +150,22 @@ def _optional_keys(dataclass_types: Sequence[type]) -> set[str]:
     """The keys that may be None."""
     hints = [get_type_hints(kind) for kind in dataclass_types]
     return {name for kind in hints for name, hint in kind.items() if type(None) in get_args(hint)}
+
+
+def _without_nulls(flags: Sequence[str], optional: set[str]) -> tuple[list[str], set[str]]:
+    """The flags without those that give `null` to an optional key, and the keys of these."""
+    kept: list[str] = []
+    unset: set[str] = set()
+    names = {f"--{key}": key for key in optional}
+    for flag in flags:
+        name, _, value = flag.partition("=")
+        if value == "null" and name in names:
+            unset.add(names[name])
+        elif flag == "null" and kept and kept[-1] in names:
+            unset.add(names[kept.pop()])
+        else:
+            kept.append(flag)
+    return kept, unset
 
 
 def _as_flag(path: str | Path | None, key: str, value: Any, takes_list: bool) -> list[str]:

@@ -1,7 +1,7 @@
 """The tokens that two vocabularies spell alike: classes over which both models' predictions are compared."""
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -24,11 +24,16 @@ class Vocabulary:
     @classmethod
     def of(cls, ids: list[int], ends: Iterable[int], size: int) -> "Vocabulary":
         """From ids in the order of the classes; `size` counts the model's logits."""
-        last = [i for i in dict.fromkeys(ends) if i < size]
+        own = torch.tensor(ids, dtype=torch.long)
+        last = torch.tensor([i for i in dict.fromkeys(ends) if i < size], dtype=torch.long)
         classes = torch.full((size,), NO_CLASS)
-        classes[torch.tensor(ids)] = torch.arange(len(ids))
-        classes[torch.tensor(last)] = len(ids)
-        return cls(torch.tensor(ids), torch.tensor(last), classes)
+        classes[own] = torch.arange(len(own))
+        classes[last] = len(own)
+        return cls(own, last, classes)
+
+    def to(self, device: torch.device) -> "Vocabulary":
+        """The same for logits on `device`; the class of each id stays on the host, where rows are chosen."""
+        return replace(self, ids=self.ids.to(device), ends=self.ends.to(device))
 
     def logits(self, logits: Float[Tensor, "N V"]) -> Float[Tensor, "N K"]:
         """Logits of the classes; their softmax is the model's distribution, given that one of them comes."""
@@ -52,6 +57,15 @@ class SharedTokens:
             Vocabulary.of([ours[piece] for piece in shared], student.ends, student.size),
             Vocabulary.of([theirs[piece] for piece in shared], teacher.ends, teacher.size),
         )
+
+    def to(self, device: torch.device) -> "SharedTokens":
+        """The same for logits on `device`."""
+        return SharedTokens(self.student.to(device), self.teacher.to(device))
+
+    @property
+    def size(self) -> int:
+        """How many classes there are."""
+        return len(self.student.ids) + 1
 
     def logits(
         self, student: Float[Tensor, "N V"], teacher: Float[Tensor, "N W"]

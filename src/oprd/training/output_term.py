@@ -42,9 +42,7 @@ class OutputTerm:
     vocabulary: int | None
     heads: tuple[Head, Head] | None  # the student's and the teacher's, if the run makes logits
     reference: Head | None = None  # that of the model which rewards are extrapolated from
-    shared: SharedTokens | None = (
-        None  # across vocabularies, the tokens of both that logits are compared over
-    )
+    shared: SharedTokens | None = None  # across vocabularies, the tokens that logits are compared over
 
     @classmethod
     def bind(
@@ -53,17 +51,9 @@ class OutputTerm:
         """Compare vocabularies, and make the heads if the run uses them; raises `UserError`."""
         student, teacher = pair.student, pair.teacher
         vocabulary = _vocabulary(settings, pair)
-        shared = None
-        if vocabulary is None and settings.output_loss in OVER_SHARED_TOKENS:
-            shared = _shared_tokens(pair)
-        if vocabulary and settings.output_loss.startswith("top_k") and settings.output_top_k > vocabulary:
-            k = settings.output_top_k
-            raise UserError(f"output_top_k is {k}, but the vocabulary has {vocabulary} tokens: lower it")
-        if vocabulary is None and settings.row_weights == "importance":
-            raise UserError(
-                "row_weights: importance compares the probabilities of sampled tokens, and the teacher has "
-                "another tokenizer: leave it out"
-            )
+        across = vocabulary is None and settings.output_loss in OVER_SHARED_TOKENS
+        shared = _shared_tokens(pair) if across else None
+        _check(settings, vocabulary, shared)
         heads, reference = None, None
         needs_logits = settings.output_schedule.ever_active or settings.row_weights == "importance"
         if needs_logits or (vocabulary and settings.diagnostics_steps):
@@ -135,12 +125,12 @@ class OutputTerm:
             tokens, engine, base = given["tokens"], given.get("engine"), None
             with torch.no_grad():
                 teacher_logits = to_teacher_logits(given["teacher"]).to(logits.device)
+            if engine is not None:
+                add_log_prob_gap(averages, logits[described], tokens[described], engine[described])
             if self.shared is not None:
                 add_shared_mass(averages, self.shared, logits[described], teacher_logits[described])
                 logits, teacher_logits = self.shared.logits(logits, teacher_logits)
             add_output_statistics(averages, logits[described], teacher_logits[described])
-            if engine is not None:
-                add_log_prob_gap(averages, logits[described], tokens[described], engine[described])
             if "reference" in given:
                 with torch.no_grad():
                     base = self._teacher_cooled(to_reference_logits(given["reference"]).to(logits.device))
@@ -214,6 +204,19 @@ def _stride(rows: int) -> int:
     return max(1, rows // DESCRIBED_ROWS)
 
 
+def _check(settings: ObjectiveSettings, vocabulary: int | None, shared: SharedTokens | None) -> None:
+    """Raise `UserError` for a loss or weights that the tokens of both models do not allow."""
+    size, k = vocabulary or (shared and shared.size), settings.output_top_k
+    if size and settings.output_loss.startswith("top_k") and k > size:
+        what = "the vocabulary has" if vocabulary else "both vocabularies share"
+        raise UserError(f"output_top_k is {k}, but {what} {size} tokens: lower it")
+    if vocabulary is None and settings.row_weights == "importance":
+        raise UserError(
+            "row_weights: importance compares the probabilities of sampled tokens, and the teacher has "
+            "another tokenizer: leave it out"
+        )
+
+
 def _shared_tokens(pair: TrainingPair) -> SharedTokens:
     """The tokens that both models of a pair spell alike, their ends as one."""
     teacher = pair.teacher
@@ -223,7 +226,7 @@ def _shared_tokens(pair: TrainingPair) -> SharedTokens:
         Speller(tokenizer, eos_token_ids(model, tokenizer), model.config.get_text_config().vocab_size)
         for model, tokenizer in models
     )
-    return SharedTokens.of(ours, theirs)
+    return SharedTokens.of(ours, theirs).to(pair.device)
 
 
 def _vocabulary(settings: ObjectiveSettings, pair: TrainingPair) -> int | None:

@@ -126,6 +126,12 @@ def test_flags_override_the_recipe(parse, flags, key, value):
     assert getattr(config, key) == value
 
 
+@pytest.mark.parametrize("flags", [["--bridge", "null"], ["--bridge=null"]])
+def test_null_unsets_what_the_recipe_sets(parse, flags):
+    _, config = parse("bridge: runs/bridge\nlayers: last\n", [*flags, "--max_steps", "3"])
+    assert (config.bridge, config.layers, config.max_steps) == (None, "last", 3)
+
+
 def test_names(parse):
     run, config = parse()
     assert run.model_name_or_path == "tiny:student" and run.dataset_name == "tiny"

@@ -2,6 +2,7 @@
 
 import copy
 import importlib.util
+import json
 import shutil
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from oprd.models.tiny.tokenizer import train_tokenizer
 from oprd.training.config import OPRDConfig
 from oprd.training.trainer import OPRDTrainer
 from tiny_pair import prompt_texts
+from updates import agree
 
 TEMPLATE = (
     "{%- if hint is defined -%}{{- 'Hint: ' + hint + ' ' -}}{%- endif -%}"
@@ -293,30 +295,67 @@ def test_own_template_has_to_exist(make_trainer, teacher, tmp_path):
         make_trainer(teacher=str(folder), teacher_chat_template="own", dataset=LONGER_CHATS)
 
 
-def test_another_eos_is_said(make_trainer, teacher, tmp_path, caplog):
-    folder = tmp_path / "other_eos"
-    AutoModelForCausalLM.from_pretrained(teacher).save_pretrained(folder)
-    other = AutoTokenizer.from_pretrained(teacher)
-    other.eos_token = other.pad_token
-    other.save_pretrained(folder)
-    make_trainer(teacher=str(folder))
-    assert "the student ends with '<|im_end|>' and the teacher with '<|pad|>'" in caplog.text
+@pytest.fixture
+def with_ends(student, teacher, tmp_path):
+    """`with_ends(name, token, listed)`: a copy of student or teacher whose tokenizer ends with that token."""
+
+    def copy(name, token, listed):
+        folder = tmp_path / name
+        source = {"student": student, "teacher": teacher}[name]
+        model, tokenizer = AutoModelForCausalLM.from_pretrained(source), AutoTokenizer.from_pretrained(source)
+        model.generation_config.eos_token_id = listed
+        model.save_pretrained(folder)
+        tokenizer.eos_token = tokenizer.convert_ids_to_tokens(token)
+        tokenizer.chat_template = tokenizer.chat_template.replace("<|im_end|>", tokenizer.eos_token)
+        tokenizer.save_pretrained(folder)
+        return str(folder)
+
+    return copy
 
 
-def test_ends_that_both_models_list_are_no_reason_to_warn(make_trainer, student, teacher, tmp_path, caplog):
-    """As a base model's and its chat variant's, if each generation config lists both."""
-    tokenizer, ends = AutoTokenizer.from_pretrained(student), [2, 0]
-    assert [tokenizer.eos_token_id, tokenizer.pad_token_id] == ends
-    for listed, is_said in ((ends, False), (ends[:1], True), (ends[1:], True)):
-        for name, folder in ((student, "student"), (teacher, "teacher")):
-            model = AutoModelForCausalLM.from_pretrained(name)
-            model.generation_config.eos_token_id = listed
-            model.save_pretrained(tmp_path / folder)
-            tokenizer.eos_token = tokenizer.convert_ids_to_tokens(ends[folder == "teacher"])
-            tokenizer.save_pretrained(tmp_path / folder)
-        caplog.clear()
-        make_trainer(student=str(tmp_path / "student"), teacher=str(tmp_path / "teacher"))
-        assert ("watch the response lengths" in caplog.text) is is_said
+def test_one_set_of_ends_is_left_as_it_is(make_trainer, with_ends, caplog):
+    trainer = make_trainer(student=with_ends("student", 2, [2, 0]), teacher=with_ends("teacher", 0, [0, 2]))
+    assert trainer.ends == [] and set(trainer.eos_token_ids) == {0, 2}
+    assert trainer.update.output.shared is None and "output losses take" not in caplog.text
+
+
+@pytest.fixture
+def base_and_chat(make_trainer, with_ends):
+    """`base_and_chat(**keys)`: a trainer whose student ends with 2 and whose teacher ends with 0."""
+    pair = {"student": with_ends("student", 2, [2]), "teacher": with_ends("teacher", 0, [0])}
+    return lambda **keys: make_trainer(**pair, **keys)
+
+
+def test_rollouts_end_where_either_model_does(base_and_chat, tmp_path, caplog):
+    with caplog.at_level("INFO"):
+        trainer = base_and_chat(max_steps=1)
+    assert "the student ends a response with '<|im_end|>' and the teacher with '<|pad|>'" in caplog.text
+    assert set(trainer.eos_token_ids) == set(trainer.generation_config.eos_token_id) == {0, 2}
+    trainer.save_model(str(tmp_path / "saved"))
+    saved = json.loads((tmp_path / "saved" / "generation_config.json").read_text())
+    assert set(saved["eos_token_id"]) == {0, 2}  # so that what is trained is also measured
+
+
+@pytest.mark.parametrize("output", ["sampled_token", "top_k", "full_vocab"])
+@pytest.mark.parametrize("end", [0, 2])
+def test_ends_of_both_models_are_one_token(base_and_chat, roll_out, gradient, output, end):
+    """Against logits whose ends are summed by hand; a rollout may end with either."""
+    kind = {"output_loss": output, "output_top_k": 4, "output_chunk_size": 3}
+    trainer = base_and_chat(script=lambda ids: [11, 12, end], representation_weight="0", **kind)
+    batch, values = roll_out(trainer), []
+    vocabulary = trainer.model.config.vocab_size
+    others = [i for i in range(vocabulary) if i not in (0, 2)]
+
+    def summed(logits):
+        return torch.cat([logits[:, others], logits[:, [0, 2]].logsumexp(-1, keepdim=True)], -1)
+
+    for prompt, completion, _ in by_hand.rollouts(batch):
+        s = summed(by_hand.states_and_logits(trainer.model, prompt, completion)[1])
+        with torch.no_grad():
+            t = summed(by_hand.states_and_logits(trainer.teacher.model, prompt, completion)[1])
+        tokens = [others.index(i) if i in others else len(others) for i in completion]
+        values.append([by_hand.output_row(kind, s[n], t[n], token) for n, token in enumerate(tokens)])
+    agree(trainer, gradient, batch, by_hand.reduce(values, "rollout"))
 
 
 def test_a_missing_tokenizer(make_trainer, student, tmp_path):

@@ -14,13 +14,19 @@ def eos_token_ids(
     They are the tokenizer's EOS, all that the model's generation config lists (and `configs`, if given), and
     the end of turn of the chat template. Raises `UserError` when the first two name none.
     """
-    ids = listed_eos_ids(model, tokenizer, *configs)
-    if not ids:
+    if not listed_eos_ids(model, tokenizer, *configs):
         raise UserError(
             "neither the tokenizer nor the model's generation config names an EOS token, so no response "
             "would ever end: set eos_token in the tokenizer's files"
         )
-    return _known([*ids, end_of_turn(tokenizer)])
+    return all_ends(model, tokenizer, *configs)
+
+
+def all_ends(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *configs: GenerationConfig
+) -> list[int]:
+    """`eos_token_ids`, which may be none."""
+    return _known([*listed_eos_ids(model, tokenizer, *configs), end_of_turn(tokenizer)])
 
 
 def listed_eos_ids(

@@ -15,7 +15,7 @@ from transformers.utils import is_bitsandbytes_available
 from oprd.foundation.errors import UserError
 from oprd.models.capture import num_layers
 from oprd.models.checks import num_embeddings
-from oprd.models.eos import listed_eos_ids
+from oprd.models.eos import all_ends
 from oprd.models.forward import ModelInput, StateReader, StateRequest
 from oprd.models.init_kwargs import hub_kwargs
 from oprd.models.loading import base_model, load_tokenizer, load_with_tokenizer, resolve_model
@@ -197,21 +197,28 @@ def shared_vocabulary(
             "use a teacher of the same tokenizer, or a bridge (oprd bridge), and as output_loss none, top_k, "
             "full_vocab or sampled_text"
         )
-    _check_ends(student, student_tokenizer, teacher)
     return min(sizes)
 
 
-def _check_ends(
+def differing_ends(
     student: PreTrainedModel, student_tokenizer: PreTrainedTokenizerBase, teacher: Teacher
-) -> None:
-    """Warn if one model's EOS is none of those that the other stops at."""
-    assert teacher.tokenizer is not None
-    ours, theirs = student_tokenizer.eos_token_id, teacher.tokenizer.eos_token_id
-    stops = listed_eos_ids(student, student_tokenizer), listed_eos_ids(teacher.model, teacher.tokenizer)
-    if ours != theirs and (theirs not in stops[0] or ours not in stops[1]):
-        logger.warning(
-            "the student ends with %r and the teacher with %r: watch the response lengths, or give both one "
-            "chat template and list both tokens as eos_token_id in generation_config.json",
-            student_tokenizer.eos_token,
-            teacher.tokenizer.eos_token,
-        )
+) -> list[int]:
+    """What ends a response of either model, where both have one vocabulary and other ends; else nothing.
+
+    A base model may end with `<|endoftext|>` and its chat variant with `<|im_end|>`. A student that learns
+    the teacher's end goes on behind it, unless its responses end there too.
+    """
+    theirs = teacher.tokenizer
+    if theirs is None or not same_vocabulary(student_tokenizer, theirs):
+        return []
+    ours, others = all_ends(student, student_tokenizer), all_ends(teacher.model, theirs)
+    if set(ours) == set(others) or not others:
+        return []
+    logger.info(
+        "the student ends a response with %s and the teacher with %s: rollouts end at any of these, and "
+        "output losses take them as one token",
+        ", ".join(map(repr, student_tokenizer.convert_ids_to_tokens(ours))),
+        ", ".join(map(repr, theirs.convert_ids_to_tokens(others))),
+    )
+    known = min(num_embeddings(student), teacher.vocabulary)
+    return [index for index in dict.fromkeys([*ours, *others]) if index < known]

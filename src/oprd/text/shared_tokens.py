@@ -20,6 +20,7 @@ class Vocabulary:
     ids: Int[Tensor, " C"]
     ends: Int[Tensor, " E"]
     classes: Int[Tensor, " V"]  # NO_CLASS for a token that the other vocabulary does not have
+    host_classes: Int[Tensor, " V"]  # the same on the host, where rows are chosen
 
     @classmethod
     def of(cls, ids: list[int], ends: Iterable[int], size: int) -> "Vocabulary":
@@ -29,11 +30,16 @@ class Vocabulary:
         classes = torch.full((size,), NO_CLASS)
         classes[own] = torch.arange(len(own))
         classes[last] = len(own)
-        return cls(own, last, classes)
+        return cls(own, last, classes, classes)
 
     def to(self, device: torch.device) -> "Vocabulary":
-        """The same for logits on `device`; the class of each id stays on the host, where rows are chosen."""
-        return replace(self, ids=self.ids.to(device), ends=self.ends.to(device))
+        """The same for logits on `device`."""
+        ids, ends, classes = (x.to(device) for x in (self.ids, self.ends, self.classes))
+        return replace(self, ids=ids, ends=ends, classes=classes)
+
+    def tokens(self, ids: Int[Tensor, " N"]) -> Int[Tensor, " N"]:
+        """The classes of ids."""
+        return self.classes.to(ids.device)[ids]
 
     def logits(self, logits: Float[Tensor, "N V"]) -> Float[Tensor, "N K"]:
         """Logits of the classes; their softmax is the model's distribution, given that one of them comes."""
@@ -47,6 +53,13 @@ class SharedTokens:
 
     student: Vocabulary
     teacher: Vocabulary
+
+    @classmethod
+    def with_one_end(cls, size: int, ends: Sequence[int]) -> "SharedTokens":
+        """Of one vocabulary: every token is a class of its own, but for the `ends`."""
+        last = set(ends)
+        side = Vocabulary.of([index for index in range(size) if index not in last], ends, size)
+        return cls(side, side)
 
     @classmethod
     def of(cls, student: "Speller", teacher: "Speller") -> "SharedTokens":
@@ -77,8 +90,8 @@ class SharedTokens:
         self, student_ids: Int[Tensor, "B T"], teacher_ids: Int[Tensor, "B T"]
     ) -> Bool[Tensor, "B T"]:
         """Where both tokens are of one class."""
-        ours = self.student.classes[student_ids]
-        return (ours != NO_CLASS) & (ours == self.teacher.classes[teacher_ids])
+        ours = self.student.host_classes[student_ids]
+        return (ours != NO_CLASS) & (ours == self.teacher.host_classes[teacher_ids])
 
 
 @dataclass(frozen=True)

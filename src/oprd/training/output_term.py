@@ -20,7 +20,7 @@ from oprd.text.alignment import same_vocabulary
 from oprd.text.shared_tokens import SharedTokens, Speller
 from oprd.training.diagnostics import add_log_prob_gap, add_output_statistics, add_shared_mass
 from oprd.training.extrapolation import Extrapolation
-from oprd.training.row_losses import ROW_LOSSES, Chunk, cooled
+from oprd.training.row_losses import ROW_LOSSES, Chunk, Sampled, cooled
 from oprd.training.training_pair import TrainingPair
 
 DESCRIBED_ROWS = 32
@@ -51,8 +51,7 @@ class OutputTerm:
         """Compare vocabularies, and make the heads if the run uses them; raises `UserError`."""
         student, teacher = pair.student, pair.teacher
         vocabulary = _vocabulary(settings, pair)
-        across = vocabulary is None and settings.output_loss in OVER_SHARED_TOKENS
-        shared = _shared_tokens(pair) if across else None
+        shared = _shared_tokens(settings, pair, vocabulary)
         _check(settings, vocabulary, shared)
         heads, reference = None, None
         needs_logits = settings.output_schedule.ever_active or settings.row_weights == "importance"
@@ -127,15 +126,20 @@ class OutputTerm:
                 teacher_logits = to_teacher_logits(given["teacher"]).to(logits.device)
             if engine is not None:
                 add_log_prob_gap(averages, logits[described], tokens[described], engine[described])
+            sampled = Sampled(logits, tokens, engine)
             if self.shared is not None:
-                add_shared_mass(averages, self.shared, logits[described], teacher_logits[described])
+                if self.vocabulary is None:
+                    add_shared_mass(averages, self.shared, logits[described], teacher_logits[described])
                 logits, teacher_logits = self.shared.logits(logits, teacher_logits)
+                tokens = self.shared.student.tokens(tokens)
             add_output_statistics(averages, logits[described], teacher_logits[described])
             if "reference" in given:
                 with torch.no_grad():
-                    base = self._teacher_cooled(to_reference_logits(given["reference"]).to(logits.device))
+                    base = to_reference_logits(given["reference"]).to(logits.device)
+                    base = base if self.shared is None else self.shared.teacher.logits(base)
+                    base = self._teacher_cooled(base)
             student_logits = cooled(logits, self.settings.student_temperature)
-            chunk = Chunk(student_logits, self._teacher_cooled(teacher_logits), tokens, logits, engine, base)
+            chunk = Chunk(student_logits, self._teacher_cooled(teacher_logits), tokens, sampled, base)
             return row_loss(chunk, self.settings)
 
         size = self.settings.output_chunk_size
@@ -182,9 +186,13 @@ class OutputTerm:
         return cooled(logits, self.settings.teacher_temperature)
 
     def _student_log_probs(self, logits: Logits, tokens: Int[Tensor, " N"]) -> Float[Tensor, " N"]:
+        if self.shared is not None:
+            logits, tokens = self.shared.student.logits(logits), self.shared.student.tokens(tokens)
         return output_space.log_probs(cooled(logits, self.settings.student_temperature), tokens)
 
     def _teacher_log_probs(self, logits: Logits, tokens: Int[Tensor, " N"]) -> Float[Tensor, " N"]:
+        if self.shared is not None:
+            logits, tokens = self.shared.teacher.logits(logits), self.shared.teacher.tokens(tokens)
         return output_space.log_probs(self._teacher_cooled(logits), tokens)
 
     def _engine_log_probs(self, batch: RolloutBatch, mask: Bool[Tensor, "B T"]) -> Float[Tensor, " N"] | None:
@@ -217,9 +225,15 @@ def _check(settings: ObjectiveSettings, vocabulary: int | None, shared: SharedTo
         )
 
 
-def _shared_tokens(pair: TrainingPair) -> SharedTokens:
-    """The tokens that both models of a pair spell alike, their ends as one."""
+def _shared_tokens(
+    settings: ObjectiveSettings, pair: TrainingPair, vocabulary: int | None
+) -> SharedTokens | None:
+    """The tokens that are compared, unless they are one vocabulary: those of both, all ends as one."""
     teacher = pair.teacher
+    if vocabulary is not None:
+        return SharedTokens.with_one_end(vocabulary, pair.ends).to(pair.device) if pair.ends else None
+    if settings.output_loss not in OVER_SHARED_TOKENS:
+        return None
     assert teacher.tokenizer is not None
     models = (pair.student, pair.tokenizer), (teacher.model, teacher.tokenizer)
     ours, theirs = (

@@ -16,14 +16,25 @@ Logits = Float[Tensor, "N V"]
 
 
 @dataclass(frozen=True)
+class Sampled:
+    """The student's own logits, the tokens that were sampled, and the engine's log-probs of these, if any."""
+
+    logits: Logits
+    tokens: Int[Tensor, " N"]
+    engine: Float[Tensor, " N"] | None
+
+
+@dataclass(frozen=True)
 class Chunk:
-    """Logits of both models over one vocabulary, divided by their temperatures, and what was sampled."""
+    """Logits of both models over the tokens that are compared, divided by their temperatures.
+
+    `tokens` are the sampled ones among these, and `sampled` as they were.
+    """
 
     student: Logits
     teacher: Logits
     tokens: Int[Tensor, " N"]
-    untempered: Logits  # the student's, not divided
-    engine: Float[Tensor, " N"] | None  # the engine's log-probs of `tokens`
+    sampled: Sampled
     reference: Logits | None  # of the model that the teacher is extrapolated from
 
     @torch.no_grad()
@@ -37,15 +48,15 @@ class Chunk:
 
 def _sampled_token(chunk: Chunk, settings: ObjectiveSettings) -> Float[Tensor, " N"]:
     log_q = chunk.rewards(settings)
-    sampled = log_q.gather(-1, chunk.tokens[:, None]).squeeze(-1)
+    reward = log_q.gather(-1, chunk.tokens[:, None]).squeeze(-1)
     baseline = output_space.kl_baseline(chunk.student, log_q) if settings.output_baseline == "kl" else None
     del log_q  # as large as the logits
-    values = output_space.sampled_reward(chunk.student, sampled, chunk.tokens, baseline)
-    if chunk.engine is None or not settings.vllm_importance_sampling_correction:
+    values = output_space.sampled_reward(chunk.student, reward, chunk.tokens, baseline)
+    sampled, cap = chunk.sampled, settings.vllm_importance_sampling_clip_max
+    if sampled.engine is None or not settings.vllm_importance_sampling_correction:
         return values
-    log_probs = output_space.log_probs(chunk.untempered, chunk.tokens)
-    cap = settings.vllm_importance_sampling_clip_max
-    return values * importance_weights(log_probs, chunk.engine, cap)
+    log_probs = output_space.log_probs(sampled.logits, sampled.tokens)
+    return values * importance_weights(log_probs, sampled.engine, cap)
 
 
 def _top_k(chunk: Chunk, settings: ObjectiveSettings) -> Float[Tensor, " N"]:

@@ -39,7 +39,7 @@ from oprd.models.padding import heeds_padding
 from oprd.models.precision import Precision
 from oprd.models.sharding.fsdp import Sharding
 from oprd.models.student import load_student, name_of
-from oprd.models.teacher import Teacher, quantization
+from oprd.models.teacher import Teacher, differing_ends, quantization
 from oprd.models.trial import told_of_architecture, try_states
 from oprd.rollouts.engines.staleness import FixedText
 from oprd.rollouts.engines.student import StudentEngine
@@ -113,6 +113,7 @@ class OPRDTrainer(ResumableTrainer, UpdateTrainer):
         check_student(self.model, self._tokenizer, self._names["student"], self._is_vlm, args)
         self.sharding = self._find_sharding()
         self.teacher = self._load_teacher(teacher_model, args)
+        self._share_ends()
         self._check_models()
         self.translation = self._translate(args)
         self._check_prompts()
@@ -131,6 +132,15 @@ class OPRDTrainer(ResumableTrainer, UpdateTrainer):
         """Let rollouts end at the ids that end a response elsewhere: TRL lacks the template's end of turn."""
         self.eos_token_ids = eos_token_ids(self.model, self._tokenizer, self.generation_config)
         self.generation_config.eos_token_id = self.generation_kwargs["eos_token_id"] = self.eos_token_ids
+
+    def _share_ends(self) -> None:
+        """Let rollouts, and later responses of the saved student, end where the teacher's do, too."""
+        self.ends = differing_ends(self.model, self._tokenizer, self.teacher)
+        if not self.ends:
+            return
+        self.eos_token_ids = list(dict.fromkeys([*self.eos_token_ids, *self.ends]))
+        self.generation_config.eos_token_id = self.generation_kwargs["eos_token_id"] = self.eos_token_ids
+        self.model.generation_config.eos_token_id = self.eos_token_ids
 
     def _find_sharding(self) -> Sharding | None:
         sharding = Sharding.of(self.accelerator)
@@ -153,7 +163,7 @@ class OPRDTrainer(ResumableTrainer, UpdateTrainer):
                 blocks(read)
         with told_of_architecture("student", self.model):
             device, reference = self.accelerator.device, self._load_reference()
-            pair = TrainingPair(self.model, self._tokenizer, self.teacher, device, reference)
+            pair = TrainingPair(self.model, self._tokenizer, self.teacher, device, reference, self.ends)
             update = Update.bind(self.args, pair)
             update.freeze_unreached()
         return update

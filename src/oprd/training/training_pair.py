@@ -1,5 +1,6 @@
 """The two models of a run, as its objective is bound to them."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,7 +13,8 @@ from oprd.models.teacher import Teacher
 class TrainingPair:
     """The student that is trained, its tokenizer and its teacher, and the device of the losses.
 
-    `reference` is the model that targets are extrapolated from, where a recipe names one.
+    `reference` is the model that targets are extrapolated from, where a recipe names one. `ends` are the ids
+    that end a response of either, where the models differ in these.
     """
 
     student: PreTrainedModel
@@ -20,3 +22,4 @@ class TrainingPair:
     teacher: Teacher
     device: torch.device
     reference: Teacher | None = None
+    ends: Sequence[int] = ()

@@ -15,7 +15,7 @@ from oprd.foundation.foreign.torch import tree_leaves
 from oprd.models.capture import blocks
 from oprd.models.precision import Precision
 from oprd.models.sharding.fsdp import Sharding
-from oprd.models.teacher import Teacher
+from oprd.models.teacher import Teacher, differing_ends
 from oprd.preflight.longest import Longest, rollouts_at_once, sample_last_token
 from oprd.preflight.planning import footprint as parts
 from oprd.preflight.planning.fakes import (
@@ -63,7 +63,9 @@ class Rehearsal:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Accessing the data pointer of FakeTensor")
             named = Teacher(reference, theirs) if reference is not None else None
-            pair = TrainingPair(self.student, tokenizer, Teacher(teacher, theirs), machine.device, named)
+            frozen = Teacher(teacher, theirs)
+            ends = differing_ends(self.student, tokenizer, frozen)
+            pair = TrainingPair(self.student, tokenizer, frozen, machine.device, named, ends)
             self.objective = Update.bind(settings, pair)
         self.objective.freeze_unreached()
         self._sharding = self._shard(mesh) if mesh is not None else None

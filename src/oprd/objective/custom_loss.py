@@ -13,14 +13,17 @@ from functools import partial
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from oprd.foundation.errors import UserError, whatever_fails_is
 from oprd.objective.losses import REPRESENTATION_LOSSES, RowLoss, checked_rows
+from oprd.objective.transitions import phf
 
 logger = logging.getLogger(__name__)
 
+PHF = "phf"  # which reads rows beside one another
+NAMES = (*REPRESENTATION_LOSSES, PHF)
 SPEC = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*")
 HASH_DIGITS = 8
 PROBED_ROWS = 3  # a count that no other dimension is likely to have
@@ -90,8 +93,10 @@ class CustomLoss(str):
             )
 
 
-def row_loss(spec: str) -> RowLoss:
-    """The loss of that name, which settings were checked to have."""
+def row_loss(spec: str, mask: Bool[Tensor, "B T"]) -> RowLoss:
+    """The loss of that name, which settings were checked to have, of the rows of `mask`."""
+    if spec == PHF:
+        return phf(mask)
     return spec if isinstance(spec, CustomLoss) else REPRESENTATION_LOSSES[spec]
 
 
@@ -101,7 +106,7 @@ def named_loss(spec: str | Callable[..., Tensor]) -> str:
     Modules are looked for in the current folder too, after the places that Python knows. Raises `UserError`
     for a name without a loss.
     """
-    if isinstance(spec, CustomLoss) or (isinstance(spec, str) and spec in REPRESENTATION_LOSSES):
+    if isinstance(spec, CustomLoss) or (isinstance(spec, str) and spec in NAMES):
         return spec
     if not isinstance(spec, str):
         if not callable(spec):
@@ -109,7 +114,7 @@ def named_loss(spec: str | Callable[..., Tensor]) -> str:
         ours = [name for name, loss in REPRESENTATION_LOSSES.items() if loss is spec]
         return ours[0] if ours else CustomLoss(_name(spec), spec)
     if ":" not in spec:
-        names = ", ".join(REPRESENTATION_LOSSES)
+        names = ", ".join(NAMES)
         raise UserError(f"representation_loss: {spec!r} is not one of {names}, nor module:function")
     if not SPEC.fullmatch(spec):
         raise UserError(f"representation_loss: {spec!r} is not module:function, such as my_losses:huber")

@@ -26,7 +26,7 @@ def mse(student: Float[Tensor, "N D"], teacher: Float[Tensor, "N D"]) -> Float[T
 def normalized_mse(student: Float[Tensor, "N D"], teacher: Float[Tensor, "N D"]) -> Float[Tensor, " N"]:
     """‖s/‖s‖ − t/‖t‖‖², the row term of Eq. 14 on L2-normalised vectors; in [0, 4]."""
     student, teacher = checked_rows(student, teacher)
-    return (_unit(student) - _unit(teacher)).square().sum(-1)
+    return (unit(student) - unit(teacher)).square().sum(-1)
 
 
 def cosine(student: Float[Tensor, "N D"], teacher: Float[Tensor, "N D"]) -> Float[Tensor, " N"]:
@@ -71,5 +71,6 @@ def _norm(rows: Tensor) -> Tensor:
     return torch.where(norm > 0, norm, 1)
 
 
-def _unit(rows: Tensor) -> Tensor:
+def unit(rows: Tensor) -> Tensor:
+    """Rows of length one; one of length zero stays."""
     return rows / _norm(rows)

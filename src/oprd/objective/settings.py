@@ -10,8 +10,7 @@ import torch
 from oprd.foundation.errors import UserError
 from oprd.foundation.ranges import check_ranges
 from oprd.objective.composite import Reduction, Schedule
-from oprd.objective.custom_loss import named_loss
-from oprd.objective.losses import REPRESENTATION_LOSSES
+from oprd.objective.custom_loss import NAMES, named_loss
 from oprd.objective.output_space import Divergence, Support
 from oprd.objective.selection import Positions
 from oprd.objective.terms import ANCHOR, OUTPUT, REPRESENTATION
@@ -52,7 +51,7 @@ class ObjectiveSettings:
     bridge_rank: int | None = key(None, "Use only the first n directions of the bridge.")
     representation_loss: str | None = key(
         None,
-        " | ".join(REPRESENTATION_LOSSES)
+        " | ".join(NAMES)
         + " | module:function (yours, a value per row); default mse, with a bridge normalized_mse.",
     )
     representation_weight: str = key("1.0", "μ of Eq. 7: a number, or a schedule such as 0=1.0,400=0.")

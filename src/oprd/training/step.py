@@ -224,7 +224,7 @@ class Update:
         losses: dict[str, AtLayer] = {}
         if REPRESENTATION in rows:
             assert self.settings.representation_loss is not None
-            loss = row_loss(self.settings.representation_loss)
+            loss = row_loss(self.settings.representation_loss, rows[REPRESENTATION].mask)
             if self.settings.row_weights == "gap":
                 loss = by_gap(loss, rows[REPRESENTATION].rollouts)
             losses[REPRESENTATION] = RepresentationLoss(

@@ -18,6 +18,7 @@ from oprd.objective.custom_loss import CustomLoss, named_loss, row_loss
 from oprd.objective.settings import ObjectiveSettings
 from oprd.training.config import OPRDConfig
 
+EVERY_ROW = torch.ones(1, 1, dtype=torch.bool)  # which none of these losses reads
 SOURCE = """
 import torch
 def distance(student, teacher):
@@ -56,7 +57,7 @@ def test_a_function_by_name(module, name, power):
     settings = ObjectiveSettings(representation_loss=f"my_losses:{name}")
     settings.check()
     student, teacher = rows()
-    values = row_loss(settings.representation_loss)(student.bfloat16(), teacher)
+    values = row_loss(settings.representation_loss, EVERY_ROW)(student.bfloat16(), teacher)
     assert values.dtype == torch.float32
     expected = (student.bfloat16().float() - teacher).abs().pow(power).mean(-1)
     assert torch.equal(values, expected)
@@ -85,7 +86,7 @@ def test_a_callable_is_text_to_all_that_stores_settings(tmp_path, function, name
     expected = scale * (student - teacher).square().sum(-1)
     for same in (config, copy.copy(config), copy.deepcopy(config), replace(config, max_steps=3)):
         assert same.representation_loss == stored
-        assert torch.equal(row_loss(same.representation_loss)(student, teacher), expected)
+        assert torch.equal(row_loss(same.representation_loss, EVERY_ROW)(student, teacher), expected)
 
 
 def test_other_fixed_arguments_are_another_loss():
@@ -108,7 +109,10 @@ def test_a_changed_source_is_another_loss(module):
 @pytest.mark.parametrize(
     ("spec", "says"),
     [
-        ("huber", "'huber' is not one of mse, normalized_mse, cosine, relative_mse, smooth_l1, nor module"),
+        (
+            "huber",
+            "'huber' is not one of mse, normalized_mse, cosine, relative_mse, smooth_l1, phf, nor module",
+        ),
         ("nowhere:huber", "there is no module nowhere, neither installed nor in "),
         ("my_losses:distanze", "my_losses has no distanze; did you mean distance?"),
         ("my_losses:Powers.quartic", "my_losses has no quartic"),

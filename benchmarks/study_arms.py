@@ -81,6 +81,9 @@ PAIRS = {
             oprd_last_rows={"positions": "last=8"},
             composite={"output_loss": "sampled_token"},
             ride={"teacher_extrapolation": "1.25"},
+            phf={"representation_loss": "phf"},
+            oprd_gap={"row_weights": "gap"},
+            oprd_importance={"row_weights": "importance"},
             sampled_token_kl=TOKENS | {"output_loss": "sampled_token", "output_baseline": "kl"},
         )
         | {"sft": Arm("recipes/laptop/same-origin.yaml", sft=True)},

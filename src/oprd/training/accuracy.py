@@ -1,4 +1,4 @@
-"""Accuracy during a run: measured, watched for a collapse, and the best model kept."""
+"""What is followed during a run: its rollouts and its accuracy, which is measured here."""
 
 import logging
 import math
@@ -13,28 +13,38 @@ from oprd.objective.settings import mapping
 from oprd.rollouts.generation import Sampling
 from oprd.rollouts.progress import tokens_shown
 from oprd.rollouts.prompts import load_prompts
+from oprd.training.behaviour import BehaviourWatch
 from oprd.training.best_model import BestModel
 from oprd.training.collapse import CollapseWatch
 from oprd.training.config import OPRDConfig
 from oprd.training.run_arguments import RunArguments
 from oprd.training.trainer import OPRDTrainer
+from oprd.training.watch import Watch
 
 logger = logging.getLogger(__name__)
 
 
-def follow_accuracy(run: RunArguments, config: OPRDConfig, trainer: OPRDTrainer) -> CollapseWatch:
-    """Have `trainer` measure accuracy, watch it and, with `load_best`, keep the best model."""
-    recorder = trainer.recorder
-    recorder.observers.append(_observer(run, config, trainer))
-    watch = CollapseWatch(run.accuracy_problems, run.stop_on_collapse)
-    followers: list[CollapseWatch | BestModel] = [watch]
+def watched(run: RunArguments, config: OPRDConfig, trainer: OPRDTrainer) -> list[Watch]:
+    """Have `trainer` watch its rollouts and, with problems to grade, measure and watch its accuracy.
+
+    `stop_on_collapse` goes by accuracy where it is measured, else by the rollouts. `load_best` keeps the best
+    model.
+    """
+    recorder, graded = trainer.recorder, bool(run.accuracy_dataset_name)
+    watches: list[Watch] = [BehaviourWatch(None if graded else run.stop_on_collapse)]
+    followers: list[Watch | BestModel] = [*watches]
+    if graded:
+        recorder.observers.append(_observer(run, config, trainer))
+        watches.append(CollapseWatch(run.accuracy_problems, run.stop_on_collapse))
+        followers.append(watches[-1])
     if run.load_best:
         followers.append(BestModel(trainer, output_folder(config)))
     for follower in followers:
         recorder.observers.append(follower.observe)
         recorder.resumers.append(follower.resume)
-    trainer.add_callback(watch)
-    return watch
+    for watch in watches:
+        trainer.add_callback(watch)
+    return watches
 
 
 def _observer(

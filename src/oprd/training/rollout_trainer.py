@@ -30,6 +30,7 @@ from oprd.rollouts.engines.student import StudentEngine
 from oprd.rollouts.intake import prompts_per_step, usable_prompts
 from oprd.rollouts.packing import repack
 from oprd.rollouts.progress import tokens_shown
+from oprd.rollouts.repetition import distinct_share
 from oprd.rollouts.rows import RolloutBatch, RolloutInputs, each, on_host, truncated_rollouts, weigh_rows
 from oprd.rollouts.translation import Translation
 from oprd.text.alignment import AlignedResponse
@@ -241,6 +242,8 @@ class RolloutTrainer(DistillationTrainer):
         averages.add("rollout/mean_length", lengths.sum(), len(lengths))
         averages.add("rollout/truncated_share", truncated.sum(), len(lengths))
         averages.add("rollout/left_out", left_out)
+        distinct = distinct_share(batch["completion_ids"].cpu(), batch["completion_mask"])
+        averages.add("rollout/distinct_4", distinct.sum(), len(distinct))
         if aligned:
             paired, rows = sum(len(a.rows) for a in aligned), sum(a.num_rows for a in aligned)
             averages.add("rollout/coverage", paired, rows)

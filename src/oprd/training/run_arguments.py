@@ -39,14 +39,13 @@ class RunArguments(AdapterArguments):
     )
     stop_on_collapse: int | None = field(
         default=None,
-        metadata={"help": "Stop after n measurements in a row below the best one's 95 % interval."},
+        metadata={"help": "Stop after n measurements in a row of a student that gets worse."},
     )
     dry_run: bool = field(
         default=False, metadata={"help": "Run two steps on the longest rollouts, report the memory and stop."}
     )
 
     def check(self) -> None:
-        """Raise `UserError` for keys that need problems to grade, where there are none."""
-        for key, is_set in (("load_best", self.load_best), ("stop_on_collapse", self.stop_on_collapse)):
-            if is_set and not self.accuracy_dataset_name:
-                raise UserError(f"{key} goes by accuracy: set accuracy_dataset_name, or leave {key} out")
+        """Raise `UserError` for a best model where nothing is measured."""
+        if self.load_best and not self.accuracy_dataset_name:
+            raise UserError("load_best goes by accuracy: set accuracy_dataset_name, or leave load_best out")

@@ -36,12 +36,12 @@ from oprd.models.init_kwargs import hub_kwargs, reference_kwargs, student_kwargs
 from oprd.models.loading import holds_adapters
 from oprd.rollouts.intake import stream_length
 from oprd.rollouts.prompts import load_prompts
-from oprd.training.accuracy import follow_accuracy
+from oprd.training.accuracy import watched
 from oprd.training.best_model import best_model, copy_model
-from oprd.training.collapse import CollapseWatch
 from oprd.training.config import OPRDConfig
 from oprd.training.run_arguments import RunArguments
 from oprd.training.trainer import OPRDTrainer
+from oprd.training.watch import Watch
 
 logger = logging.getLogger(__name__)
 
@@ -115,7 +115,7 @@ def _train(
     if is_finished(folder, config.max_steps):  # which for epochs is known by now
         logger.warning("%s is finished: nothing to do", folder)
         return
-    watch = follow_accuracy(run, config, trainer) if run.accuracy_dataset_name else None
+    watches = watched(run, config, trainer)
     tell_schedule(checkpoint, config.max_steps)
     if trainer.is_world_process_zero():
         if checkpoint is None:
@@ -125,7 +125,7 @@ def _train(
     trainer.resolved = settings
     with signals_handled(trainer.stopping.handle):
         try:
-            _to_the_end(trainer, folder, run, watch, checkpoint)
+            _to_the_end(trainer, folder, run, watches, checkpoint)
         except Stopped as stop:
             raise Stopped(stop.number, standing(folder, config.max_steps), stop.by_all) from None
 
@@ -134,14 +134,14 @@ def _to_the_end(
     trainer: OPRDTrainer,
     folder: Path,
     run: RunArguments,
-    watch: CollapseWatch | None,
+    watches: Sequence[Watch],
     checkpoint: Path | None,
 ) -> None:
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     told = trainer.stopping.agreed
     if told is not None and trainer.state.global_step < trainer.state.max_steps:
         raise Stopped(told, by_all=True)
-    if watch is not None and trainer.state.global_step < trainer.state.max_steps:
+    for watch in watches if trainer.state.global_step < trainer.state.max_steps else ():
         watch.check()
     trainer.supervision.check()
     trainer.create_model_card(model_name=folder.name, dataset_name=run.dataset_name)

@@ -53,6 +53,17 @@ def run(request, tmp_path_factory, recipe):
     return train(*recipe(tmp_path_factory.mktemp("runs") / request.param, *flags)), flags
 
 
+def test_the_merged_model_ends_where_the_teacher_does(recipe, teacher, tmp_path):
+    folder = tmp_path / "teacher"
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(teacher), AutoTokenizer.from_pretrained(teacher)
+    model.generation_config.eos_token_id = [tokenizer.pad_token_id]
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    done = train(*recipe(tmp_path / "run", "--teacher_model_name_or_path", str(folder)))
+    ends = json.loads((done / "merged" / "generation_config.json").read_text())["eos_token_id"]
+    assert {tokenizer.pad_token_id, tokenizer.eos_token_id} <= set(ends)
+
+
 def test_adapters_are_saved_alone_and_merged(run, student):
     folder, flags = run
     adapters = load_file(folder / "adapter_model.safetensors")

@@ -1,5 +1,6 @@
 """LoRA and DoRA students through peft: the keys of a recipe, and adapters merged into a model of its own."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -59,9 +60,19 @@ def note_commit(model: PeftModel, revision: str | None) -> None:
         config.revision = commit_of(config.base_model_name_or_path, revision)
 
 
-def save_merged(folder: Path, tokenizer: PreTrainedTokenizerBase, trust_remote_code: bool = False) -> None:
-    """Save what the adapters in `folder` make of their model in `folder/merged`, in float32."""
+def save_merged(
+    folder: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    trust_remote_code: bool = False,
+    ends: Sequence[int] = (),
+) -> None:
+    """Save what the adapters in `folder` make of their model in `folder/merged`, in float32.
+
+    `ends` are the ids that end its responses, where these are others than its model's files list.
+    """
     merged = load_model(str(folder), trust_remote_code=trust_remote_code)
+    if ends:
+        merged.generation_config.eos_token_id = list(ends)
     with writing(folder / MERGED_FOLDER):
         merged.save_pretrained(folder / MERGED_FOLDER)
         tokenizer.save_pretrained(folder / MERGED_FOLDER)

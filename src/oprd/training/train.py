@@ -194,7 +194,8 @@ def _save_final(trainer: OPRDTrainer, folder: Path, best: Path | None) -> None:
             if holds_adapters(str(partial)):
                 (partial / CARD_FILE).unlink(missing_ok=True)  # peft's, a form to be filled in
                 with loaded_whole():
-                    save_merged(partial, trainer.processing_class, trainer.args.trust_remote_code)
+                    ends = trainer.eos_token_ids if trainer.ends else ()
+                    save_merged(partial, trainer.processing_class, trainer.args.trust_remote_code, ends)
                 shutil.copy(folder / CARD_FILE, partial / MERGED_FOLDER)
             trainer.state.save_to_json(str(partial / STATE_FILE))
     if is_writer:

@@ -332,7 +332,7 @@ def test_the_ends_of_rollouts_come_from_one_place(make_trainer, student, tmp_pat
     base.eos_token = tokenizer.pad_token
     base.save_pretrained(folder)
     for given, more in ({}, []), ({"eos_token_id": [11]}, [11]):
-        trainer = make_trainer(student=str(folder), teacher=student, generation_kwargs=given)
+        trainer = make_trainer(student=str(folder), teacher=str(folder), generation_kwargs=given)
         wanted = {tokenizer.pad_token_id, tokenizer.eos_token_id, 9, *more}
         assert set(trainer.eos_token_ids) == wanted and len(trainer.eos_token_ids) == len(wanted)
         assert trainer.generation_config.eos_token_id == trainer.eos_token_ids

@@ -5,6 +5,7 @@ for every line that it reads, runs once and prints what it measured as JSON.
 """
 
 import csv
+import gc
 import json
 import os
 import platform
@@ -82,7 +83,8 @@ def run_in_turn(
 
 
 def watched_memory() -> profile:
-    """A profiler of torch's memory, for `peak_mb`."""
+    """A profiler of torch's memory, for `peak_mb`; what is garbage by now is not freed while it watches."""
+    gc.collect()
     return profile(activities=[ProfilerActivity.CPU], profile_memory=True)
 
 

@@ -15,7 +15,7 @@ test: .venv/ready
 	$(BIN)/mypy
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup
 
-# Kills, starves and weighs real runs, for about twelve minutes; DRILL_SEED=n repeats another drill's moments.
+# Kills, starves and weighs real runs, for about sixteen minutes; DRILL_SEED=n repeats another drill's moments.
 drill: .venv/ready
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m drill -n 2 --dist loadgroup
 

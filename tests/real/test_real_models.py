@@ -25,7 +25,7 @@ QUICK = {
     "per_device_train_batch_size": 2,
     "max_completion_length": 16,
     "max_steps": 2,
-    "accuracy_steps": 0,
+    "warmup_steps": 0,  # or the first step would not move the student
     "accuracy_dataset_name": "null",
     "save_steps": 2,
 }
@@ -124,7 +124,7 @@ def across(request, tmp_path_factory):
     """A student, the teacher of another tokenizer, and the folder of a small bridge between them."""
     folder = tmp_path_factory.mktemp("bridge") / "fitted"
     pair = {"model_name_or_path": real_model(request.param), "teacher_model_name_or_path": real_model(QWEN)}
-    small = pair | {"num_prompts": 24, "max_completion_length": 16, "batch_size": 8, "rank": 4}
+    small = pair | {"num_prompts": 48, "max_completion_length": 24, "batch_size": 24, "rank": 4}
     flags = [word for key, value in small.items() for word in (f"--{key}", str(value))]
     recipe = str(RECIPES / "laptop" / "qwen-bridge.yaml")
     assert run(["bridge", recipe, "--output_dir", str(folder), *flags]) == 0

@@ -51,10 +51,10 @@ class OutputTerm:
         """Compare vocabularies, and make the heads if the run uses them; raises `UserError`."""
         student, teacher = pair.student, pair.teacher
         vocabulary = _vocabulary(settings, pair)
-        shared = _shared_tokens(settings, pair, vocabulary)
+        needs_logits = settings.output_schedule.ever_active or settings.row_weights == "importance"
+        shared = _shared_tokens(settings, pair, vocabulary) if needs_logits else None
         _check(settings, vocabulary, shared)
         heads, reference = None, None
-        needs_logits = settings.output_schedule.ever_active or settings.row_weights == "importance"
         if needs_logits or (vocabulary and settings.diagnostics_steps):
             ours, theirs = (
                 Head.of(model, vocabulary or model.config.get_text_config().vocab_size)

@@ -130,17 +130,20 @@ class OPRDTrainer(ResumableTrainer, UpdateTrainer):
 
     def _end_turns(self) -> None:
         """Let rollouts end at the ids that end a response elsewhere: TRL lacks the template's end of turn."""
-        self.eos_token_ids = eos_token_ids(self.model, self._tokenizer, self.generation_config)
-        self.generation_config.eos_token_id = self.generation_kwargs["eos_token_id"] = self.eos_token_ids
+        self._end_at(eos_token_ids(self.model, self._tokenizer, self.generation_config))
 
     def _share_ends(self) -> None:
         """Let rollouts, and later responses of the saved student, end where the teacher's do, too."""
         self.ends = differing_ends(self.model, self._tokenizer, self.teacher)
         if not self.ends:
             return
-        self.eos_token_ids = list(dict.fromkeys([*self.eos_token_ids, *self.ends]))
-        self.generation_config.eos_token_id = self.generation_kwargs["eos_token_id"] = self.eos_token_ids
+        self._end_at(list(dict.fromkeys([*self.eos_token_ids, *self.ends])))
         self.model.generation_config.eos_token_id = self.eos_token_ids
+
+    def _end_at(self, ids: list[int]) -> None:
+        """Let rollouts end at these ids."""
+        self.eos_token_ids = ids
+        self.generation_config.eos_token_id = self.generation_kwargs["eos_token_id"] = ids
 
     def _find_sharding(self) -> Sharding | None:
         sharding = Sharding.of(self.accelerator)

@@ -21,6 +21,7 @@ from oprd.foundation.errors import UserError
 logger = logging.getLogger(__name__)
 
 PARTIAL = "final.partial"  # where a final model is written before it is moved to the root
+BEST_FOLDER = "best"  # of the model with the best accuracy
 CARD_FILE = "README.md"
 WEIGHTS = ("*.safetensors", "pytorch_model*", "adapter_*", "*.gguf")
 OF_A_MODEL = (*WEIGHTS, "config.json", "generation_config.json", "tokenizer*", "chat_template*", CARD_FILE)
@@ -33,7 +34,7 @@ FILES = (
     *("generation_config.json", "tokenizer.json", "tokenizer_config.json", *OF_A_BRIDGE, *OF_AN_EVALUATION),
     "*.tmp",
 )
-FOLDERS = ("checkpoint-[0-9]*", "best", PARTIAL)
+FOLDERS = ("checkpoint-[0-9]*", BEST_FOLDER, PARTIAL)
 
 
 def check_kinds(folder: Path) -> None:

@@ -7,13 +7,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from oprd.folders.checkpoints import written_whole
+from oprd.folders.claims import BEST_FOLDER
 from oprd.folders.saving import ResumableTrainer
 from oprd.folders.whole import SEAL_FILE, damage
 from oprd.training.collapse import ACCURACY
 
 logger = logging.getLogger(__name__)
 
-BEST_FOLDER, BEST_FILE = "best", "best.json"
+BEST_FILE = "best.json"
 
 
 class BestModel:
